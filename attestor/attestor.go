@@ -1,0 +1,134 @@
+// Package attestor holds the words that every attestor and everybody who asks one shares: a
+// selector, a set of them, the process to attest, and the three roles an attestor can have.
+//
+//   - A Node role runs in the agent and gathers evidence of where the agent runs.
+//   - A Judge role runs in the server and decides what that evidence proves.
+//   - A Workload role runs in the agent and says what it can prove of a process beside it.
+//
+// Each attestor lives in one folder of its own below this one and is linked in by one line in
+// cmd/assay-agent/attestors.go and one in cmd/assay-server/attestors.go. There is no registry and
+// no init function: what a binary can attest is what its list says.
+package attestor
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// MaxEvidence is the largest evidence or challenge, in bytes, that is looked at. The largest honest
+// one, an x509pop chain of five RSA-8192 certificates, stays below a fifth of it.
+const MaxEvidence = 64 << 10
+
+// Errors that a Judge returns so that server/api can give callers the codes SPIRE's agents act on.
+// Wrap them; the wrapped text goes to the audit line, and for ErrEvidence also to the caller.
+var (
+	// ErrEvidence marks evidence that is malformed or does not prove what it claims.
+	ErrEvidence = errors.New("evidence refused")
+	// ErrUsed marks evidence that was good once and has been used (trust on first use).
+	ErrUsed = errors.New("evidence already used")
+)
+
+// Ask sends one challenge to the other end and returns its answer.
+type Ask func(ctx context.Context, challenge []byte) ([]byte, error)
+
+// Node gathers evidence on the agent's side of node attestation.
+type Node interface {
+	// Evidence returns the payload of the first message, and the function that answers each
+	// challenge of the server (nil where the type knows none).
+	Evidence(ctx context.Context) (payload []byte, answer Ask, err error)
+}
+
+// Judge decides on the server's side what evidence proves.
+type Judge interface {
+	// Judge looks at a non-empty payload of at most MaxEvidence bytes, asks challenges as its type
+	// demands, and returns what is proved. It must return an error wrapping ErrEvidence or ErrUsed
+	// for anything it does not believe; other errors mean that it could not decide.
+	Judge(ctx context.Context, payload []byte, ask Ask) (Proof, error)
+}
+
+// Proof is what a Judge found proved about a node.
+type Proof struct {
+	// Path is the agent's SPIFFE ID path below /spire/agent/, beginning with the attestor's type,
+	// for example "x509pop/1f…".
+	Path string
+	// Selectors are the node's selectors, all of the attestor's own type.
+	Selectors []Selector
+	// CanReattest says that the node may prove itself again at any time, so that its agent
+	// re-attests where others renew.
+	CanReattest bool
+}
+
+// Process is a workload as an attestor sees it: pinned by its caller, who checks after attestation
+// that the process that was attested is still the one at the other end of the socket.
+type Process struct {
+	// PID is the process ID in the agent's own PID namespace.
+	PID int
+	// UID and GID are the credentials that the kernel vouched for when the process connected.
+	UID, GID uint32
+	// Proc is where procfs is mounted, normally "/proc"; fixtures put their own there.
+	Proc string
+}
+
+// Workload proves things about a process. Implementations are safe for concurrent use.
+type Workload interface {
+	// Attest returns what is proved about the process, in any order. A process the attestor has
+	// nothing to say about (a plain process, for docker) has no selectors and no error; an error
+	// means that selectors which may exist could not be found.
+	Attest(ctx context.Context, p Process) ([]Selector, error)
+}
+
+// Watcher is a Workload that learns by itself when its answers change.
+type Watcher interface {
+	// Watch calls changed whenever what Attest says of the given processes may have changed, or
+	// with no PID when it may have changed for any process. It returns when ctx ends.
+	Watch(ctx context.Context, changed func(pids ...int)) error
+}
+
+// Needs is what the wiring hands to every attestor it opens.
+type Needs struct {
+	// TrustDomain is the trust domain of the agent or server.
+	TrustDomain spiffeid.TrustDomain
+	// Log has its component field set.
+	Log logrus.FieldLogger
+	// Now is the clock for decisions.
+	Now func() time.Time
+	// Tokens burns join tokens; set on the server only.
+	Tokens TokenBurner
+	// JoinToken is the token the operator gave this agent on the command line, in its config or in
+	// a file; set on the agent only, empty if none.
+	JoinToken string
+}
+
+// TokenBurner spends a join token exactly once, however many ask at the same time.
+type TokenBurner interface {
+	// BurnToken deletes the token and returns nil if it existed and had not expired. It returns an
+	// error wrapping ErrEvidence if it did not exist, was used before, or had expired; an expired
+	// token is burnt all the same.
+	BurnToken(ctx context.Context, token string) error
+}
+
+// NodeKind, JudgeKind and WorkloadKind are what an attestor's packages offer to the wiring: a type,
+// the struct its configuration block is decoded into, and how to open it with that struct.
+type (
+	NodeKind struct {
+		Type string
+		// Config returns a pointer to a new struct with gohcl tags, defaults filled in.
+		Config func() any
+		// Open takes what Config returned, decoded. It may touch the world and says what is wrong.
+		Open func(config any, needs Needs) (Node, error)
+	}
+	JudgeKind struct {
+		Type   string
+		Config func() any
+		Open   func(config any, needs Needs) (Judge, error)
+	}
+	WorkloadKind struct {
+		Type   string
+		Config func() any
+		Open   func(config any, needs Needs) (Workload, error)
+	}
+)

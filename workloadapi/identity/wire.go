@@ -1,0 +1,67 @@
+package identity
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+
+	"github.com/assay-id/assay/attestor"
+)
+
+// MaxSPIFFEID is the longest SPIFFE ID in bytes (SPIFFE-ID section 2.3).
+const MaxSPIFFEID = 2048
+
+// IDFromWire parses a SPIFFE ID by the rules of the SPIFFE-ID standard, its length limit included.
+// An ID without a path is the trust domain's own and is accepted; callers that need a workload's
+// ID check for the path.
+func IDFromWire(w *types.SPIFFEID) (spiffeid.ID, error) {
+	if w == nil {
+		return spiffeid.ID{}, errors.New("request must specify SPIFFE ID")
+	}
+	if w.GetTrustDomain() == "" {
+		return spiffeid.ID{}, errors.New("trust domain is missing")
+	}
+	if size := len("spiffe://") + len(w.GetTrustDomain()) + len(w.GetPath()); size > MaxSPIFFEID {
+		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID is %d bytes long, the limit is %d", size, MaxSPIFFEID)
+	}
+	td, err := spiffeid.TrustDomainFromString(w.GetTrustDomain())
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	if td.Name() != w.GetTrustDomain() { // it was given as a whole ID
+		return spiffeid.ID{}, errors.New("trust domain must be a name, not a SPIFFE ID")
+	}
+	return spiffeid.FromPath(td, w.GetPath())
+}
+
+// IDWire returns the public form of a SPIFFE ID.
+func IDWire(id spiffeid.ID) *types.SPIFFEID {
+	return &types.SPIFFEID{TrustDomain: id.TrustDomain().Name(), Path: id.Path()}
+}
+
+// SelectorsFromWire parses selectors; duplicates are dropped.
+func SelectorsFromWire(ws []*types.Selector) (attestor.Set, error) {
+	if len(ws) > MaxSelectors {
+		return attestor.Set{}, fmt.Errorf("invalid selectors: %d of them, the limit is %d", len(ws), MaxSelectors)
+	}
+	list := make([]attestor.Selector, 0, len(ws))
+	for _, w := range ws {
+		s := attestor.Selector{Type: w.GetType(), Value: w.GetValue()}
+		if err := s.Check(); err != nil {
+			return attestor.Set{}, fmt.Errorf("invalid selectors: %w", err)
+		}
+		list = append(list, s)
+	}
+	return attestor.NewSet(list...), nil
+}
+
+// SelectorsWire returns the public form of a set of selectors.
+func SelectorsWire(s attestor.Set) []*types.Selector {
+	ws := make([]*types.Selector, 0, s.Len())
+	for _, sel := range s.All() {
+		ws = append(ws, &types.Selector{Type: sel.Type, Value: sel.Value})
+	}
+	return ws
+}
