@@ -1,0 +1,29 @@
+package identity
+
+import "errors"
+
+// ErrUnavailable says that an identity exists but cannot be had at the moment: the server cannot be
+// reached and nothing that is still valid is held.
+var ErrUnavailable = errors.New("identity is not available at the moment")
+
+// X509Context is everything a workload's X.509 stream carries at one moment. It is immutable.
+type X509Context struct {
+	// SVIDs are ordered by the age of their entries, the oldest, which is the default, first.
+	SVIDs []*X509SVID
+	// Bundle is the own trust domain's.
+	Bundle *Bundle
+	// Federated are the bundles of the trust domains that the matching entries federate with.
+	Federated []*Bundle
+	// Rev is the server's revision that this context reflects.
+	Rev uint64
+}
+
+// BundleSet is everything a bundle stream carries at one moment. It is immutable.
+type BundleSet struct {
+	Own       *Bundle
+	Federated []*Bundle
+	// Matched is the number of entries the caller matches; 0 means it has no identity.
+	Matched int
+	// Rev is the server's revision that this set reflects.
+	Rev uint64
+}
