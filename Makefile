@@ -1,0 +1,77 @@
+# Assay: `make` builds, `make demo` shows it, `make check` is the everyday loop, `make test` is all.
+SHELL   := /bin/bash
+GO      ?= go
+BIN     := bin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X github.com/assay-id/assay/cmd/cli.Version=$(VERSION)
+# Fuzz targets run this long each in `make fuzz`.
+FUZZTIME ?= 5s
+
+.PHONY: all build demo check fmt vet lint arch unit script gen-check gen test lab compat fuzz bench clean tools setup help
+
+all: build
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+build: ## build the three binaries into bin/
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/assay-server ./cmd/assay-agent ./cmd/assay
+
+demo: build ## the main job, end to end, in under a minute
+	@$(GO) run ./test/demo -bin $(BIN)
+
+check: fmt vet lint arch unit script gen-check ## format, vet, lint, arch, unit tests with -race, scripts, generated code
+
+fmt: tools
+	@out=$$(gofmt -l $$(git ls-files '*.go' | grep -v '\.pb\.go$$')); if [ -n "$$out" ]; then echo "not gofmt'd:"; echo "$$out"; exit 1; fi
+
+vet:
+	$(GO) vet ./...
+
+lint: tools
+	$(BIN)/tools/golangci-lint run ./...
+
+arch:
+	$(GO) test ./test/arch
+
+# Everything that needs neither root nor another program.
+unit:
+	$(GO) test -race $$($(GO) list ./... | grep -vE '/test/(arch|script|lab|compat|demo|bench)(/|$$)')
+
+script:
+	$(GO) test ./test/script
+
+gen-check: gen
+	@git diff --exit-code --stat -- '*.pb.go' || { echo "generated code is out of date: commit what 'make gen' made"; exit 1; }
+
+gen: ## remake the committed generated code from the .proto files
+	./test/gen.sh
+
+tools: $(BIN)/tools/golangci-lint
+
+$(BIN)/tools/golangci-lint: tools/go.mod tools/go.sum
+	@mkdir -p $(BIN)/tools
+	cd tools && $(GO) build -o ../$(BIN)/tools/ github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+
+setup: ## on Debian as root: install the packages that the tests need
+	./test/setup.sh
+
+test: setup ## the whole suite: check, fuzz, real Docker, real SPIRE agent, the demo
+	./test/all.sh
+
+lab: build ## real Docker
+	$(GO) test -count=1 ./test/lab/... ./attestor/docker/...
+
+compat: build ## public SPIFFE clients and tools, the real spire-agent among them
+	$(GO) test -count=1 ./test/compat/...
+
+fuzz: ## every fuzz target for FUZZTIME
+	FUZZTIME=$(FUZZTIME) ./test/fuzz.sh
+
+bench: build ## the numbers we promise
+	$(GO) test -run '^$$' -bench . -benchmem ./server/... ./agent/... ./workloadapi/... ./attestor/...
+	$(GO) run ./test/bench -bin $(BIN)
+
+clean:
+	rm -rf $(BIN)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Installs what the test suite needs beyond Go. On Debian as root it installs; elsewhere it says
+# what is missing and lets the tests decide (they skip loudly, or fail under REQUIRE_REAL=1).
+set -euo pipefail
+declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [dockerd]=docker.io [containerd]=containerd
+	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux)
+PATH=$PATH:/usr/sbin:/sbin
+missing=()
+for tool in "${!need[@]}"; do
+	command -v "$tool" >/dev/null 2>&1 || missing+=("${need[$tool]}")
+done
+[ ${#missing[@]} -eq 0 ] && exit 0
+mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
+	echo "setup: installing ${missing[*]}"
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libc6-dev "${missing[@]}" >/dev/null
+else
+	echo "setup: not installed and not root on Debian, so some tests will be skipped: ${missing[*]}" >&2
+fi
