@@ -1,0 +1,351 @@
+// Package view is the agent's picture of what its node may have: entries and bundles at a revision
+// of the server.
+//
+// A picture is immutable. Apply builds the next one from the present one and a change, and
+// publishes it by swapping a pointer and closing a channel: readers never wait for the writer, nor
+// the writer for them, and a reader that is slow sees only the newest picture.
+//
+// Why it is so: a workload that connects costs one match, and a change on the server makes every
+// open stream match again, so matching must not look at all entries. Each entry is filed under its
+// rarest selector; a set of facts looks only at the entries filed under the facts it has.
+package view
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// ErrDrift says that applying an update did not lead to the picture the server meant. The picture
+// in force stays; the caller asks for a full one.
+var ErrDrift = errors.New("picture differs from the server's")
+
+// Update is one change of the picture, whole. Its values are not changed once handed over.
+type Update struct {
+	// StoreID names the store that Rev belongs to; empty with a SPIRE server, which has none.
+	StoreID string
+	// Rev is the server's revision that the picture has once the update is applied.
+	Rev uint64
+	// Full says that all that was held before is forgotten.
+	Full bool
+
+	Entries        []*identity.Entry
+	RemovedEntries []string
+	Bundles        []*identity.Bundle
+	RemovedBundles []spiffeid.TrustDomain
+
+	// Checksum is what identity.Checksum must give for the new picture; empty: not checked.
+	Checksum []byte
+	// MadeAt is when the server made the picture; zero: unknown.
+	MadeAt time.Time
+}
+
+// Picture is what the node may have at a revision. It is immutable and safe for concurrent use.
+type Picture struct {
+	StoreID string
+	Rev     uint64
+	// Bundles by trust domain, the own one and those the entries federate with.
+	Bundles map[spiffeid.TrustDomain]*identity.Bundle
+
+	entries map[string]*identity.Entry
+	sorted  []*identity.Entry // by ID
+	index   map[attestor.Selector][]*identity.Entry
+	filed   map[string]attestor.Selector // entry ID: where index has it
+	count   map[attestor.Selector]int    // how many entries name the selector
+	held    bool
+}
+
+// Held reports whether there ever was a picture; false only before the first Apply.
+func (p *Picture) Held() bool { return p.held }
+
+// Entry returns the entry with the ID.
+func (p *Picture) Entry(id string) (*identity.Entry, bool) {
+	e, ok := p.entries[id]
+	return e, ok
+}
+
+// Entries returns all entries ordered by ID. The caller must not change the slice.
+func (p *Picture) Entries() []*identity.Entry { return p.sorted }
+
+// BundleList returns the bundles ordered by trust domain.
+func (p *Picture) BundleList() []*identity.Bundle {
+	return slices.SortedFunc(maps.Values(p.Bundles), func(a, b *identity.Bundle) int {
+		return a.TrustDomain.Compare(b.TrustDomain)
+	})
+}
+
+// Match returns the entries whose selectors are all in facts, ordered by identity.Older. Entries
+// without selectors match nobody.
+func (p *Picture) Match(facts attestor.Set) []*identity.Entry {
+	var found []*identity.Entry
+	for _, fact := range facts.All() {
+		for _, e := range p.index[fact] {
+			if e.Selectors.In(facts) {
+				found = append(found, e)
+			}
+		}
+	}
+	slices.SortFunc(found, identity.Older)
+	return found
+}
+
+// Near is an entry that facts do not match, and why.
+type Near struct {
+	Entry   *identity.Entry
+	Missing []attestor.Selector
+}
+
+// Nearest returns at most n entries that facts do not match, those with the fewest missing selectors
+// first, among them those with the most selectors present. It looks at every entry: it is for
+// people who ask why, not for serving.
+func (p *Picture) Nearest(facts attestor.Set, n int) []Near {
+	var near []Near
+	for _, e := range p.sorted {
+		if missing := e.Selectors.Missing(facts); len(missing) > 0 {
+			near = append(near, Near{Entry: e, Missing: missing})
+		}
+	}
+	present := func(x Near) int { return x.Entry.Selectors.Len() - len(x.Missing) }
+	slices.SortStableFunc(near, func(a, b Near) int {
+		if d := len(a.Missing) - len(b.Missing); d != 0 {
+			return d
+		}
+		return present(b) - present(a)
+	})
+	return near[:min(n, len(near))]
+}
+
+// View holds the picture in force. Use New.
+type View struct {
+	state atomic.Pointer[state]
+	mu    sync.Mutex // serialises Apply
+}
+
+type state struct {
+	picture *Picture
+	next    chan struct{} // closed when the state is replaced
+}
+
+// New returns a view with an empty picture at revision 0.
+func New() *View {
+	v := &View{}
+	v.state.Store(&state{picture: empty(), next: make(chan struct{})})
+	return v
+}
+
+func empty() *Picture {
+	return &Picture{
+		Bundles: map[spiffeid.TrustDomain]*identity.Bundle{},
+		entries: map[string]*identity.Entry{},
+		index:   map[attestor.Selector][]*identity.Entry{},
+		filed:   map[string]attestor.Selector{},
+		count:   map[attestor.Selector]int{},
+	}
+}
+
+// Picture returns the picture in force.
+func (v *View) Picture() *Picture { return v.state.Load().picture }
+
+// Follow returns the picture in force and a channel that is closed when it is replaced.
+func (v *View) Follow() (*Picture, <-chan struct{}) {
+	s := v.state.Load()
+	return s.picture, s.next
+}
+
+// Match returns the matching entries of the picture in force; see Picture.Match.
+func (v *View) Match(facts attestor.Set) []*identity.Entry { return v.Picture().Match(facts) }
+
+// Entries returns all entries of the picture in force, ordered by ID.
+func (v *View) Entries() []*identity.Entry { return v.Picture().Entries() }
+
+// Rev returns the server's revision of the picture in force.
+func (v *View) Rev() uint64 { return v.Picture().Rev }
+
+// Wait returns when there is a picture to serve from, or with ctx's error.
+func (v *View) Wait(ctx context.Context) error {
+	for {
+		p, next := v.Follow()
+		if p.Held() {
+			return nil
+		}
+		select {
+		case <-next:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Apply makes the update part of the picture and publishes it, or returns an error wrapping ErrDrift
+// and leaves the picture as it was. An update that changes neither entries nor bundles moves the
+// revision without waking anybody, because nothing that a workload sees has changed.
+func (v *View) Apply(u Update) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	now := v.state.Load()
+	next, changed, err := now.picture.apply(u)
+	if err != nil {
+		return err
+	}
+	if !changed && now.picture.held {
+		v.state.Store(&state{picture: next, next: now.next})
+		return nil
+	}
+	v.state.Store(&state{picture: next, next: make(chan struct{})})
+	close(now.next)
+	return nil
+}
+
+func (p *Picture) apply(u Update) (next *Picture, changed bool, err error) {
+	if u.Full {
+		next = full(u)
+	} else {
+		if u.StoreID != p.StoreID {
+			return nil, false, fmt.Errorf("apply revision %d: store %q is not the held %q: %w", u.Rev, u.StoreID, p.StoreID, ErrDrift)
+		}
+		next = p.delta(u)
+	}
+	next.StoreID, next.Rev, next.held = u.StoreID, u.Rev, true
+	if len(u.Checksum) > 0 && !bytes.Equal(u.Checksum, identity.Checksum(next.sorted, next.BundleList())) {
+		return nil, false, fmt.Errorf("apply revision %d: checksum over %d entries and %d bundles: %w",
+			u.Rev, len(next.sorted), len(next.Bundles), ErrDrift)
+	}
+	if u.Full {
+		return next, !p.same(next), nil
+	}
+	touched := len(u.Entries) + len(u.RemovedEntries) + len(u.Bundles) + len(u.RemovedBundles)
+	return next, touched > 0, nil
+}
+
+// full builds a picture from nothing else than the update.
+func full(u Update) *Picture {
+	p := empty()
+	for _, b := range u.Bundles {
+		p.Bundles[b.TrustDomain] = b
+	}
+	for _, e := range u.Entries {
+		p.entries[e.ID] = e
+	}
+	for _, e := range p.entries {
+		for _, s := range e.Selectors.All() {
+			p.count[s]++
+		}
+	}
+	p.sort()
+	for _, e := range p.sorted {
+		p.file(e)
+	}
+	return p
+}
+
+// delta builds the next picture; buckets that change are copied, all others shared.
+func (p *Picture) delta(u Update) *Picture {
+	next := &Picture{
+		Bundles: p.Bundles, entries: p.entries, sorted: p.sorted, index: p.index, filed: p.filed, count: p.count,
+	}
+	if len(u.Bundles)+len(u.RemovedBundles) > 0 {
+		next.Bundles = maps.Clone(p.Bundles)
+		for _, td := range u.RemovedBundles {
+			delete(next.Bundles, td)
+		}
+		for _, b := range u.Bundles {
+			next.Bundles[b.TrustDomain] = b
+		}
+	}
+	if len(u.Entries)+len(u.RemovedEntries) == 0 {
+		return next
+	}
+	next.entries = maps.Clone(p.entries)
+	next.index = maps.Clone(p.index)
+	next.filed = maps.Clone(p.filed)
+	next.count = maps.Clone(p.count)
+	for _, id := range u.RemovedEntries {
+		next.drop(id)
+	}
+	for _, e := range u.Entries {
+		next.drop(e.ID)
+		next.entries[e.ID] = e
+		for _, s := range e.Selectors.All() {
+			next.count[s]++
+		}
+		next.file(e)
+	}
+	next.sort()
+	return next
+}
+
+func (p *Picture) sort() {
+	p.sorted = slices.SortedFunc(maps.Values(p.entries), func(a, b *identity.Entry) int {
+		return strings.Compare(a.ID, b.ID)
+	})
+}
+
+// file puts the entry into the index, under the selector that fewest entries name. The slice it adds
+// to may be shared with an older picture, so it is replaced and never grown in place.
+func (p *Picture) file(e *identity.Entry) {
+	all := e.Selectors.All()
+	if len(all) == 0 {
+		return
+	}
+	rarest := all[0]
+	for _, s := range all[1:] {
+		if p.count[s] < p.count[rarest] {
+			rarest = s
+		}
+	}
+	p.index[rarest] = append(slices.Clip(p.index[rarest]), e)
+	p.filed[e.ID] = rarest
+}
+
+func (p *Picture) drop(id string) {
+	old, ok := p.entries[id]
+	if !ok {
+		return
+	}
+	delete(p.entries, id)
+	for _, s := range old.Selectors.All() {
+		if p.count[s]--; p.count[s] == 0 {
+			delete(p.count, s)
+		}
+	}
+	where, ok := p.filed[id]
+	if !ok {
+		return
+	}
+	delete(p.filed, id)
+	rest := slices.DeleteFunc(slices.Clone(p.index[where]), func(e *identity.Entry) bool { return e.ID == id })
+	if len(rest) == 0 {
+		delete(p.index, where)
+		return
+	}
+	p.index[where] = rest
+}
+
+// same reports whether both pictures hold the same things, which a full picture after a reconnection
+// usually does.
+func (p *Picture) same(o *Picture) bool {
+	if p.held != o.held || len(p.sorted) != len(o.sorted) {
+		return false
+	}
+	for i, e := range p.sorted {
+		n := o.sorted[i]
+		if e.ID != n.ID || e.Revision != n.Revision || !e.CreatedAt.Equal(n.CreatedAt) {
+			return false
+		}
+	}
+	return maps.EqualFunc(p.Bundles, o.Bundles, func(a, b *identity.Bundle) bool {
+		return a.Sequence == b.Sequence && a.RefreshHint == b.RefreshHint && len(a.X509) == len(b.X509) && len(a.JWT) == len(b.JWT)
+	})
+}
