@@ -1,0 +1,378 @@
+// Package site runs the built binaries as an operator would: a server and agents as processes, each
+// with a folder, a configuration file and a log of its own. The demo, test/compat and test/robust
+// stand on it.
+//
+// It returns errors and never calls testing functions, so that a program can use it too.
+package site
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// TrustDomain is the trust domain of every site.
+const TrustDomain = "example.org"
+
+// Site is one server with its folder, and what agents need to know to join it.
+type Site struct {
+	// Dir holds everything that the site writes.
+	Dir string
+	// Bin is the folder with the built binaries.
+	Bin string
+	// Port is the server's TCP port on 127.0.0.1, chosen once, so that a server can be restarted
+	// where its agents look for it.
+	Port int
+	// ServerExtra is put inside the server block, ServerBlocks after it.
+	ServerExtra, ServerBlocks string
+
+	server *Process
+}
+
+// New makes a site in dir, which must exist, with binaries from bin.
+func New(dir, bin string) (*Site, error) {
+	bin, err := filepath.Abs(bin)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{"assay-server", "assay-agent"} {
+		if _, err := os.Stat(filepath.Join(bin, name)); err != nil {
+			return nil, fmt.Errorf("find the binaries: %w (run make first)", err)
+		}
+	}
+	port, err := freePort()
+	if err != nil {
+		return nil, err
+	}
+	// The demo's workloads run as other users and in containers, and must reach the agent's socket.
+	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // what is private in it has its own mode
+		return nil, err
+	}
+	return &Site{Dir: dir, Bin: bin, Port: port}, nil
+}
+
+func freePort() (int, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return 0, err
+	}
+	defer listener.Close()
+	return listener.Addr().(*net.TCPAddr).Port, nil
+}
+
+// ServerSocket is the path of the server's private socket.
+func (s *Site) ServerSocket() string { return filepath.Join(s.Dir, "server", "private", "api.sock") }
+
+// ServerLog is the path of the server's log.
+func (s *Site) ServerLog() string { return filepath.Join(s.Dir, "server.log") }
+
+// ServerData is the server's data folder.
+func (s *Site) ServerData() string { return filepath.Join(s.Dir, "server", "data") }
+
+// StartServer writes the configuration, starts the server and waits until it is healthy.
+func (s *Site) StartServer(ctx context.Context) error {
+	config := fmt.Sprintf(`server {
+  trust_domain = %q
+  bind_address = "127.0.0.1"
+  bind_port    = %d
+  socket_path  = %q
+  data_dir     = %q
+  log_level    = "debug"
+  %s
+}
+%s
+`, TrustDomain, s.Port, s.ServerSocket(), s.ServerData(), s.ServerExtra, s.serverBlocks())
+	path := filepath.Join(s.Dir, "server.hcl")
+	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+		return err
+	}
+	var err error
+	s.server, err = Start(s.ServerLog(), nil, filepath.Join(s.Bin, "assay-server"), "run", "-config", path)
+	if err != nil {
+		return err
+	}
+	return s.server.WaitFor(ctx, "the server to be healthy", func() error {
+		_, err := s.ServerCLI(ctx, "healthcheck")
+		return err
+	})
+}
+
+func (s *Site) serverBlocks() string {
+	if s.ServerBlocks != "" {
+		return s.ServerBlocks
+	}
+	return `node_attestor "join_token" {}`
+}
+
+// Server is the running server, nil before StartServer.
+func (s *Site) Server() *Process { return s.server }
+
+// ServerCLI runs an assay-server command against the server's socket and returns its output.
+func (s *Site) ServerCLI(ctx context.Context, args ...string) (string, error) {
+	args = append(args, "-socketPath", s.ServerSocket())
+	return Run(ctx, nil, filepath.Join(s.Bin, "assay-server"), args...)
+}
+
+// DialServer returns a connection to the server's private socket; the caller closes it.
+func (s *Site) DialServer() (*grpc.ClientConn, error) {
+	return grpc.NewClient("unix://"+s.ServerSocket(), grpc.WithTransportCredentials(insecure.NewCredentials()))
+}
+
+// Token makes a join token.
+func (s *Site) Token(ctx context.Context, args ...string) (string, error) {
+	out, err := s.ServerCLI(ctx, append([]string{"token", "generate"}, args...)...)
+	if err != nil {
+		return "", err
+	}
+	fields := strings.Fields(out)
+	if len(fields) < 2 || fields[0] != "Token:" {
+		return "", fmt.Errorf("read the token: unexpected output %q", out)
+	}
+	return fields[1], nil
+}
+
+// WriteBundle writes the server's bundle as PEM, for agents to start from, and returns its path.
+func (s *Site) WriteBundle(ctx context.Context) (string, error) {
+	out, err := s.ServerCLI(ctx, "bundle", "show")
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(s.Dir, "bootstrap.pem")
+	return path, os.WriteFile(path, []byte(out), 0o600)
+}
+
+// Stop stops what the site started, gently.
+func (s *Site) Stop() error {
+	if s.server == nil {
+		return nil
+	}
+	return s.server.Stop(15 * time.Second)
+}
+
+// Agent is one agent of a site.
+type Agent struct {
+	*Process
+	// Dir is the agent's folder, Socket and Admin are its sockets, Log is its log.
+	Dir, Socket, Admin, Log string
+
+	site   *Site
+	config string
+}
+
+// AgentOptions say how an agent differs from the plain one, which joins with a token and attests
+// with unix.
+type AgentOptions struct {
+	// Blocks replace the attestor blocks. Empty: join_token, and unix with discover_workload_path.
+	Blocks string
+	// Extra is put inside the agent block.
+	Extra string
+	// Token is the join token.
+	Token string
+}
+
+// NewAgent writes an agent's folder and configuration; Start starts it.
+func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agent, error) {
+	bundle, err := s.WriteBundle(ctx)
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(s.Dir, name)
+	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // workloads of other users must reach the socket
+		return nil, err
+	}
+	a := &Agent{
+		Dir: dir, Socket: filepath.Join(dir, "public", "api.sock"), Admin: filepath.Join(dir, "private", "admin.sock"),
+		Log: filepath.Join(s.Dir, name+".log"), site: s, config: filepath.Join(s.Dir, name+".hcl"),
+	}
+	if o.Blocks == "" {
+		o.Blocks = "node_attestor \"join_token\" {}\nworkload_attestor \"unix\" {\n  discover_workload_path = true\n}"
+	}
+	if o.Token != "" {
+		o.Extra += fmt.Sprintf("\n  join_token = %q", o.Token)
+	}
+	config := fmt.Sprintf(`agent {
+  trust_domain      = %q
+  server_address    = "127.0.0.1"
+  server_port       = %d
+  socket_path       = %q
+  admin_socket_path = %q
+  data_dir          = %q
+  trust_bundle_path = %q
+  log_level         = "debug"
+  %s
+}
+%s
+`, TrustDomain, s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), bundle, o.Extra, o.Blocks)
+	return a, os.WriteFile(a.config, []byte(config), 0o600)
+}
+
+// Start starts the agent and waits until it is healthy.
+func (a *Agent) Start(ctx context.Context) error {
+	if err := a.Launch(); err != nil {
+		return err
+	}
+	return a.WaitFor(ctx, "the agent to be healthy", func() error {
+		_, err := a.CLI(ctx, "healthcheck", "-socketPath", a.Socket)
+		return err
+	})
+}
+
+// Launch starts the agent and does not wait.
+func (a *Agent) Launch() error {
+	var err error
+	a.Process, err = Start(a.Log, nil, filepath.Join(a.site.Bin, "assay-agent"), "run", "-config", a.config)
+	return err
+}
+
+// CLI runs an assay-agent command and returns its output.
+func (a *Agent) CLI(ctx context.Context, args ...string) (string, error) {
+	return Run(ctx, nil, filepath.Join(a.site.Bin, "assay-agent"), args...)
+}
+
+// Run runs a command to its end and returns its standard output; the error carries what it wrote to
+// standard error. as, if not nil, is the user to run as.
+func Run(ctx context.Context, as *syscall.Credential, name string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: as}
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		text := strings.TrimSpace(stderr.String() + "\n" + stdout.String())
+		return stdout.String(), fmt.Errorf("%s %s: %w: %s", filepath.Base(name), strings.Join(args, " "), err, text)
+	}
+	return stdout.String(), nil
+}
+
+// Process is a started program.
+type Process struct {
+	cmd  *exec.Cmd
+	name string
+	log  string
+	done chan struct{}
+	err  error // of Wait; valid after done is closed
+	once sync.Once
+}
+
+// Start starts a program whose output is appended to the log file. as, if not nil, is the user to
+// run as. A program started so dies with its parent.
+func Start(log string, as *syscall.Credential, name string, args ...string) (*Process, error) {
+	file, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	return StartTo(file, log, as, nil, name, args...)
+}
+
+// StartTo is Start with the standard output going to out, extra environment variables, and log
+// named in errors; standard error goes where out goes if that is a file.
+func StartTo(out io.Writer, log string, as *syscall.Credential, env []string, name string, args ...string) (*Process, error) {
+	cmd := exec.Command(name, args...)
+	cmd.Stdout = out
+	if file, ok := out.(*os.File); ok {
+		cmd.Stderr = file
+	} else {
+		cmd.Stderr = os.Stderr
+	}
+	if len(env) > 0 {
+		cmd.Env = append(os.Environ(), env...)
+	}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Credential: as}
+	p := &Process{cmd: cmd, name: filepath.Base(name), log: log, done: make(chan struct{})}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", p.name, err)
+	}
+	go func() {
+		p.err = cmd.Wait()
+		close(p.done)
+	}()
+	return p, nil
+}
+
+// PID is the process ID.
+func (p *Process) PID() int { return p.cmd.Process.Pid }
+
+// Done is closed when the process has ended.
+func (p *Process) Done() <-chan struct{} { return p.done }
+
+// Signal sends a signal.
+func (p *Process) Signal(sig os.Signal) error { return p.cmd.Process.Signal(sig) }
+
+// Kill ends the process as kill -9 does and waits for its end.
+func (p *Process) Kill() {
+	p.once.Do(func() { _ = p.cmd.Process.Kill() })
+	<-p.done
+}
+
+// Stop sends SIGTERM and waits; after the given time it kills and says so.
+func (p *Process) Stop(patience time.Duration) error {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+		if p.err != nil {
+			return fmt.Errorf("stop %s: %w, its log is %s", p.name, p.err, p.log)
+		}
+		return nil
+	case <-time.After(patience):
+		p.Kill()
+		return fmt.Errorf("stop %s: still there %v after SIGTERM", p.name, patience)
+	}
+}
+
+// WaitFor asks until ready returns nil, the process ends, or ctx does.
+func (p *Process) WaitFor(ctx context.Context, what string, ready func() error) error {
+	ticker := time.NewTicker(50 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		err := ready()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-p.done:
+			return fmt.Errorf("wait for %s: %s ended (%v): %s", what, p.name, p.err, Tail(p.log, 10))
+		case <-ctx.Done():
+			return fmt.Errorf("wait for %s: %w: last %w: %s", what, context.Cause(ctx), err, Tail(p.log, 10))
+		case <-ticker.C:
+		}
+	}
+}
+
+// Tail returns the last lines of a file, for an error message.
+func Tail(path string, lines int) string {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err.Error()
+	}
+	all := strings.Split(strings.TrimSpace(string(text)), "\n")
+	return strings.Join(all[max(0, len(all)-lines):], "\n")
+}
+
+// ErrNoTool says that a program the caller wanted is not installed.
+var ErrNoTool = errors.New("not installed")
+
+// Tool finds a program on PATH or in the sbin folders.
+func Tool(name string) (string, error) {
+	if path, err := exec.LookPath(name); err == nil {
+		return path, nil
+	}
+	for _, dir := range []string{"/usr/sbin", "/sbin", "/usr/local/sbin"} {
+		if path, err := exec.LookPath(filepath.Join(dir, name)); err == nil {
+			return path, nil
+		}
+	}
+	return "", fmt.Errorf("find %s: %w", name, ErrNoTool)
+}
