@@ -243,9 +243,12 @@ func full(u Update) *Picture {
 			p.count[s]++
 		}
 	}
-	p.sort()
+	p.sorted = slices.SortedFunc(maps.Values(p.entries), byID)
 	for _, e := range p.sorted {
-		p.file(e)
+		if where, ok := p.rarest(e); ok { // nobody else has these slices yet: they may grow in place
+			p.index[where] = append(p.index[where], e)
+			p.filed[e.ID] = where
+		}
 	}
 	return p
 }
@@ -271,10 +274,13 @@ func (p *Picture) delta(u Update) *Picture {
 	next.index = maps.Clone(p.index)
 	next.filed = maps.Clone(p.filed)
 	next.count = maps.Clone(p.count)
+	gone := make(map[string]bool, len(u.RemovedEntries)+len(u.Entries))
 	for _, id := range u.RemovedEntries {
+		gone[id] = true
 		next.drop(id)
 	}
 	for _, e := range u.Entries {
+		gone[e.ID] = true
 		next.drop(e.ID)
 		next.entries[e.ID] = e
 		for _, s := range e.Selectors.All() {
@@ -282,31 +288,41 @@ func (p *Picture) delta(u Update) *Picture {
 		}
 		next.file(e)
 	}
-	next.sort()
+	// What stays is in order already, which makes the sort one pass over it.
+	next.sorted = make([]*identity.Entry, 0, len(next.entries))
+	for _, e := range p.sorted {
+		if !gone[e.ID] {
+			next.sorted = append(next.sorted, e)
+		}
+	}
+	for id := range gone {
+		if e, ok := next.entries[id]; ok {
+			next.sorted = append(next.sorted, e)
+		}
+	}
+	slices.SortFunc(next.sorted, byID)
 	return next
 }
 
-func (p *Picture) sort() {
-	p.sorted = slices.SortedFunc(maps.Values(p.entries), func(a, b *identity.Entry) int {
-		return strings.Compare(a.ID, b.ID)
-	})
+func byID(a, b *identity.Entry) int { return strings.Compare(a.ID, b.ID) }
+
+// file puts the entry into the index. The slice it adds to may be shared with an older picture, so
+// it is replaced and never grown in place.
+func (p *Picture) file(e *identity.Entry) {
+	if where, ok := p.rarest(e); ok {
+		p.index[where] = append(slices.Clip(p.index[where]), e)
+		p.filed[e.ID] = where
+	}
 }
 
-// file puts the entry into the index, under the selector that fewest entries name. The slice it adds
-// to may be shared with an older picture, so it is replaced and never grown in place.
-func (p *Picture) file(e *identity.Entry) {
-	all := e.Selectors.All()
-	if len(all) == 0 {
-		return
-	}
-	rarest := all[0]
-	for _, s := range all[1:] {
-		if p.count[s] < p.count[rarest] {
-			rarest = s
+// rarest returns the selector of the entry that fewest entries name.
+func (p *Picture) rarest(e *identity.Entry) (rarest attestor.Selector, ok bool) {
+	for i, s := range e.Selectors.All() {
+		if i == 0 || p.count[s] < p.count[rarest] {
+			rarest, ok = s, true
 		}
 	}
-	p.index[rarest] = append(slices.Clip(p.index[rarest]), e)
-	p.filed[e.ID] = rarest
+	return rarest, ok
 }
 
 func (p *Picture) drop(id string) {
@@ -346,6 +362,12 @@ func (p *Picture) same(o *Picture) bool {
 		}
 	}
 	return maps.EqualFunc(p.Bundles, o.Bundles, func(a, b *identity.Bundle) bool {
-		return a.Sequence == b.Sequence && a.RefreshHint == b.RefreshHint && len(a.X509) == len(b.X509) && len(a.JWT) == len(b.JWT)
+		return a.Sequence == b.Sequence && a.RefreshHint == b.RefreshHint &&
+			slices.EqualFunc(a.X509, b.X509, func(x, y identity.X509Authority) bool {
+				return x.Tainted == y.Tainted && x.Certificate.Equal(y.Certificate)
+			}) &&
+			slices.EqualFunc(a.JWT, b.JWT, func(x, y identity.JWTAuthority) bool {
+				return x.Tainted == y.Tainted && x.KeyID == y.KeyID
+			})
 	})
 }

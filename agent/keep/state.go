@@ -1,0 +1,349 @@
+package keep
+
+import (
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// Own is the agent's own SVID.
+type Own struct {
+	// Chain is the leaf and the intermediates, without the root.
+	Chain []*x509.Certificate
+	Key   crypto.Signer
+	// Reattestable says that the server wants the agent to attest again where others renew.
+	Reattestable bool
+}
+
+// ID returns the agent's SPIFFE ID.
+func (o *Own) ID() (spiffeid.ID, error) {
+	if len(o.Chain) == 0 || len(o.Chain[0].URIs) != 1 {
+		return spiffeid.ID{}, errors.New("agent certificate does not have one URI")
+	}
+	return spiffeid.FromURI(o.Chain[0].URIs[0])
+}
+
+type ownJSON struct {
+	Version      int      `json:"version"`
+	Chain        [][]byte `json:"chain"`
+	Key          []byte   `json:"key"` // PKCS #8
+	Reattestable bool     `json:"reattestable"`
+}
+
+// Own returns the kept SVID of the agent, or nil. Whether it is still valid is the caller's to say.
+func (k *Keep) Own() *Own {
+	var stored ownJSON
+	if !k.load(ownFile, &stored) {
+		return nil
+	}
+	own, err := stored.parse()
+	if err != nil {
+		k.spoilt(ownFile, err)
+		return nil
+	}
+	return own
+}
+
+func (s *ownJSON) parse() (*Own, error) {
+	if s.Version != jsonVersion {
+		return nil, fmt.Errorf("version %d: %w", s.Version, errVersion)
+	}
+	own := &Own{Reattestable: s.Reattestable}
+	for _, der := range s.Chain {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("parse certificate: %w", err)
+		}
+		own.Chain = append(own.Chain, cert)
+	}
+	var err error
+	if own.Key, err = parseKey(s.Key); err != nil {
+		return nil, err
+	}
+	if _, err := own.ID(); err != nil {
+		return nil, err
+	}
+	if !samePublic(own.Key, own.Chain[0]) {
+		return nil, errors.New("key is not the certificate's")
+	}
+	return own, nil
+}
+
+// SaveOwn keeps the agent's SVID and returns when it is on disk.
+func (k *Keep) SaveOwn(own *Own) error {
+	key, err := x509.MarshalPKCS8PrivateKey(own.Key)
+	if err != nil {
+		return fmt.Errorf("marshal agent key: %w", err)
+	}
+	stored := ownJSON{Version: jsonVersion, Key: key, Reattestable: own.Reattestable}
+	for _, cert := range own.Chain {
+		stored.Chain = append(stored.Chain, cert.Raw)
+	}
+	return k.save(ownFile, stored)
+}
+
+// DropOwn forgets the agent's SVID.
+func (k *Keep) DropOwn() error {
+	k.fileMu.Lock()
+	defer k.fileMu.Unlock()
+	err := os.Remove(filepath.Join(k.dir, ownFile))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("drop agent SVID: %w", err)
+	}
+	return nil
+}
+
+type bundleJSON struct {
+	Version int    `json:"version"`
+	Bundle  []byte `json:"bundle"` // types.Bundle
+}
+
+// Bundle returns the kept bundle of the own trust domain, or nil.
+func (k *Keep) Bundle() *identity.Bundle {
+	var stored bundleJSON
+	if !k.load(bundleFile, &stored) {
+		return nil
+	}
+	if stored.Version != jsonVersion {
+		k.spoilt(bundleFile, fmt.Errorf("version %d: %w", stored.Version, errVersion))
+		return nil
+	}
+	b, err := parseBundle(stored.Bundle)
+	if err != nil {
+		k.spoilt(bundleFile, err)
+		return nil
+	}
+	return b
+}
+
+// SaveBundle keeps the bundle of the own trust domain and returns when it is on disk.
+func (k *Keep) SaveBundle(b *identity.Bundle) error {
+	raw, err := marshalBundle(b)
+	if err != nil {
+		return err
+	}
+	return k.save(bundleFile, bundleJSON{Version: jsonVersion, Bundle: raw})
+}
+
+// Picture is the agent's picture at a revision.
+type Picture struct {
+	StoreID string
+	Rev     uint64
+	Entries []*identity.Entry
+	Bundles []*identity.Bundle
+}
+
+type pictureJSON struct {
+	Version int      `json:"version"`
+	StoreID string   `json:"store_id"`
+	Rev     uint64   `json:"rev"`
+	Entries [][]byte `json:"entries"` // types.Entry
+	Bundles [][]byte `json:"bundles"` // types.Bundle
+}
+
+// Picture returns the kept picture, or nil.
+func (k *Keep) Picture() *Picture {
+	var stored pictureJSON
+	if !k.load(pictureFile, &stored) {
+		return nil
+	}
+	p, err := stored.parse()
+	if err != nil {
+		k.spoilt(pictureFile, err)
+		return nil
+	}
+	return p
+}
+
+func (s *pictureJSON) parse() (*Picture, error) {
+	if s.Version != jsonVersion {
+		return nil, fmt.Errorf("version %d: %w", s.Version, errVersion)
+	}
+	p := &Picture{StoreID: s.StoreID, Rev: s.Rev}
+	for _, raw := range s.Entries {
+		w := new(types.Entry)
+		if err := proto.Unmarshal(raw, w); err != nil {
+			return nil, fmt.Errorf("unmarshal entry: %w", err)
+		}
+		e, err := identity.EntryFromWire(w)
+		if err != nil {
+			return nil, fmt.Errorf("parse entry: %w", err)
+		}
+		p.Entries = append(p.Entries, e)
+	}
+	for _, raw := range s.Bundles {
+		b, err := parseBundle(raw)
+		if err != nil {
+			return nil, err
+		}
+		p.Bundles = append(p.Bundles, b)
+	}
+	return p, nil
+}
+
+// SavePicture keeps the picture soon. Its content must not change any more.
+func (k *Keep) SavePicture(p *Picture) {
+	k.soonest(pictureFile, func() (any, error) {
+		stored := pictureJSON{Version: jsonVersion, StoreID: p.StoreID, Rev: p.Rev}
+		for _, e := range p.Entries {
+			raw, err := proto.Marshal(e.Wire())
+			if err != nil {
+				return nil, fmt.Errorf("marshal entry: %w", err)
+			}
+			stored.Entries = append(stored.Entries, raw)
+		}
+		for _, b := range p.Bundles {
+			raw, err := marshalBundle(b)
+			if err != nil {
+				return nil, err
+			}
+			stored.Bundles = append(stored.Bundles, raw)
+		}
+		return stored, nil
+	})
+}
+
+// SVID is a workload's SVID and the state of the entry it was signed for.
+type SVID struct {
+	SVID           *identity.X509SVID
+	EntryRevision  int64
+	EntryCreatedAt time.Time
+}
+
+type svidsJSON struct {
+	Version int        `json:"version"`
+	SVIDs   []svidJSON `json:"svids"`
+}
+
+type svidJSON struct {
+	EntryID   string   `json:"entry_id"`
+	ID        string   `json:"spiffe_id"`
+	Chain     [][]byte `json:"chain"`
+	Key       []byte   `json:"key"` // PKCS #8
+	Hint      string   `json:"hint,omitempty"`
+	Revision  int64    `json:"entry_revision"`
+	CreatedAt int64    `json:"entry_created_at"` // Unix seconds
+}
+
+// SVIDs returns the kept SVIDs of workloads. Those that have expired are among them.
+func (k *Keep) SVIDs() []SVID {
+	var stored svidsJSON
+	if !k.load(svidsFile, &stored) {
+		return nil
+	}
+	if stored.Version != jsonVersion {
+		k.spoilt(svidsFile, fmt.Errorf("version %d: %w", stored.Version, errVersion))
+		return nil
+	}
+	svids := make([]SVID, 0, len(stored.SVIDs))
+	for i := range stored.SVIDs {
+		s, err := stored.SVIDs[i].parse()
+		if err != nil {
+			k.spoilt(svidsFile, err)
+			return nil
+		}
+		svids = append(svids, s)
+	}
+	return svids
+}
+
+func (s *svidJSON) parse() (SVID, error) {
+	id, err := spiffeid.FromString(s.ID)
+	if err != nil {
+		return SVID{}, fmt.Errorf("parse SVID: %w", err)
+	}
+	if len(s.Chain) == 0 {
+		return SVID{}, errors.New("parse SVID: no certificate")
+	}
+	leaf, err := x509.ParseCertificate(s.Chain[0])
+	if err != nil {
+		return SVID{}, fmt.Errorf("parse SVID: %w", err)
+	}
+	key, err := parseKey(s.Key)
+	if err != nil {
+		return SVID{}, err
+	}
+	if !samePublic(key, leaf) {
+		return SVID{}, errors.New("parse SVID: key is not the certificate's")
+	}
+	created := time.Time{}
+	if s.CreatedAt != 0 {
+		created = time.Unix(s.CreatedAt, 0).UTC()
+	}
+	return SVID{
+		SVID: &identity.X509SVID{
+			EntryID: s.EntryID, ID: id, Chain: s.Chain, Key: key, KeyDER: s.Key,
+			NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, Hint: s.Hint,
+		},
+		EntryRevision: s.Revision, EntryCreatedAt: created,
+	}, nil
+}
+
+// SaveSVIDs keeps what all returns, soon. It is called from Run's goroutine, once for many calls.
+func (k *Keep) SaveSVIDs(all func() []SVID) {
+	k.soonest(svidsFile, func() (any, error) {
+		stored := svidsJSON{Version: jsonVersion}
+		for _, s := range all() {
+			created := int64(0)
+			if !s.EntryCreatedAt.IsZero() {
+				created = s.EntryCreatedAt.Unix()
+			}
+			stored.SVIDs = append(stored.SVIDs, svidJSON{
+				EntryID: s.SVID.EntryID, ID: s.SVID.ID.String(), Chain: s.SVID.Chain, Key: s.SVID.KeyDER,
+				Hint: s.SVID.Hint, Revision: s.EntryRevision, CreatedAt: created,
+			})
+		}
+		return stored, nil
+	})
+}
+
+func parseKey(der []byte) (crypto.Signer, error) {
+	key, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		return nil, fmt.Errorf("parse key: %w", err)
+	}
+	signer, ok := key.(crypto.Signer)
+	if !ok {
+		return nil, fmt.Errorf("parse key: %T cannot sign", key)
+	}
+	return signer, nil
+}
+
+func samePublic(key crypto.Signer, cert *x509.Certificate) bool {
+	public, ok := key.Public().(interface{ Equal(crypto.PublicKey) bool })
+	return ok && public.Equal(cert.PublicKey)
+}
+
+func parseBundle(raw []byte) (*identity.Bundle, error) {
+	w := new(types.Bundle)
+	if err := proto.Unmarshal(raw, w); err != nil {
+		return nil, fmt.Errorf("unmarshal bundle: %w", err)
+	}
+	b, err := identity.BundleFromWire(w)
+	if err != nil {
+		return nil, fmt.Errorf("parse bundle: %w", err)
+	}
+	return b, nil
+}
+
+func marshalBundle(b *identity.Bundle) ([]byte, error) {
+	w, err := b.Wire()
+	if err != nil {
+		return nil, err
+	}
+	raw, err := proto.Marshal(w)
+	if err != nil {
+		return nil, fmt.Errorf("marshal bundle: %w", err)
+	}
+	return raw, nil
+}
