@@ -1,0 +1,291 @@
+package conf
+
+import (
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/assay-id/assay/attestor"
+)
+
+// Where workloads and administrators find the agent unless told otherwise. They are in different
+// directories because the first is often handed to containers as a whole.
+const (
+	DefaultAgentSocket = "/run/assay/agent/public/api.sock"
+	DefaultAdminSocket = "/run/assay/agent/private/admin.sock"
+)
+
+// Agent is what an agent's file says, with defaults filled in, checked.
+type Agent struct {
+	TrustDomain   spiffeid.TrustDomain
+	ServerAddress string
+	ServerPort    int
+
+	DataDir         string
+	SocketPath      string
+	AdminSocketPath string // empty: off
+
+	// Exactly one of the next three is set.
+	TrustBundlePath   string
+	TrustBundleURL    string
+	InsecureBootstrap bool
+	TrustBundleFormat string // "pem" or "spiffe"
+
+	// JoinToken is empty if the operator gave none, or the text of join_token_file.
+	JoinToken string
+
+	WorkloadKeyType               string
+	X509CacheSize, JWTCacheSize   int
+	SyncInterval                  time.Duration
+	WorkloadHold                  time.Duration // negative: none
+	AllowUnauthenticatedVerifiers bool
+	AllowedForeignJWTClaims       []string
+	LogSelectors                  []string
+
+	KeyManager string // "disk" or "memory"
+	KeysDir    string // of "disk"; empty: DataDir
+	Node       Node
+	Workloads  []Workload
+
+	Log     Log
+	Health  Health
+	Metrics string // host:port; empty: no listener
+}
+
+// agentFile is the file's shape. Pointers tell 0 from "not given".
+type agentFile struct {
+	Agent             *agentBlock     `hcl:"agent,block"`
+	NodeAttestors     []typeBlock     `hcl:"node_attestor,block"`
+	WorkloadAttestors []typeBlock     `hcl:"workload_attestor,block"`
+	KeyManagers       []typeBlock     `hcl:"key_manager,block"`
+	Health            *healthBlock    `hcl:"health_checks,block"`
+	Telemetry         *telemetryBlock `hcl:"telemetry,block"`
+}
+
+type agentBlock struct {
+	TrustDomain   string `hcl:"trust_domain,optional"`
+	ServerAddress string `hcl:"server_address,optional"`
+	ServerPort    *int   `hcl:"server_port,optional"`
+
+	DataDir     string  `hcl:"data_dir,optional"`
+	SocketPath  string  `hcl:"socket_path,optional"`
+	AdminSocket *string `hcl:"admin_socket_path,optional"`
+
+	LogLevel  string `hcl:"log_level,optional"`
+	LogFormat string `hcl:"log_format,optional"`
+	LogFile   string `hcl:"log_file,optional"`
+
+	TrustBundlePath   string `hcl:"trust_bundle_path,optional"`
+	TrustBundleURL    string `hcl:"trust_bundle_url,optional"`
+	TrustBundleFormat string `hcl:"trust_bundle_format,optional"`
+	InsecureBootstrap bool   `hcl:"insecure_bootstrap,optional"`
+
+	JoinToken     string `hcl:"join_token,optional"`
+	JoinTokenFile string `hcl:"join_token_file,optional"`
+
+	WorkloadKeyType               string   `hcl:"workload_x509_svid_key_type,optional"`
+	X509CacheSize                 *int     `hcl:"x509_svid_cache_max_size,optional"`
+	JWTCacheSize                  *int     `hcl:"jwt_svid_cache_max_size,optional"`
+	SyncInterval                  string   `hcl:"sync_interval,optional"`
+	WorkloadHold                  string   `hcl:"workload_hold,optional"`
+	AllowUnauthenticatedVerifiers bool     `hcl:"allow_unauthenticated_verifiers,optional"`
+	AllowedForeignJWTClaims       []string `hcl:"allowed_foreign_jwt_claims,optional"`
+	LogSelectors                  []string `hcl:"log_selectors,optional"`
+}
+
+// diskDirectory is key_manager "disk" of the agent.
+type diskDirectory struct {
+	Directory string `hcl:"directory,optional"`
+}
+
+// LoadAgent reads an agent's file and checks all of it. nodes and workloads are the attestors that
+// the program has. The error is a Mistakes with everything that is wrong.
+func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.WorkloadKind, options Options) (*Agent, error) {
+	l, err := open(path, options)
+	if err != nil {
+		return nil, err
+	}
+	var f agentFile
+	l.decode(&f)
+	a := new(Agent)
+	if f.Agent != nil {
+		a = l.agent(f.Agent)
+		l.bootstrap(a, f.Agent)
+		l.joinToken(a, f.Agent)
+	} else {
+		l.noBlock("agent", "The file needs agent { trust_domain = …, server_address = …, data_dir = … }.")
+	}
+	l.node(a, f.NodeAttestors, nodes)
+	l.workloads(a, f.WorkloadAttestors, workloads)
+	kind, config := l.keyManager(f.KeyManagers, func() any { return new(diskDirectory) })
+	a.KeyManager = kind
+	if disk, ok := config.(*diskDirectory); ok && disk.Directory != "" {
+		a.KeysDir = l.directory("key_manager.disk.directory", disk.Directory, "")
+	}
+	a.Health = l.health(f.Health, agentHealthPort)
+	a.Metrics = l.metrics(f.Telemetry, agentMetricsPort)
+	if err := l.mistakes(); err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+// agent checks the agent block; this is where the defaults are.
+func (l *loader) agent(b *agentBlock) *Agent {
+	const many = 1 << 24
+	a := &Agent{
+		TrustDomain:   l.trustDomain("agent.trust_domain", b.TrustDomain),
+		ServerAddress: l.host("agent.server_address", b.ServerAddress),
+		ServerPort:    l.port("agent.server_port", b.ServerPort, 8081, 1),
+		DataDir:       l.directory("agent.data_dir", b.DataDir, "it names the directory for what the agent keeps over a restart"),
+		SocketPath:    l.socket("agent.socket_path", b.SocketPath, DefaultAgentSocket),
+		Log:           l.log("agent", b.LogLevel, b.LogFormat, b.LogFile),
+
+		WorkloadKeyType:               l.oneOf("agent.workload_x509_svid_key_type", b.WorkloadKeyType, "ec-p256", "ec-p384", "rsa-2048"),
+		X509CacheSize:                 l.number("agent.x509_svid_cache_max_size", b.X509CacheSize, 1000, 1, many),
+		JWTCacheSize:                  l.number("agent.jwt_svid_cache_max_size", b.JWTCacheSize, 1000, 1, many),
+		SyncInterval:                  l.duration("agent.sync_interval", b.SyncInterval, 5*time.Second, time.Second),
+		WorkloadHold:                  l.duration("agent.workload_hold", b.WorkloadHold, 3*time.Second, 0),
+		AllowUnauthenticatedVerifiers: b.AllowUnauthenticatedVerifiers,
+		AllowedForeignJWTClaims:       b.AllowedForeignJWTClaims,
+		LogSelectors:                  b.LogSelectors,
+	}
+	if a.WorkloadHold == 0 {
+		a.WorkloadHold = -1
+	}
+	switch {
+	case b.AdminSocket == nil:
+		a.AdminSocketPath = DefaultAdminSocket
+	case *b.AdminSocket != "":
+		a.AdminSocketPath = l.socket("agent.admin_socket_path", *b.AdminSocket, "")
+	}
+	if a.AdminSocketPath != "" && within(a.AdminSocketPath, filepath.Dir(a.SocketPath)) {
+		l.say("agent.admin_socket_path", "Invalid socket path",
+			"%q is in the directory of the Workload API's socket or below it, which is handed to workloads; choose another directory, or \"\" for no admin socket.", a.AdminSocketPath)
+	}
+	return a
+}
+
+// within reports whether the file is in the directory or below it.
+func within(file, directory string) bool {
+	rel, err := filepath.Rel(directory, file)
+	return err == nil && rel != ".." && !strings.HasPrefix(rel, "../")
+}
+
+func (l *loader) host(key, text string) string {
+	switch {
+	case text == "":
+		l.required(key, text, "it names the server's host or IP address")
+	case strings.Contains(text, "/"), strings.ContainsAny(text, " @"):
+		l.say(key, "Invalid address", "%q is no host name or IP address; write only that, without scheme or path.", text)
+	case net.ParseIP(text) == nil && strings.Contains(text, ":"):
+		l.say(key, "Invalid address", "%q has a port in it; write the port as server_port.", text)
+	}
+	return text
+}
+
+// bootstrap checks how the agent comes to trust the server at first.
+func (l *loader) bootstrap(a *Agent, b *agentBlock) {
+	// A flag takes the place of whichever source the file names.
+	if l.flags["agent.trust_bundle_path"] != "" || l.flags["agent.trust_bundle_url"] != "" || l.flags["agent.insecure_bootstrap"] != "" {
+		l.unlessFlag("agent.trust_bundle_path", func() { b.TrustBundlePath = "" })
+		l.unlessFlag("agent.trust_bundle_url", func() { b.TrustBundleURL = "" })
+		l.unlessFlag("agent.insecure_bootstrap", func() { b.InsecureBootstrap = false })
+	}
+	a.TrustBundleFormat = l.oneOf("agent.trust_bundle_format", b.TrustBundleFormat, "pem", "spiffe")
+	a.InsecureBootstrap = b.InsecureBootstrap
+	if b.TrustBundlePath != "" {
+		a.TrustBundlePath = l.existing("agent.trust_bundle_path", b.TrustBundlePath, `"assay-server bundle show" prints what belongs into it`)
+	}
+	if b.TrustBundleURL != "" {
+		a.TrustBundleURL = b.TrustBundleURL
+		if u, err := url.Parse(b.TrustBundleURL); err != nil || u.Scheme != "https" || u.Host == "" {
+			l.say("agent.trust_bundle_url", "Invalid URL", "%q is no https URL; without https anybody on the way could take the server's place.", b.TrustBundleURL)
+		}
+	}
+	var set []string
+	for _, source := range []struct {
+		key string
+		on  bool
+	}{
+		{"trust_bundle_path", b.TrustBundlePath != ""},
+		{"trust_bundle_url", b.TrustBundleURL != ""},
+		{"insecure_bootstrap", b.InsecureBootstrap},
+	} {
+		if source.on {
+			set = append(set, source.key)
+		}
+	}
+	switch len(set) {
+	case 0:
+		l.say("agent.trust_bundle_path", "Missing bootstrap trust",
+			"One of trust_bundle_path, trust_bundle_url and insecure_bootstrap is required: it is how the agent knows the server at first.")
+	case 1:
+	default:
+		l.say("agent."+set[1], "Conflicting bootstrap trust", "Only one of trust_bundle_path, trust_bundle_url and insecure_bootstrap can be set; there are %s.", quoted(set))
+	}
+}
+
+// maxToken is far more than a join token has, in bytes.
+const maxToken = 4096
+
+func (l *loader) joinToken(a *Agent, b *agentBlock) {
+	if l.flags["agent.join_token"] != "" || l.flags["agent.join_token_file"] != "" {
+		l.unlessFlag("agent.join_token", func() { b.JoinToken = "" })
+		l.unlessFlag("agent.join_token_file", func() { b.JoinTokenFile = "" })
+	}
+	a.JoinToken = b.JoinToken
+	if b.JoinTokenFile == "" {
+		return
+	}
+	const key = "agent.join_token_file"
+	if b.JoinToken != "" {
+		l.say(key, "Conflicting join tokens", "Only one of join_token and join_token_file can be set.")
+		return
+	}
+	path := absolute(b.JoinTokenFile)
+	text, err := os.ReadFile(path)
+	switch {
+	case err != nil:
+		l.say(key, "Unreadable file", "%s: %s; \"assay-server token generate\" prints what belongs into it.", path, reason(err))
+	case len(text) > maxToken:
+		l.say(key, "Invalid join token", "%s is %d bytes large; a join token is much shorter.", path, len(text))
+	case strings.TrimSpace(string(text)) == "":
+		l.say(key, "Invalid join token", "%s is empty; \"assay-server token generate\" prints what belongs into it.", path)
+	}
+	a.JoinToken = strings.TrimSpace(string(text))
+}
+
+func (l *loader) node(a *Agent, blocks []typeBlock, have []attestor.NodeKind) {
+	l.one(blocks, "node attestor", "an agent proves its node in one way")
+	k := kinds{role: "node attestor"}
+	byType := map[string]attestor.NodeKind{}
+	for _, kind := range have {
+		k.add(kind.Type, kind.Config)
+		byType[kind.Type] = kind
+	}
+	l.decodeTypes(blocks, k, func(t string, config any) { a.Node = Node{Kind: byType[t], Config: config} })
+	if len(blocks) == 0 {
+		l.say("node_attestor", "Missing node_attestor block", "The agent needs one to be admitted; add node_attestor \"join_token\" {} for a start.")
+	}
+}
+
+func (l *loader) workloads(a *Agent, blocks []typeBlock, have []attestor.WorkloadKind) {
+	k := kinds{role: "workload attestor"}
+	byType := map[string]attestor.WorkloadKind{}
+	for _, kind := range have {
+		k.add(kind.Type, kind.Config)
+		byType[kind.Type] = kind
+	}
+	l.decodeTypes(blocks, k, func(t string, config any) {
+		a.Workloads = append(a.Workloads, Workload{Kind: byType[t], Config: config})
+	})
+	if len(blocks) == 0 {
+		l.say("workload_attestor", "Missing workload_attestor block", "Without one no workload can prove anything; add workload_attestor \"unix\" {} for a start.")
+	}
+}

@@ -1,0 +1,112 @@
+# The configuration of assay-agent, every key of it. A key that is commented out shows its default,
+# or an example where there is none. Lengths of time are written with their unit: "90s", "5m", "1h30m".
+#
+#   assay-agent validate -config agent.hcl    says everything that is wrong with it
+#   assay-agent run -config agent.hcl         starts it
+#
+# With -expandEnv, $NAME and ${NAME} are replaced by environment variables.
+
+agent {
+  # The trust domain of the server and of everything this agent serves.
+  trust_domain = "example.org"
+
+  # Where the server is. A name may have several addresses; they are used in turn.
+  server_address = "localhost"
+  server_port    = 8081
+
+  # Where the agent keeps, sealed, what lets it serve after a restart while the server is away. It is
+  # made with mode 0700.
+  data_dir = "/var/lib/assay/agent"
+
+  # How the agent knows the server before it has a bundle of its own: a file, an https URL, or, for
+  # trials only, trust in whoever answers first. Exactly one of the three.
+  # "assay-server bundle show > /etc/assay/bundle.pem" makes the file; "-format spiffe" there and
+  # trust_bundle_format = "spiffe" here is the other format.
+  trust_bundle_path = "/etc/assay/bundle.pem"
+  #trust_bundle_url    = "https://bundle.example.org/bundle.pem"
+  #insecure_bootstrap  = false
+  #trust_bundle_format = "pem"
+
+  # The token of node_attestor "join_token". Better than here: in a file that only the agent can
+  # read, or as -joinToken on the command line of the first start.
+  #join_token      = ""
+  #join_token_file = "/etc/assay/join-token"
+
+  # The Workload API's Unix socket, open to every process of the node; what a process gets is decided
+  # by what is proved about it. Containers can be handed its directory.
+  #socket_path = "/run/assay/agent/public/api.sock"
+
+  # The socket of "assay-agent explain", "debug" and "logger", for the agent's own user only. It must
+  # not be in the directory of the one above. "" turns it off.
+  #admin_socket_path = "/run/assay/agent/private/admin.sock"
+
+  # "debug", "info", "warn" or "error"; "text" or "json"; a file, or standard error without one.
+  # SIGHUP opens the file anew, for logrotate, and reads log_level again.
+  log_level  = "info"
+  #log_format = "text"
+  #log_file   = "/var/log/assay/agent.log"
+
+  # Selector types whose values may appear in the log. Values can hold secrets (docker:env), so there
+  # are none by default.
+  #log_selectors = ["unix"]
+
+  # The kind of key that workloads get: "ec-p256", "ec-p384" or "rsa-2048".
+  #workload_x509_svid_key_type = "ec-p256"
+
+  # How many SVIDs are held. X509-SVIDs that workloads show at the moment are held beyond it.
+  #x509_svid_cache_max_size = 1000
+  #jwt_svid_cache_max_size  = 1000
+
+  # How long a workload that matches no entry is held for its entry to arrive before it is refused,
+  # so that a container that starts a moment before its entry does not fail. "0s" is not at all.
+  #workload_hold = "3s"
+
+  # How often a SPIRE server is asked for changes. An Assay server pushes them.
+  #sync_interval = "5s"
+
+  # Let processes without an identity fetch bundles and validate JWT-SVIDs.
+  #allow_unauthenticated_verifiers = false
+
+  # Claims of JWT-SVIDs of other trust domains that are handed to workloads that validate them.
+  #allowed_foreign_jwt_claims = []
+}
+
+# How the agent proves to the server what node it runs on: exactly one block.
+node_attestor "join_token" {}
+
+#node_attestor "x509pop" {
+  #private_key_path = "/etc/assay/node.key"
+  #certificate_path = "/etc/assay/node.pem"
+#}
+
+# What the agent can prove about the processes that call it: a block for each way.
+
+# User, group, and the program's path and hash.
+workload_attestor "unix" {}
+
+# Labels, environment and image of the process's container, asked of the Docker Engine.
+#workload_attestor "docker" {}
+
+# Where the agent's own key lives: "disk", or "memory", with which nothing survives a restart.
+key_manager "disk" {
+  # The default is data_dir.
+  #directory = "/var/lib/assay/agent"
+}
+
+# GET /live and /ready, for probes. Nobody is asked who they are: keep it on loopback or behind
+# something that asks. Without listener_enabled there is no listener.
+#health_checks {
+  #listener_enabled = true
+  #bind_address     = "127.0.0.1"
+  #bind_port        = 8082
+  #live_path        = "/live"
+  #ready_path       = "/ready"
+#}
+
+# GET /metrics, for Prometheus. The same holds for it. Without the block there is no listener.
+#telemetry {
+  #prometheus {
+    #host = "127.0.0.1"
+    #port = 9989
+  #}
+#}

@@ -1,0 +1,118 @@
+package conf
+
+import (
+	"net"
+	"strconv"
+	"strings"
+
+	"github.com/sirupsen/logrus"
+)
+
+// Log is where a daemon's log goes and how much of it.
+type Log struct {
+	Level logrus.Level
+	// File is the absolute path of the log file; empty means standard error.
+	File string
+	// JSON asks for one JSON object per line.
+	JSON bool
+}
+
+// Health is the HTTP listener for liveness and readiness probes.
+type Health struct {
+	// Address is host:port; empty means that there is no listener.
+	Address             string
+	LivePath, ReadyPath string
+}
+
+// healthBlock is health_checks { … }, with SPIRE's names.
+type healthBlock struct {
+	Enabled   bool   `hcl:"listener_enabled,optional"`
+	Address   string `hcl:"bind_address,optional"`
+	Port      *int   `hcl:"bind_port,optional"`
+	LivePath  string `hcl:"live_path,optional"`
+	ReadyPath string `hcl:"ready_path,optional"`
+}
+
+// telemetryBlock is telemetry { … }, with SPIRE's names.
+type telemetryBlock struct {
+	Prometheus *prometheusBlock `hcl:"prometheus,block"`
+}
+
+type prometheusBlock struct {
+	Host string `hcl:"host,optional"`
+	Port *int   `hcl:"port,optional"`
+}
+
+// Addresses of the listeners for probes and metrics where the file does not say. They are loopback:
+// neither asks who calls.
+const (
+	defaultHost       = "127.0.0.1"
+	serverHealthPort  = 8080
+	agentHealthPort   = 8082
+	serverMetricsPort = 9988
+	agentMetricsPort  = 9989
+	defaultLivePath   = "/live"
+	defaultReadyPath  = "/ready"
+)
+
+func (l *loader) health(b *healthBlock, port int) Health {
+	if b == nil {
+		return Health{}
+	}
+	const key = "health_checks."
+	h := Health{
+		LivePath:  l.urlPath(key+"live_path", b.LivePath, defaultLivePath),
+		ReadyPath: l.urlPath(key+"ready_path", b.ReadyPath, defaultReadyPath),
+	}
+	if h.LivePath == h.ReadyPath {
+		l.say(key+"ready_path", "Invalid path", "live_path and ready_path are both %q; they answer different questions and need different paths.", h.LivePath)
+	}
+	host := l.ip(key+"bind_address", b.Address, defaultHost)
+	port = l.port(key+"bind_port", b.Port, port, 0)
+	if b.Enabled {
+		h.Address = net.JoinHostPort(host, strconv.Itoa(port))
+	}
+	return h
+}
+
+func (l *loader) urlPath(key, text, byDefault string) string {
+	if text == "" {
+		return byDefault
+	}
+	if !strings.HasPrefix(text, "/") || strings.ContainsAny(text, " ?#{}") {
+		l.say(key, "Invalid path", "%q is no URL path: it must begin with a slash and have no query.", text)
+		return byDefault
+	}
+	return text
+}
+
+func (l *loader) metrics(b *telemetryBlock, port int) string {
+	if b == nil || b.Prometheus == nil {
+		return ""
+	}
+	const key = "telemetry.prometheus."
+	host := l.ip(key+"host", b.Prometheus.Host, defaultHost)
+	return net.JoinHostPort(host, strconv.Itoa(l.port(key+"port", b.Prometheus.Port, port, 0)))
+}
+
+// log reads the three keys that the server and the agent share.
+func (l *loader) log(block, level, format, file string) Log {
+	return Log{
+		Level: l.logLevel(block+".log_level", level),
+		JSON:  l.oneOf(block+".log_format", strings.ToLower(format), "text", "json") == "json",
+		File:  l.inFile(block+".log_file", file),
+	}
+}
+
+// keyManager reads the one key_manager block, "disk" if there is none. The key named pathKey says
+// where the disk one keeps its keys.
+func (l *loader) keyManager(blocks []typeBlock, disk func() any) (kind string, config any) {
+	l.one(blocks, "key manager", "keys live in one place")
+	var k kinds
+	k.role = "key manager"
+	k.add("disk", disk)
+	k.add("memory", func() any { return new(struct{}) })
+	kind, config = "disk", disk()
+	l.decodeTypes(blocks, k, func(t string, c any) { kind, config = t, c })
+	return kind, config
+}

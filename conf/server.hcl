@@ -1,0 +1,110 @@
+# The configuration of assay-server, every key of it. A key that is commented out shows its default,
+# or an example where there is none. Lengths of time are written with their unit: "90s", "5m", "1h30m".
+#
+#   assay-server validate -config server.hcl    says everything that is wrong with it
+#   assay-server run -config server.hcl         starts it
+#
+# With -expandEnv, $NAME and ${NAME} are replaced by environment variables.
+
+server {
+  # The trust domain this server issues identities of. The data directory belongs to it for good.
+  trust_domain = "example.org"
+
+  # Where the server keeps its store, its keys and its audit log. It is made with mode 0700.
+  data_dir = "/var/lib/assay/server"
+
+  # Where agents connect.
+  bind_address = "0.0.0.0"
+  bind_port    = 8081
+
+  # The Unix socket of the command line and of other local administrators, mode 0770. Whoever may
+  # open it may do everything.
+  #socket_path = "/run/assay/server/api.sock"
+
+  # "debug", "info", "warn" or "error"; "text" or "json"; a file, or standard error without one.
+  # SIGHUP opens the file anew, for logrotate, and reads log_level again.
+  log_level  = "info"
+  #log_format = "text"
+  #log_file   = "/var/log/assay/server.log"
+
+  # One line of JSON for each decision: who asked for what, what came of it and why. No line, no
+  # certificate. The default is audit.log in data_dir; "-" is standard error.
+  #audit_log_file = "/var/log/assay/audit.log"
+
+  # The authorities that sign X509-SVIDs and JWT-SVIDs: how long each lives and which kind of key it
+  # has, "ec-p256", "ec-p384", "rsa-2048" or "rsa-4096". The next one is made ahead of time. No
+  # certificate outlives its authority, so keep ca_ttl at six times the longest SVID or more.
+  #ca_ttl       = "24h"
+  #ca_key_type  = "ec-p256"
+  #jwt_key_type = "ec-p256"
+
+  # The subject of the X.509 authority's certificate.
+  #ca_subject {
+    #country      = ["US"]
+    #organization = ["SPIFFE"]
+    #common_name  = "example.org"
+  #}
+
+  # How long SVIDs live whose entry does not say, and agents' own SVIDs.
+  #default_x509_svid_ttl = "1h"
+  #default_jwt_svid_ttl  = "5m"
+  #agent_ttl             = "1h"
+
+  # The iss claim of JWT-SVIDs, none by default; or no JWT-SVIDs at all.
+  #jwt_issuer        = "https://oidc.example.org"
+  #disable_jwt_svids = false
+
+  # Who may administer the server over the network, with an X509-SVID, beside those who have an
+  # entry with admin set.
+  #admin_ids = ["spiffe://example.org/admin"]
+
+  # Refuse TLS callers that cannot do a post-quantum hybrid key exchange. Without it, such an
+  # exchange is preferred.
+  #require_pq_kem = false
+
+  # Rates per source address; a caller above them waits. Local callers are exempt.
+  #ratelimit {
+    #attestation = true
+    #signing     = true
+  #}
+  #limits {
+    #attestations_per_second    = 1
+    #signatures_per_second      = 500
+    #max_connections            = 50000
+    #max_connections_per_source = 10000
+  #}
+}
+
+# How agents prove what node they run on: a block for each way this server accepts.
+
+# A token that "assay-server token generate" prints, good for one agent, once.
+node_attestor "join_token" {}
+
+# A certificate that the node already has, from an authority you name.
+#node_attestor "x509pop" {
+  #ca_bundle_path = "/etc/assay/node-ca.pem"
+#}
+
+# Where signing keys live: "disk", or "memory", with which a restart begins with new authorities.
+key_manager "disk" {
+  # The default is keys.json in data_dir.
+  #keys_path = "/var/lib/assay/server/keys.json"
+}
+
+# GET /live and /ready, for probes. Nobody is asked who they are: keep it on loopback or behind
+# something that asks. Without listener_enabled there is no listener.
+#health_checks {
+  #listener_enabled = true
+  #bind_address     = "127.0.0.1"
+  #bind_port        = 8080
+  #live_path        = "/live"
+  #ready_path       = "/ready"
+#}
+
+# GET /metrics, for Prometheus. The same holds for it. Without the block there is no listener.
+#telemetry {
+  #prometheus {
+    #host = "127.0.0.1"
+    #port = 9988
+  #}
+#}
