@@ -1,0 +1,166 @@
+package peer
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxSocketPath is what fits in sockaddr_un with its closing zero.
+const maxSocketPath = 107
+
+// Socket is a Unix socket file that this process listens on.
+type Socket struct {
+	*net.UnixListener
+	path string
+	ino  fileID
+}
+
+type fileID struct{ dev, ino uint64 }
+
+// Listen makes the socket with the given mode and puts it in place in one step: it is bound and
+// opened up under a hidden name beside its place and renamed over whatever dead socket is there, so
+// that clients find a socket which accepts them or none, at any moment. A missing directory is made
+// with mode dirMode; one that exists is left as it is. A file that is no socket is refused, and so
+// is a socket on which another process still listens; this process may replace its own.
+func Listen(path string, mode, dirMode os.FileMode) (*Socket, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	dir := filepath.Dir(path)
+	if err := makeDir(dir, dirMode); err != nil {
+		return nil, fmt.Errorf("make directory of socket: %w", err)
+	}
+	if err := vacant(path); err != nil {
+		return nil, err
+	}
+	hidden := filepath.Join(dir, "."+randomName())
+	if longest := max(len(path), len(hidden)); longest > maxSocketPath {
+		return nil, fmt.Errorf("listen on %s: path is %d bytes long, Unix sockets allow %d", path, longest, maxSocketPath)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: hidden, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	l.SetUnlinkOnClose(false) // the name it was bound to is gone by then, and the new one may be another's
+	s := &Socket{UnixListener: l, path: path}
+	if err = os.Chmod(hidden, mode); err == nil {
+		s.ino, err = identityOf(hidden)
+	}
+	if err == nil {
+		err = os.Rename(hidden, path)
+	}
+	if err != nil {
+		_ = l.Close()
+		_ = os.Remove(hidden)
+		return nil, fmt.Errorf("put socket in place at %s: %w", path, err)
+	}
+	return s, nil
+}
+
+// Path returns where the socket is.
+func (s *Socket) Path() string { return s.path }
+
+// InPlace reports whether clients that open the path reach this socket. Cleaners of temporary
+// directories remove sockets whose file times look old, and a second agent may have moved in.
+func (s *Socket) InPlace() bool {
+	now, err := identityOf(s.path)
+	return err == nil && now == s.ino
+}
+
+// Close stops listening and removes the file, unless another socket has taken its place.
+func (s *Socket) Close() error {
+	if s.InPlace() {
+		_ = os.Remove(s.path)
+	}
+	return s.UnixListener.Close()
+}
+
+// makeDir makes the directory and what is missing above it; the mode is the last one's and holds
+// whatever the umask is. Directories above it are made so that everybody can pass.
+func makeDir(dir string, mode os.FileMode) error {
+	if _, err := os.Stat(dir); err == nil || !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil { //nolint:gosec // workloads of other users must reach the socket
+		return err
+	}
+	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return os.Chmod(dir, mode)
+}
+
+// vacant says why the path cannot be taken, or nil.
+func vacant(path string) error {
+	st, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if st.Mode().Type() != os.ModeSocket {
+		return fmt.Errorf("listen on %s: there is a file which is not a socket", path)
+	}
+	c, err := net.DialTimeout("unix", path, time.Second)
+	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
+		return nil // nobody listens: left behind by a process that was killed
+	}
+	if err != nil { // no permission, a full backlog: somebody may be there
+		return fmt.Errorf("listen on %s: cannot tell whether the socket is in use: %w", path, err)
+	}
+	defer func() { _ = c.Close() }()
+	pid, err := listenerPID(c)
+	if err != nil {
+		return fmt.Errorf("listen on %s: read credentials of who listens: %w", path, err)
+	}
+	if pid == os.Getpid() {
+		return nil
+	}
+	return fmt.Errorf("listen on %s: process %d already listens there", path, pid)
+}
+
+func listenerPID(c net.Conn) (int, error) {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return 0, errors.New("not a Unix socket")
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, credErr
+	}
+	return int(cred.Pid), nil
+}
+
+func identityOf(path string) (fileID, error) {
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return fileID{}, err
+	}
+	return fileID{dev: uint64(st.Dev), ino: st.Ino}, nil //nolint:unconvert,nolintlint // Dev has another type on some architectures
+}
+
+func randomName() string {
+	var b [3]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}

@@ -1,0 +1,123 @@
+package peer
+
+import (
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestListen(t *testing.T) {
+	t.Run("mode and directory are as asked whatever the umask", func(t *testing.T) {
+		old := unix.Umask(0o077)
+		defer unix.Umask(old)
+		dir := filepath.Join(shortDir(t), "deep", "public")
+		s, err := Listen(filepath.Join(dir, "api.sock"), 0o777, 0o755)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		for path, want := range map[string]os.FileMode{dir: 0o755, s.Path(): 0o777} {
+			st, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st.Mode().Perm() != want {
+				t.Errorf("%s: mode %o, want %o", path, st.Mode().Perm(), want)
+			}
+		}
+		left, err := os.ReadDir(dir)
+		if err != nil || len(left) != 1 {
+			t.Errorf("left over: %v, %v", left, err)
+		}
+	})
+	t.Run("a dead socket is replaced", func(t *testing.T) {
+		path := filepath.Join(shortDir(t), "s")
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.SetUnlinkOnClose(false)
+		_ = l.Close()
+		s, err := Listen(path, 0o777, 0o755)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		if c, err := net.Dial("unix", path); err != nil {
+			t.Error(err)
+		} else {
+			_ = c.Close()
+		}
+	})
+	t.Run("a file that is no socket is left alone", func(t *testing.T) {
+		path := filepath.Join(shortDir(t), "s")
+		if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Listen(path, 0o777, 0o755); err == nil || !strings.Contains(err.Error(), "not a socket") {
+			t.Errorf("got %v", err)
+		}
+		if text, _ := os.ReadFile(path); string(text) != "precious" {
+			t.Error("it is gone")
+		}
+	})
+	t.Run("a socket another process listens on is left alone", func(t *testing.T) {
+		if os.Getuid() != 0 {
+			t.Skip("the helper needs a PID namespace")
+		}
+		path := filepath.Join(shortDir(t), "s")
+		ch := start(t, "stranger", path, nil)
+		ch.line(t)
+		if _, err := Listen(path, 0o777, 0o755); err == nil || !strings.Contains(err.Error(), "already listens") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("the own socket is replaced without a gap", func(t *testing.T) {
+		path := filepath.Join(shortDir(t), "s")
+		var sockets []*Socket
+		defer func() {
+			for _, s := range sockets {
+				_ = s.Close()
+			}
+		}()
+		for range 20 {
+			s, err := Listen(path, 0o777, 0o755)
+			if err != nil {
+				t.Fatal(err)
+			}
+			sockets = append(sockets, s)
+			if len(sockets) > 1 {
+				old := sockets[len(sockets)-2]
+				if old.InPlace() {
+					t.Fatal("the old socket is still in place")
+				}
+				_ = old.Close() // must not remove the new one
+			}
+			c, err := net.Dial("unix", path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = c.Close()
+		}
+	})
+	t.Run("closing removes the file", func(t *testing.T) {
+		s, err := Listen(filepath.Join(shortDir(t), "s"), 0o777, 0o755)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = s.Close()
+		if _, err := os.Lstat(s.Path()); !os.IsNotExist(err) {
+			t.Errorf("still there: %v", err)
+		}
+	})
+	t.Run("a path that does not fit is named with its limit", func(t *testing.T) {
+		_, err := Listen(filepath.Join(shortDir(t), strings.Repeat("x", 120)), 0o777, 0o755)
+		if err == nil || !strings.Contains(err.Error(), "107") {
+			t.Errorf("got %v", err)
+		}
+	})
+}
