@@ -1,0 +1,180 @@
+package join
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// rebootstrapAfter is how long the server must have been unknown to the held bundle before the
+// bootstrap source is believed again. A bundle that missed a whole rotation of authorities would
+// otherwise lock the agent out for good.
+const rebootstrapAfter = 10 * time.Minute
+
+// trust decides whether the other end is the server.
+type trust struct {
+	td       spiffeid.TrustDomain
+	serverID spiffeid.ID
+	now      func() time.Time
+	log      logrus.FieldLogger
+
+	// mu guards what follows.
+	mu sync.Mutex
+	// held is the own trust domain's bundle as the server last told it; nil before the first time.
+	held *identity.Bundle
+	// boot are the bootstrap's authorities, while they are believed.
+	boot []*x509.Certificate
+	// insecure says that anybody with the server's ID is believed; only without a bundle.
+	insecure bool
+	// unknownSince is when the held bundle first failed to verify the server; zero: it does not.
+	unknownSince time.Time
+}
+
+func newTrust(td spiffeid.TrustDomain, now func() time.Time, log logrus.FieldLogger) (*trust, error) {
+	id, err := spiffeid.FromPath(td, "/spire/server")
+	if err != nil {
+		return nil, fmt.Errorf("make server ID: %w", err)
+	}
+	return &trust{td: td, serverID: id, now: now, log: log}, nil
+}
+
+// set replaces the held bundle, and ends all belief in the bootstrap. It reports whether the bundle
+// differs from the one held.
+func (t *trust) set(b *identity.Bundle) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	same := t.held != nil && t.held.Sequence == b.Sequence && len(t.held.X509) == len(b.X509) && len(t.held.JWT) == len(b.JWT)
+	for i := 0; same && i < len(b.X509); i++ {
+		same = t.held.X509[i].Tainted == b.X509[i].Tainted && t.held.X509[i].Certificate.Equal(b.X509[i].Certificate)
+	}
+	t.held, t.boot, t.insecure, t.unknownSince = b, nil, false, time.Time{}
+	return !same
+}
+
+func (t *trust) bundle() *identity.Bundle {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.held
+}
+
+// need says whether the bootstrap source is to be read: there is no bundle, all of its authorities
+// have expired (certain), or the server has been unknown to it for long.
+func (t *trust) need() (need, certain bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.held == nil {
+		return true, true
+	}
+	now := t.now()
+	alive := false
+	for _, a := range t.held.X509 {
+		alive = alive || now.Before(a.Certificate.NotAfter)
+	}
+	if !alive {
+		return true, true
+	}
+	return !t.unknownSince.IsZero() && now.Sub(t.unknownSince) >= rebootstrapAfter, false
+}
+
+// believe adds the bootstrap's authorities, or with insecure anybody who has the server's ID.
+func (t *trust) believe(authorities []*x509.Certificate, insecure bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.boot, t.insecure = authorities, insecure
+}
+
+// verify is called for each handshake, whether it resumes a session or not.
+func (t *trust) verify(cs tls.ConnectionState) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(cs.PeerCertificates) == 0 {
+		return errors.New("verify server: no certificate")
+	}
+	var failed error
+	if t.held != nil {
+		err := t.verifyWith(cs.PeerCertificates, t.held.X509Bundle())
+		if err == nil {
+			t.unknownSince = time.Time{}
+			return nil
+		}
+		failed = err
+		if t.unknownSince.IsZero() {
+			t.unknownSince = t.now()
+		}
+	}
+	if len(t.boot) > 0 {
+		err := t.verifyWith(cs.PeerCertificates, x509bundle.FromX509Authorities(t.td, t.boot))
+		if err == nil {
+			if t.held != nil {
+				t.log.Warn("server is unknown to the held bundle but known to the bootstrap bundle; trusting it")
+			}
+			return nil
+		}
+		failed = err
+	}
+	if t.insecure {
+		id, err := x509svid.IDFromCert(cs.PeerCertificates[0])
+		switch {
+		case err != nil:
+			failed = err
+		case id != t.serverID:
+			failed = fmt.Errorf("it is %q, not %q", id, t.serverID)
+		default:
+			return nil
+		}
+	}
+	if failed == nil {
+		failed = errors.New("no bundle to verify it with")
+	}
+	return fmt.Errorf("verify server: %w", failed)
+}
+
+func (t *trust) verifyWith(certs []*x509.Certificate, source x509bundle.Source) error {
+	id, _, err := x509svid.Verify(certs, source, x509svid.WithTime(t.now()))
+	if err != nil {
+		return err
+	}
+	if id != t.serverID {
+		return fmt.Errorf("it is %q, not %q", id, t.serverID)
+	}
+	return nil
+}
+
+// tls returns the configuration to dial the server with, showing own if it is not nil. The server
+// has no DNS name in its certificate: who it is, verify says by its SPIFFE ID alone.
+func (t *trust) tls(own *keep.Own) *tls.Config {
+	cfg := &tls.Config{
+		MinVersion:         tls.VersionTLS12,
+		NextProtos:         []string{"h2"},
+		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection verifies by SPIFFE ID
+		VerifyConnection:   t.verify,
+	}
+	if own != nil {
+		cert := tls.Certificate{PrivateKey: own.Key, Leaf: own.Chain[0]}
+		for _, c := range own.Chain {
+			cert.Certificate = append(cert.Certificate, c.Raw)
+		}
+		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
+	}
+	return cfg
+}
+
+func tlsForRoots(roots *x509.CertPool) *tls.Config {
+	return &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots}
+}
+
+// signedBy reports whether the certificate was signed by the authority.
+func signedBy(cert *x509.Certificate, a identity.X509Authority) bool {
+	return cert.CheckSignatureFrom(a.Certificate) == nil
+}
