@@ -16,10 +16,12 @@ import (
 )
 
 // Limits of one commit, the same on every store, so that code which works on a file works on a
-// cluster (etcd's own defaults are 128 operations and 1.5 MiB).
+// cluster (etcd's own defaults are 128 operations and 1.5 MiB). MaxOps counts operations and
+// conditions, each for themselves. Keys are not empty.
 const (
 	MaxOps      = 100
 	MaxTxnBytes = 1 << 20
+	MaxKey      = 4 << 10 // bytes
 )
 
 var (
@@ -28,7 +30,7 @@ var (
 	// ErrCompacted says that the changes after the asked revision are no longer stored. The reader
 	// takes a full Range and watches from its revision.
 	ErrCompacted = errors.New("kv: revision compacted")
-	// ErrTooLarge says that a Txn is over MaxOps or MaxTxnBytes. Nothing was written.
+	// ErrTooLarge says that a Txn is over MaxOps, MaxTxnBytes or MaxKey. Nothing was written.
 	ErrTooLarge = errors.New("kv: transaction too large")
 	// ErrFull says that the disk (or the quota) is full. Nothing was written; reads go on.
 	ErrFull = errors.New("kv: no space left in the store")

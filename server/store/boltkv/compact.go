@@ -1,0 +1,143 @@
+package boltkv
+
+import (
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"go.etcd.io/bbolt"
+
+	"github.com/assay-id/assay/server/store/kv"
+)
+
+// compactStep is how many revisions are forgotten in one transaction, so that commits get through in
+// between.
+const compactStep = 1000
+
+// Compact forgets the log up to and including a revision, or up to the last one if that is smaller.
+// The file does not shrink, but its room is used again.
+func (s *Store) Compact(ctx context.Context, upTo kv.Rev) error {
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		done, err := s.compactSome(upTo)
+		if done || err != nil {
+			return err
+		}
+	}
+}
+
+func (s *Store) compactSome(upTo kv.Rev) (done bool, err error) {
+	if err := s.enter(); err != nil {
+		return false, err
+	}
+	defer s.leave()
+	s.writing.Lock()
+	defer s.writing.Unlock()
+	if broken := s.broken.Load(); broken != nil {
+		return false, broken.err
+	}
+	err = s.guard(func() error {
+		tx, err := s.db.Begin(true)
+		if err != nil {
+			return fmt.Errorf("compact store: %w", err)
+		}
+		defer tx.Rollback() //nolint:errcheck // after a commit there is nothing to roll back
+		done, err = forget(tx, min(upTo, revision(tx)))
+		if err != nil {
+			return err
+		}
+		if err := tx.Commit(); err != nil {
+			return fmt.Errorf("compact store: %w", err)
+		}
+		return nil
+	})
+	if err != nil {
+		return false, s.settle(err)
+	}
+	return done, nil
+}
+
+// forget deletes the first compactStep records of the log that are not after upTo.
+func forget(tx *bbolt.Tx, upTo kv.Rev) (done bool, err error) {
+	was := compacted(tx)
+	if upTo <= was {
+		return true, nil
+	}
+	log := tx.Bucket(logBucket)
+	until := min(upTo, was+compactStep)
+	for rev := was + 1; rev <= until; rev++ {
+		if err := log.Delete(logKey(rev)); err != nil {
+			return false, fmt.Errorf("compact store: %w", err)
+		}
+	}
+	mark := binary.BigEndian.AppendUint64(nil, uint64(until))
+	if err := tx.Bucket(metaBucket).Put(compactedKey, mark); err != nil {
+		return false, fmt.Errorf("compact store: %w", err)
+	}
+	return until == upTo, nil
+}
+
+// Backup writes a consistent copy of the store as of now. Reads and commits go on meanwhile.
+func (s *Store) Backup(ctx context.Context, w io.Writer) error {
+	return s.view(ctx, func(tx *bbolt.Tx, _ kv.Rev) error {
+		if _, err := tx.WriteTo(w); err != nil {
+			return fmt.Errorf("back up store: %w", err)
+		}
+		return nil
+	})
+}
+
+// Restore makes the store at path from what Backup wrote. It refuses to overwrite a file. The
+// restored store gets a new identity, so that nobody who saw what happened after the backup takes
+// its revisions for the ones they know.
+func Restore(path string, backup io.Reader) (err error) {
+	if _, err := os.Lstat(path); err == nil {
+		return fmt.Errorf("restore store: %s exists already: move it away first", path)
+	}
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("restore store: make directory: %w", err)
+	}
+	temp, err := os.CreateTemp(dir, ".restore-*") // mode 0600
+	if err != nil {
+		return fmt.Errorf("restore store: %w", err)
+	}
+	defer os.Remove(temp.Name()) //nolint:errcheck // it is gone once renamed
+	_, err = io.Copy(temp, backup)
+	if err != nil {
+		_ = temp.Close()
+		return fmt.Errorf("restore store: %w", err)
+	}
+	if err := temp.Close(); err != nil {
+		return fmt.Errorf("restore store: %w", err)
+	}
+	if info, err := os.Stat(temp.Name()); err != nil || info.Size() == 0 {
+		return fmt.Errorf("restore store %s: the backup is empty", path)
+	}
+	s, err := Open(temp.Name(), Config{})
+	if err != nil {
+		return fmt.Errorf("restore store %s: %w", path, err)
+	}
+	err = s.guard(func() error { return s.db.Update(renew) })
+	if err != nil {
+		_ = s.Close()
+		return fmt.Errorf("restore store %s: %w", path, err)
+	}
+	// bbolt syncs what it writes itself; the copied pages are synced here.
+	if err := s.file.Sync(); err != nil {
+		_ = s.Close()
+		return fmt.Errorf("restore store %s: %w", path, err)
+	}
+	if err := s.Close(); err != nil {
+		return fmt.Errorf("restore store %s: %w", path, err)
+	}
+	if err := os.Rename(temp.Name(), path); err != nil {
+		return fmt.Errorf("restore store: %w", err)
+	}
+	return syncDirectory(dir)
+}
