@@ -1,0 +1,379 @@
+package ca
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/assay-id/assay/server/ca/keys"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// kinds is the order in which authorities are looked after.
+var kinds = []string{KindX509, KindJWT}
+
+// maxGrace is how long an authority that was prepared late is given to reach the verifiers before
+// it takes over from one that is still valid. SPIRE's agents ask for the bundle every 5 seconds.
+const maxGrace = 30 * time.Second
+
+// load reads the journal into lines. Nothing signs after it: turn publishes first.
+func (c *CA) load(ctx context.Context) error {
+	stored, err := c.store.Journal(ctx)
+	if err != nil {
+		return fmt.Errorf("read journal: %w", err)
+	}
+	if len(stored) == 0 {
+		if err := c.checkEmptyJournal(ctx); err != nil {
+			return err
+		}
+	}
+	for _, line := range stored {
+		var signer crypto.Signer
+		if line.State == StatePrepared || line.State == StateActive {
+			if signer, err = c.keys.Get(ctx, line.KeyID); err != nil && !errors.Is(err, keys.ErrNotFound) {
+				return fmt.Errorf("get key of %s authority %s: %w", line.Kind, line.AuthorityID, err)
+			}
+			if err != nil {
+				signer = nil
+			}
+		}
+		a, err := decode(line, signer, c.td)
+		if err != nil {
+			return err
+		}
+		c.lines[line.AuthorityID] = a
+	}
+	return c.retire(ctx)
+}
+
+// checkEmptyJournal tells a new trust domain from one whose journal was lost: the latter has
+// authorities in its bundle that somebody made.
+func (c *CA) checkEmptyJournal(ctx context.Context) error {
+	b, err := c.store.Bundle(ctx, c.td)
+	if errors.Is(err, records.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("read bundle: %w", err)
+	}
+	valid, now := 0, c.cfg.Now()
+	for _, a := range b.X509 {
+		if now.Before(a.Certificate.NotAfter) {
+			valid++
+		}
+	}
+	for _, a := range b.JWT {
+		if now.Before(a.ExpiresAt) {
+			valid++
+		}
+	}
+	switch {
+	case valid == 0:
+		return nil
+	case c.cfg.NewAuthorityOnLostKey:
+		c.log.WithField("authorities", valid).
+			Error("The journal of authorities is lost while the bundle still names some: new ones are made because new_authority_on_lost_key says so")
+		return nil
+	}
+	return fmt.Errorf("%w: it is empty, but the bundle of %s names %d authorities that have not expired: "+
+		"restore the store from a backup, or set new_authority_on_lost_key once to make new authorities beside them",
+		ErrJournal, c.td.Name(), valid)
+}
+
+// retire makes old what load found and cannot sign. It decides about all lines before it writes.
+func (c *CA) retire(ctx context.Context) error {
+	now := c.cfg.Now()
+	var changed []*authority
+	for _, kind := range kinds {
+		// There is one of each: what is found first is the newest, and all others make way.
+		active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
+		for _, a := range c.lines {
+			if a.line.Kind != kind || a.line.State != StateActive && a.line.State != StatePrepared {
+				continue
+			}
+			log := c.log.WithFields(a.fields())
+			switch {
+			case a != active && a != prepared:
+				log.WithField("state", a.line.State).Error("Second authority in this state: it is taken for old")
+			case a.signer != nil:
+				continue
+			case !c.keys.Persistent():
+				log.Info("Keys in memory ended with the last run: the authority is old now")
+			case a == prepared:
+				log.Warn("Private key of the prepared authority is lost: another one will be prepared")
+			case a.expired(now):
+				log.Warn("Private key of the active authority is lost, but it has expired anyway")
+			case c.cfg.NewAuthorityOnLostKey:
+				log.Error("Private key of the active authority is lost: a new one is made because new_authority_on_lost_key says so")
+			default:
+				return fmt.Errorf("%w: %s authority %s, valid until %s, has no key %s in the key file: "+
+					"put the key file back, or set new_authority_on_lost_key once to start with a new authority "+
+					"(what the lost one signed stays valid until then)",
+					ErrLostKey, kind, a.line.AuthorityID, a.line.NotAfter.Format(time.RFC3339), a.line.KeyID)
+			}
+			changed = append(changed, a.with(StateOld, now))
+		}
+	}
+	if len(changed) == 0 {
+		return nil
+	}
+	return c.put(ctx, changed...)
+}
+
+// turn brings everything to where it should be by now, each step only once the one before it is
+// stored. Callers hold mu. What could not be done is in the error; what signs goes on signing.
+func (c *CA) turn(ctx context.Context) error {
+	now := c.cfg.Now()
+	var errs []error
+	for _, kind := range kinds {
+		errs = append(errs, c.prepare(ctx, kind, now))
+	}
+	if err := c.publish(ctx, now); err != nil {
+		return errors.Join(append(errs, err)...) // nothing takes over that is not published
+	}
+	for _, kind := range kinds {
+		errs = append(errs, c.activate(ctx, kind, now))
+	}
+	errs = append(errs, c.prune(ctx, now))
+	return errors.Join(errs...)
+}
+
+// prepare makes the successor when it is time, or the first authority, and journals it.
+func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
+	active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
+	var changed []*authority
+	if prepared != nil {
+		if !prepared.expired(now) {
+			return nil
+		}
+		changed = append(changed, prepared.with(StateOld, now)) // the server was down all its life
+	} else if active != nil && !active.shouldPrepare(now) {
+		return nil
+	}
+	// An authority that could not be journaled is tried again as it is: a store that is away for an
+	// hour costs one key, and one that said no but wrote the line is not left with a line without
+	// a key.
+	next := c.pending[kind]
+	if next == nil || next.shouldActivate(now) {
+		var err error
+		if next, err = c.makeAuthority(ctx, kind); err != nil {
+			return err
+		}
+		c.pending[kind] = next
+	}
+	if err := c.put(ctx, append(changed, next)...); err != nil {
+		return fmt.Errorf("prepare %s authority: %w", kind, err)
+	}
+	delete(c.pending, kind)
+	c.log.WithFields(next.fields()).Info("Authority prepared")
+	return nil
+}
+
+// activate lets the prepared authority take over when it is time. It is in the bundle by now.
+func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
+	active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
+	slot := c.slot(kind)
+	if active != nil && slot.Load() == nil { // the start: it is in the bundle, so it may sign
+		slot.Store(active)
+		c.metrics.active(kind, active.line.NotAfter)
+	}
+	if prepared == nil {
+		return nil
+	}
+	if active != nil && !active.expired(now) {
+		grace := min(maxGrace, active.lifetime()/60)
+		if !active.shouldActivate(now) || now.Before(prepared.line.CreatedAt.Add(grace)) {
+			return nil
+		}
+	}
+	changed := []*authority{prepared.with(StateActive, now)}
+	if active != nil {
+		changed = append(changed, active.with(StateOld, now))
+	}
+	if err := c.put(ctx, changed...); err != nil {
+		return fmt.Errorf("activate %s authority: %w", kind, err)
+	}
+	slot.Store(changed[0])
+	c.metrics.active(kind, changed[0].line.NotAfter)
+	c.log.WithFields(changed[0].fields()).Info("Authority activated")
+	if active != nil {
+		c.deleteKey(ctx, active)
+	}
+	return nil
+}
+
+// publish sees to it that the bundle names every authority of the journal, and none that expired
+// more than a day ago.
+func (c *CA) publish(ctx context.Context, now time.Time) error {
+	b, err := c.store.Bundle(ctx, c.td)
+	if err != nil && !errors.Is(err, records.ErrNotFound) {
+		return fmt.Errorf("read bundle: %w", err)
+	}
+	if err == nil && !c.merge(b.Clone(), now) {
+		return nil
+	}
+	b, _, err = c.store.UpdateBundle(ctx, c.td, func(b *identity.Bundle) error {
+		c.merge(b, now)
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("publish authorities: %w", err)
+	}
+	c.log.WithFields(logrus.Fields{"sequence": b.Sequence, "x509": len(b.X509), "jwt": len(b.JWT)}).Info("Bundle published")
+	return nil
+}
+
+// merge changes the bundle and reports whether it did. Authorities that others put there (an
+// operator's append) stay until they expire; nobody's taint is taken back.
+func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
+	limit := now.Add(-pruneAfter)
+	x509s := make([]identity.X509Authority, 0, len(b.X509)+1)
+	for _, a := range b.X509 {
+		if !a.Certificate.NotAfter.After(limit) {
+			changed = true
+			continue
+		}
+		x509s = append(x509s, a)
+	}
+	jwts := make([]identity.JWTAuthority, 0, len(b.JWT)+1)
+	for _, a := range b.JWT {
+		if !a.ExpiresAt.IsZero() && !a.ExpiresAt.After(limit) {
+			changed = true
+			continue
+		}
+		jwts = append(jwts, a)
+	}
+	for _, a := range c.sorted() {
+		if a.prunable(now) {
+			continue
+		}
+		var entryChanged bool
+		if a.line.Kind == KindX509 {
+			x509s, entryChanged = addX509(x509s, a)
+		} else {
+			jwts, entryChanged = addJWT(jwts, a)
+		}
+		changed = changed || entryChanged
+	}
+	b.X509, b.JWT = x509s, jwts
+	return changed
+}
+
+func addX509(list []identity.X509Authority, a *authority) ([]identity.X509Authority, bool) {
+	tainted := a.line.State == StateTainted
+	for i := range list {
+		if bytes.Equal(list[i].Certificate.Raw, a.cert.Raw) {
+			taint := tainted && !list[i].Tainted
+			list[i].Tainted = list[i].Tainted || tainted
+			return list, taint
+		}
+	}
+	return append(list, identity.X509Authority{Certificate: a.cert, Tainted: tainted}), true
+}
+
+func addJWT(list []identity.JWTAuthority, a *authority) ([]identity.JWTAuthority, bool) {
+	tainted := a.line.State == StateTainted
+	for i := range list {
+		if list[i].KeyID == a.line.AuthorityID {
+			taint := tainted && !list[i].Tainted
+			list[i].Tainted = list[i].Tainted || tainted
+			return list, taint
+		}
+	}
+	return append(list, identity.JWTAuthority{
+		KeyID: a.line.AuthorityID, Key: a.public, ExpiresAt: a.line.NotAfter, Tainted: tainted,
+	}), true
+}
+
+// prune forgets authorities that nobody can need any more.
+func (c *CA) prune(ctx context.Context, now time.Time) error {
+	var ids []string
+	for id, a := range c.lines {
+		if a.prunable(now) && a.line.State != StateActive && a.line.State != StatePrepared {
+			c.deleteKey(ctx, a)
+			ids = append(ids, id)
+		}
+	}
+	if len(ids) == 0 {
+		return nil
+	}
+	if err := c.store.PutJournal(ctx, nil, ids); err != nil {
+		return fmt.Errorf("prune journal: %w", err)
+	}
+	for _, id := range ids {
+		c.log.WithFields(c.lines[id].fields()).Info("Authority pruned")
+		delete(c.lines, id)
+	}
+	return nil
+}
+
+// put journals the authorities and then holds them to be so.
+func (c *CA) put(ctx context.Context, changed ...*authority) error {
+	lines := make([]records.Journal, len(changed))
+	for i, a := range changed {
+		lines[i] = a.line
+	}
+	if err := c.store.PutJournal(ctx, lines, nil); err != nil {
+		return fmt.Errorf("write journal: %w", err)
+	}
+	for _, a := range changed {
+		c.lines[a.line.AuthorityID] = a
+	}
+	return nil
+}
+
+// sweepKeys deletes the keys of authorities that became old in a run that did not get to it. Keys
+// that no line names stay: after a backup of the store was restored, they may be all there is.
+func (c *CA) sweepKeys(ctx context.Context) {
+	for _, a := range c.lines {
+		if a.line.State == StateOld || a.line.State == StateTainted {
+			c.deleteKey(ctx, a)
+		}
+	}
+}
+
+// deleteKey is for the keys of authorities that will not sign again. One that cannot be deleted is
+// tried again at the next start and when the authority is pruned.
+func (c *CA) deleteKey(ctx context.Context, a *authority) {
+	if err := c.keys.Delete(ctx, a.line.KeyID); err != nil {
+		c.log.WithError(err).WithFields(a.fields()).Warn("Private key of an old authority could not be deleted")
+	}
+}
+
+// find returns the newest authority of the kind in the state, or nil.
+func (c *CA) find(kind, state string) *authority {
+	var newest *authority
+	for _, a := range c.lines {
+		if a.line.Kind == kind && a.line.State == state && (newest == nil || older(newest, a) < 0) {
+			newest = a
+		}
+	}
+	return newest
+}
+
+func (c *CA) slot(kind string) *atomic.Pointer[authority] {
+	if kind == KindX509 {
+		return &c.x509
+	}
+	return &c.jwt
+}
+
+// current returns the authority that signs, or nil.
+func (c *CA) current(kind string) *authority {
+	a := c.slot(kind).Load()
+	if a == nil || a.expired(c.cfg.Now()) {
+		return nil
+	}
+	return a
+}
+
+func (a *authority) fields() logrus.Fields {
+	return logrus.Fields{"kind": a.line.Kind, "authority_id": a.line.AuthorityID, "expires_at": a.line.NotAfter.Format(time.RFC3339)}
+}
