@@ -82,8 +82,8 @@ func sameBundle(a, b *identity.Bundle) bool {
 			return a.Tainted == b.Tainted && bytes.Equal(a.Certificate.Raw, b.Certificate.Raw)
 		}) &&
 		slices.EqualFunc(a.JWT, b.JWT, func(a, b identity.JWTAuthority) bool {
-			key, comparable := a.Key.(interface{ Equal(crypto.PublicKey) bool })
+			key, ok := a.Key.(interface{ Equal(crypto.PublicKey) bool })
 			return a.KeyID == b.KeyID && a.Tainted == b.Tainted && a.ExpiresAt.Equal(b.ExpiresAt) &&
-				comparable && key.Equal(b.Key)
+				ok && key.Equal(b.Key)
 		})
 }
