@@ -1,0 +1,166 @@
+// Package caller says who calls the server's API and whether they may.
+//
+// Who: the Unix socket's peer as the kernel knows it, or the holder of the client certificate that
+// the TLS handshake verified, or nobody in particular. Whether: the one table in table.go. An agent
+// is also looked up, at every call and all the while a stream is open, because a certificate lives
+// on after its agent was banned or evicted, or renewed it.
+//
+// Why it is so: every method's rule is in one place as data, so that a test can walk the generated
+// service descriptors and find the method that has none; and the same code that lets a call in ends
+// a stream, so that the two cannot disagree.
+package caller
+
+import (
+	"context"
+	"crypto/x509"
+	"fmt"
+	"net"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// Kind is a set of the things a caller can be.
+type Kind uint8
+
+// The kinds of caller. In a row of the table, Anyone lets everybody in.
+const (
+	// Local called over the private Unix socket.
+	Local Kind = 1 << iota
+	// Admin holds an SVID whose ID is in the configuration's admin IDs or has an admin entry.
+	Admin
+	// Agent holds the active SVID of an attested node that is not banned.
+	Agent
+	// Downstream holds an SVID whose ID has a downstream entry.
+	Downstream
+	// Anyone may be without a client certificate.
+	Anyone
+)
+
+// String names the kinds for a log or audit line.
+func (k Kind) String() string {
+	var names []string
+	for i, name := range []string{"local", "admin", "agent", "downstream", "anyone"} {
+		if k&(1<<i) != 0 {
+			names = append(names, name)
+		}
+	}
+	return strings.Join(names, "+")
+}
+
+// Caller is who makes a call. It is immutable.
+type Caller struct {
+	// Kind is what let the caller in. It may be more than that too.
+	Kind Kind
+	// ID is the SPIFFE ID of the client certificate; zero without one.
+	ID spiffeid.ID
+	// Cert is the verified client certificate; nil without one.
+	Cert *x509.Certificate
+	// UID, GID and PID are the Unix peer's, in a call over the Unix socket.
+	UID, GID uint32
+	PID      int32
+	// Addr is the source address of a TCP caller.
+	Addr net.Addr
+	// Entries are those that make a caller Admin or Downstream; none for one of the configuration's
+	// admin IDs.
+	Entries []*identity.Entry
+}
+
+// Name says who the caller is, for a log or audit line.
+func (c *Caller) Name() string {
+	switch {
+	case c.Kind&Local != 0:
+		return "local"
+	case !c.ID.IsZero():
+		return c.ID.String()
+	default:
+		return "anyone"
+	}
+}
+
+// Peer says where the call came from, for a log or audit line.
+func (c *Caller) Peer() string {
+	if c.Kind&Local != 0 {
+		return fmt.Sprintf("uid=%d gid=%d pid=%d", c.UID, c.GID, c.PID)
+	}
+	if c.Addr == nil {
+		return ""
+	}
+	return c.Addr.String()
+}
+
+// Source is the address that rates are counted by: the IP address of a TCP caller, or empty for a
+// local one, which no rate holds back.
+func (c *Caller) Source() string {
+	if c.Kind&Local != 0 || c.Addr == nil {
+		return ""
+	}
+	host, _, err := net.SplitHostPort(c.Addr.String())
+	if err != nil {
+		return c.Addr.String()
+	}
+	return host
+}
+
+type contextKey struct{}
+
+// call is what the interceptors put into a call's context.
+type call struct {
+	caller *Caller
+	again  func(context.Context) error
+}
+
+// FromContext returns who makes the call that ctx belongs to. It panics outside a call that the
+// interceptors of an Authorizer let in: code that asks has no other answer to go on with.
+func FromContext(ctx context.Context) *Caller {
+	c, ok := ctx.Value(contextKey{}).(*call)
+	if !ok {
+		panic("caller: no caller in this context")
+	}
+	return c.caller
+}
+
+// NewContext returns ctx with a caller, for code that is called beside gRPC, and for tests.
+func NewContext(ctx context.Context, c *Caller) context.Context {
+	return context.WithValue(ctx, contextKey{}, &call{caller: c, again: func(context.Context) error { return nil }})
+}
+
+// Reauthorize asks again what was asked when the call was let in, and returns the gRPC error that
+// the call would be refused with now, or nil. Code that keeps a stream open for long asks before
+// each thing it sends.
+func Reauthorize(ctx context.Context) error {
+	c, ok := ctx.Value(contextKey{}).(*call)
+	if !ok {
+		panic("caller: no caller in this context")
+	}
+	return c.again(ctx)
+}
+
+// fromPeer finds out what the transport knows of the caller. A client certificate that is nobody's
+// SPIFFE ID is an error.
+func fromPeer(ctx context.Context) (*Caller, error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, fmt.Errorf("call without a peer")
+	}
+	switch auth := p.AuthInfo.(type) {
+	case unixPeer:
+		return &Caller{Kind: Local, UID: auth.uid, GID: auth.gid, PID: auth.pid}, nil
+	case credentials.TLSInfo:
+		c := &Caller{Addr: p.Addr}
+		if certs := auth.State.PeerCertificates; len(certs) > 0 {
+			id, err := peerID(certs[0])
+			if err != nil {
+				return c, err
+			}
+			c.ID, c.Cert = id, certs[0]
+		}
+		return c, nil
+	default:
+		return &Caller{Addr: p.Addr}, fmt.Errorf("call over an unknown transport %T", p.AuthInfo)
+	}
+}

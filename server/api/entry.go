@@ -1,0 +1,241 @@
+package api
+
+import (
+	"context"
+	"errors"
+
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+
+	"github.com/assay-id/assay/server/api/caller"
+	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/feed"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// entryService is entry.v1.
+type entryService struct {
+	entryv1.UnimplementedEntryServer
+	api *API
+}
+
+func (s *entryService) CountEntries(_ context.Context, req *entryv1.CountEntriesRequest) (*entryv1.CountEntriesResponse, error) {
+	if req.GetFilter() == nil {
+		return &entryv1.CountEntriesResponse{Count: clampInt32(s.api.View.EntryCount())}, nil
+	}
+	filter, err := s.api.entryFilter(req.GetFilter())
+	if err != nil {
+		return nil, err
+	}
+	entries, _ := s.api.View.ListEntries(filter, "", 0)
+	return &entryv1.CountEntriesResponse{Count: clampInt32(len(entries))}, nil
+}
+
+func (s *entryService) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
+	page, err := pageFromWire(req.GetPageSize(), req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	filter, err := s.api.entryFilter(req.GetFilter())
+	if err != nil {
+		return nil, err
+	}
+	entries, next := s.api.View.ListEntries(filter, page.after, page.size)
+	resp := &entryv1.ListEntriesResponse{NextPageToken: pageToken(next)}
+	for _, e := range entries {
+		resp.Entries = append(resp.Entries, maskEntry(e.Wire(), req.GetOutputMask()))
+	}
+	return resp, nil
+}
+
+func (s *entryService) GetEntry(ctx context.Context, req *entryv1.GetEntryRequest) (*types.Entry, error) {
+	if req.GetId() == "" {
+		return nil, refusal(codes.InvalidArgument, "missing ID")
+	}
+	ledgerOf(ctx).note(func(l *audit.Line) { l.EntryID = req.GetId() })
+	e, ok := s.api.View.Entry(req.GetId())
+	if !ok {
+		return nil, refusal(codes.NotFound, "entry not found")
+	}
+	return maskEntry(e.Wire(), req.GetOutputMask()), nil
+}
+
+// entryLine is the audit line of a change of an entry.
+func entryLine(e *identity.Entry, rev kv.Rev) audit.Line {
+	return audit.Line{EntryID: e.ID, SPIFFEID: e.SPIFFEID.String(), Facts: e.Selectors.Strings(), Rev: rev}
+}
+
+// claimedLine is the audit line of an entry that could not be read: what its sender says it is.
+func claimedLine(w *types.Entry) audit.Line {
+	line := audit.Line{EntryID: w.GetId()}
+	if id := w.GetSpiffeId(); id != nil {
+		line.SPIFFEID = "spiffe://" + id.GetTrustDomain() + id.GetPath()
+	}
+	return line
+}
+
+func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchCreateEntryRequest) (*entryv1.BatchCreateEntryResponse, error) {
+	results := make([]*entryv1.BatchCreateEntryResponse_Result, len(req.GetEntries()))
+	l := ledgerOf(ctx)
+	var good []*identity.Entry
+	var at []int // of good, in the request
+	for i, w := range req.GetEntries() {
+		e, err := s.api.entryFromWire(w)
+		if err != nil {
+			err = malformed("failed to convert entry", err)
+			l.item(claimedLine(w), err)
+			results[i] = &entryv1.BatchCreateEntryResponse_Result{Status: itemFailed(err)}
+			continue
+		}
+		good, at = append(good, e), append(at, i)
+	}
+	if len(good) > 0 {
+		made, rev, err := s.api.Records.CreateEntries(ctx, good)
+		if err != nil {
+			return nil, fail("failed to create entries", err)
+		}
+		s.api.settle(ctx, rev)
+		for j, m := range made {
+			results[at[j]] = createResult(l, good[j], m, rev, req.GetOutputMask())
+		}
+	}
+	return &entryv1.BatchCreateEntryResponse{Results: results}, nil
+}
+
+func createResult(l *ledger, asked *identity.Entry, m records.EntryResult, rev kv.Rev, mask *types.EntryMask) *entryv1.BatchCreateEntryResponse_Result {
+	r := &entryv1.BatchCreateEntryResponse_Result{Status: itemOK()}
+	line := entryLine(asked, 0)
+	if m.Entry != nil {
+		line.EntryID = m.Entry.ID
+		r.Entry = maskEntry(m.Entry.Wire(), mask)
+	}
+	var err error
+	switch {
+	case m.Err == nil:
+		line.Rev = rev
+	case errors.Is(m.Err, records.ErrExists):
+		err = refusal(codes.AlreadyExists, "similar entry already exists")
+	default:
+		err = fail("failed to create entry", m.Err)
+	}
+	if err != nil {
+		r.Status = itemFailed(err)
+	}
+	l.item(line, err)
+	return r
+}
+
+func (s *entryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchUpdateEntryRequest) (*entryv1.BatchUpdateEntryResponse, error) {
+	resp := &entryv1.BatchUpdateEntryResponse{}
+	l := ledgerOf(ctx)
+	var last kv.Rev
+	for _, w := range req.GetEntries() {
+		r := &entryv1.BatchUpdateEntryResponse_Result{Status: itemOK()}
+		e, rev, err := s.update(ctx, w, req.GetInputMask())
+		line := claimedLine(w)
+		if err == nil {
+			line, last = entryLine(e, rev), max(last, rev)
+			r.Entry = maskEntry(e.Wire(), req.GetOutputMask())
+		} else {
+			r.Status = itemFailed(err)
+		}
+		l.item(line, err)
+		resp.Results = append(resp.Results, r)
+	}
+	s.api.settle(ctx, last)
+	return resp, nil
+}
+
+// update changes the fields of one entry that the mask names.
+func (s *entryService) update(ctx context.Context, w *types.Entry, mask *types.EntryMask) (*identity.Entry, kv.Rev, error) {
+	if w.GetId() == "" {
+		return nil, 0, malformed("failed to convert entry", errors.New("missing entry ID"))
+	}
+	if mask == nil { // everything is given: say what is wrong with it whether or not it exists
+		if _, err := s.api.entryFromWire(w); err != nil {
+			return nil, 0, malformed("failed to convert entry", err)
+		}
+	}
+	e, rev, err := s.api.Records.UpdateEntry(ctx, w.GetId(), func(e *identity.Entry) error {
+		merged := mergeEntry(e.Wire(), w, mask)
+		changed, err := s.api.entryFromWire(merged)
+		if err != nil {
+			return malformed("failed to convert entry", err)
+		}
+		changed.ID, changed.CreatedAt, changed.Revision = e.ID, e.CreatedAt, e.Revision
+		*e = *changed
+		return nil
+	})
+	switch {
+	case errors.Is(err, records.ErrNotFound):
+		return nil, 0, refusal(codes.NotFound, "failed to update entry")
+	case errors.Is(err, records.ErrExists):
+		return nil, 0, refusal(codes.AlreadyExists, "failed to update entry: similar entry already exists")
+	case err != nil:
+		return nil, 0, fail("failed to update entry", err)
+	}
+	return e, rev, nil
+}
+
+func (s *entryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchDeleteEntryRequest) (*entryv1.BatchDeleteEntryResponse, error) {
+	resp := &entryv1.BatchDeleteEntryResponse{}
+	if len(req.GetIds()) == 0 {
+		return resp, nil
+	}
+	l := ledgerOf(ctx)
+	var ids []string
+	for _, id := range req.GetIds() {
+		if id != "" {
+			ids = append(ids, id)
+		}
+	}
+	lines := make(map[string]audit.Line, len(ids))
+	for _, id := range ids {
+		lines[id] = audit.Line{EntryID: id}
+		if e, ok := s.api.View.Entry(id); ok {
+			lines[id] = entryLine(e, 0)
+		}
+	}
+	errs, rev, err := s.api.Records.DeleteEntries(ctx, ids)
+	if err != nil {
+		return nil, fail("failed to delete entries", err)
+	}
+	s.api.settle(ctx, rev)
+	next := 0
+	for _, id := range req.GetIds() {
+		var err error
+		line := lines[id]
+		if id == "" {
+			err = refusal(codes.InvalidArgument, "missing entry ID")
+		} else {
+			switch e := errs[next]; {
+			case e == nil:
+				line.Rev = rev
+			case errors.Is(e, records.ErrNotFound):
+				err = refusal(codes.NotFound, "entry not found")
+			default:
+				err = fail("failed to delete entry", e)
+			}
+			next++
+		}
+		r := &entryv1.BatchDeleteEntryResponse_Result{Id: id, Status: itemOK()}
+		if err != nil {
+			r.Status = itemFailed(err)
+		}
+		l.item(line, err)
+		resp.Results = append(resp.Results, r)
+	}
+	return resp, nil
+}
+
+func (s *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.GetAuthorizedEntriesRequest) (*entryv1.GetAuthorizedEntriesResponse, error) {
+	picture := s.api.View.Agent(caller.FromContext(ctx).ID)
+	return &entryv1.GetAuthorizedEntriesResponse{Entries: feed.Authorized(picture, req.GetOutputMask())}, nil
+}
+
+func (s *entryService) SyncAuthorizedEntries(stream entryv1.Entry_SyncAuthorizedEntriesServer) error {
+	return feed.Sync(stream, s.api.View.Agent(caller.FromContext(stream.Context()).ID))
+}

@@ -1,0 +1,276 @@
+package api
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/codes"
+
+	"github.com/assay-id/assay/server/api/caller"
+	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/view"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// Limits on the audience of a token.
+const (
+	maxAudiences = 100
+	maxAudience  = 1024 // bytes
+)
+
+// svidService is svid.v1. What is not here answers Unimplemented.
+type svidService struct {
+	svidv1.UnimplementedSVIDServer
+	api *API
+}
+
+// errNotAuthorized does not tell an entry that is missing from one that is another agent's.
+var errNotAuthorized = refusal(codes.NotFound, "entry not found or not authorized")
+
+// BatchNewX509SVID signs for entries that the calling agent may hold at this moment. Of a request it
+// takes the public key and nothing else: what is signed comes from the entry.
+func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
+	n := len(req.GetParams())
+	if n == 0 {
+		return nil, refusal(codes.InvalidArgument, "missing parameters")
+	}
+	if n > maxBatch {
+		return nil, refusal(codes.ResourceExhausted, fmt.Sprintf("batch of %d requests, the limit is %d", n, maxBatch))
+	}
+	who := caller.FromContext(ctx)
+	if err := s.api.sign.wait(ctx, who.Source(), n); err != nil {
+		return nil, err
+	}
+	picture := s.api.View.Agent(who.ID)
+	l := ledgerOf(ctx)
+	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
+	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
+	lines, errs := make([]audit.Line, n), make([]error, n)
+	var group errgroup.Group
+	group.SetLimit(runtime.GOMAXPROCS(0))
+	for i, p := range req.GetParams() {
+		group.Go(func() error {
+			var chain []*x509.Certificate
+			var e *identity.Entry
+			lines[i] = audit.Line{EntryID: p.GetEntryId()}
+			e, chain, errs[i] = s.newX509(ctx, picture, p)
+			if e != nil {
+				lines[i] = entryLine(e, picture.Rev)
+			}
+			if errs[i] != nil {
+				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(errs[i])}
+				return nil
+			}
+			lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
+			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, e)}
+			return nil
+		})
+	}
+	_ = group.Wait() // errors are per item
+	signed := 0
+	for i, line := range lines {
+		l.item(line, errs[i])
+		if errs[i] == nil {
+			signed++
+		}
+	}
+	s.api.issued.WithLabelValues("x509").Add(float64(signed))
+	return &svidv1.BatchNewX509SVIDResponse{Results: results}, nil
+}
+
+func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p *svidv1.NewX509SVIDParams) (*identity.Entry, []*x509.Certificate, error) {
+	if p.GetEntryId() == "" {
+		return nil, nil, refusal(codes.InvalidArgument, "missing entry ID")
+	}
+	e, ok := s.authorized(picture, p.GetEntryId())
+	if !ok {
+		return nil, nil, errNotAuthorized
+	}
+	csr, err := parseCSR(p.GetCsr())
+	if err != nil {
+		return e, nil, err
+	}
+	chain, err := s.api.CA.SignWorkload(ctx, ca.WorkloadParams{
+		PublicKey: csr.PublicKey, ID: e.SPIFFEID, DNSNames: e.DNSNames, TTL: e.X509SVIDTTL,
+	})
+	if err != nil {
+		return e, nil, fail("failed to sign X509-SVID", err)
+	}
+	return e, chain, nil
+}
+
+// authorized returns an entry of the picture. The picture leaves expired ones out when its timer
+// says so; the certificate is refused at the very second.
+func (s *svidService) authorized(picture *view.AgentPicture, id string) (*identity.Entry, bool) {
+	e, ok := picture.Entry(id)
+	if !ok || e.Expired(s.api.cfg.Now()) {
+		return nil, false
+	}
+	return e, true
+}
+
+func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
+	if err := s.jwtOn(); err != nil {
+		return nil, err
+	}
+	l := ledgerOf(ctx)
+	if req.GetEntryId() == "" {
+		return nil, refusal(codes.InvalidArgument, "missing entry ID")
+	}
+	l.note(func(line *audit.Line) { line.EntryID = req.GetEntryId() })
+	audience, err := audience(req.GetAudience())
+	if err != nil {
+		return nil, err
+	}
+	who := caller.FromContext(ctx)
+	if err := s.api.sign.wait(ctx, who.Source(), 1); err != nil {
+		return nil, err
+	}
+	picture := s.api.View.Agent(who.ID)
+	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
+	e, ok := s.authorized(picture, req.GetEntryId())
+	if !ok {
+		return nil, errNotAuthorized
+	}
+	l.note(func(line *audit.Line) { line.SPIFFEID, line.Facts = e.SPIFFEID.String(), e.Selectors.Strings() })
+	svid, err := s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, JTI: e.JTI})
+	if err != nil {
+		return nil, fail("failed to sign JWT-SVID", err)
+	}
+	l.note(func(line *audit.Line) { line.ExpiresAt = svid.ExpiresAt })
+	s.api.issued.WithLabelValues("jwt").Inc()
+	w := jwtWire(svid)
+	w.Hint = e.Hint
+	return &svidv1.NewJWTSVIDResponse{Svid: w}, nil
+}
+
+// MintX509SVID signs what an administrator asks for, without an entry.
+func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest) (*svidv1.MintX509SVIDResponse, error) {
+	if err := s.api.sign.wait(ctx, caller.FromContext(ctx).Source(), 1); err != nil {
+		return nil, err
+	}
+	csr, err := parseCSR(req.GetCsr())
+	if err != nil {
+		return nil, err
+	}
+	ttl, err := mintTTL(req.GetTtl())
+	if err != nil {
+		return nil, err
+	}
+	if len(csr.URIs) != 1 {
+		return nil, malformed("CSR URI SAN is invalid", fmt.Errorf("expected exactly one URI SAN, found %d", len(csr.URIs)))
+	}
+	id, err := spiffeid.FromURI(csr.URIs[0])
+	if err == nil {
+		err = s.api.checkWorkloadID(id)
+	}
+	if err == nil && len(id.String()) > identity.MaxSPIFFEID {
+		err = fmt.Errorf("SPIFFE ID is %d bytes long, the limit is %d", len(id.String()), identity.MaxSPIFFEID)
+	}
+	if err != nil {
+		return nil, malformed("CSR URI SAN is invalid", err)
+	}
+	l := ledgerOf(ctx)
+	l.note(func(line *audit.Line) { line.SPIFFEID = id.String() })
+	if len(csr.DNSNames) > identity.MaxDNSNames {
+		return nil, malformed("CSR DNS SANs are invalid", fmt.Errorf("%d of them, the limit is %d", len(csr.DNSNames), identity.MaxDNSNames))
+	}
+	for _, name := range csr.DNSNames {
+		if err := ca.ValidDNSName(name); err != nil {
+			return nil, malformed("CSR DNS name is invalid", err)
+		}
+	}
+	chain, err := s.api.CA.SignMint(ctx, ca.MintParams{
+		PublicKey: csr.PublicKey, ID: id, DNSNames: csr.DNSNames, Subject: csr.Subject, TTL: ttl,
+	})
+	if err != nil {
+		return nil, fail("failed to sign X509-SVID", err)
+	}
+	l.note(func(line *audit.Line) {
+		line.Serial, line.ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
+	})
+	s.api.issued.WithLabelValues("mint_x509").Inc()
+	return &svidv1.MintX509SVIDResponse{Svid: svidWire(chain, &identity.Entry{SPIFFEID: id})}, nil
+}
+
+// MintJWTSVID signs what an administrator asks for, without an entry.
+func (s *svidService) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRequest) (*svidv1.MintJWTSVIDResponse, error) {
+	if err := s.jwtOn(); err != nil {
+		return nil, err
+	}
+	if err := s.api.sign.wait(ctx, caller.FromContext(ctx).Source(), 1); err != nil {
+		return nil, err
+	}
+	id, err := s.api.workloadIDFromWire(req.GetId())
+	if err != nil {
+		return nil, malformed("invalid SPIFFE ID", err)
+	}
+	l := ledgerOf(ctx)
+	l.note(func(line *audit.Line) { line.SPIFFEID = id.String() })
+	audience, err := audience(req.GetAudience())
+	if err != nil {
+		return nil, err
+	}
+	ttl, err := mintTTL(req.GetTtl())
+	if err != nil {
+		return nil, err
+	}
+	svid, err := s.api.CA.SignJWT(ctx, ca.JWTParams{ID: id, Audience: audience, TTL: ttl})
+	if err != nil {
+		return nil, fail("failed to sign JWT-SVID", err)
+	}
+	l.note(func(line *audit.Line) { line.ExpiresAt = svid.ExpiresAt })
+	s.api.issued.WithLabelValues("mint_jwt").Inc()
+	return &svidv1.MintJWTSVIDResponse{Svid: jwtWire(svid)}, nil
+}
+
+func (s *svidService) jwtOn() error {
+	if s.api.cfg.DisableJWT {
+		return refusal(codes.Unimplemented, "JWT functionality is disabled")
+	}
+	return nil
+}
+
+func mintTTL(seconds int32) (time.Duration, error) {
+	if seconds < 0 {
+		return 0, malformed("invalid TTL", errors.New("negative"))
+	}
+	return time.Duration(seconds) * time.Second, nil
+}
+
+// audience drops empty names and checks that one is left: a token without an audience is good for
+// everybody (JWT-SVID section 3.2).
+func audience(names []string) ([]string, error) {
+	if len(names) > maxAudiences {
+		return nil, malformed("invalid audience", fmt.Errorf("%d of them, the limit is %d", len(names), maxAudiences))
+	}
+	var kept []string
+	for _, name := range names {
+		if len(name) > maxAudience {
+			return nil, malformed("invalid audience", fmt.Errorf("%d bytes long, the limit is %d", len(name), maxAudience))
+		}
+		if name != "" {
+			kept = append(kept, name)
+		}
+	}
+	if len(kept) == 0 {
+		return nil, refusal(codes.InvalidArgument, "at least one audience is required")
+	}
+	return kept, nil
+}
+
+func jwtWire(svid *identity.JWTSVID) *types.JWTSVID {
+	return &types.JWTSVID{
+		Token: svid.Token, Id: identity.IDWire(svid.ID),
+		ExpiresAt: svid.ExpiresAt.Unix(), IssuedAt: svid.IssuedAt.Unix(),
+	}
+}
