@@ -219,6 +219,16 @@ func (j *Joiner) Denied(own *keep.Own, err error) {
 	}
 }
 
+// Accepted tells the Joiner that the server took a call made as own, which ends what Denied began: one
+// of several servers may have been behind the others.
+func (j *Joiner) Accepted(own *keep.Own) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if own == j.own {
+		j.refused = false
+	}
+}
+
 // ban empties the agent.
 func (j *Joiner) ban(err error) {
 	j.mu.Lock()
@@ -451,4 +461,5 @@ func jitter(d time.Duration) time.Duration {
 	return d/2 + time.Duration(rand.Int64N(int64(d/2)+1)) //nolint:gosec // spreads load, hides nothing
 }
 
+// errChain marks an SVID from the server that the agent does not take.
 var errChain = errors.New("server sent an unusable SVID")

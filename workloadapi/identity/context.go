@@ -6,6 +6,10 @@ import "errors"
 // reached and nothing that is still valid is held.
 var ErrUnavailable = errors.New("identity is not available at the moment")
 
+// ErrUnknownEntry says that the server does not grant an entry to the agent that asked: it was deleted,
+// or the server has not heard of it yet. The next picture says which.
+var ErrUnknownEntry = errors.New("entry is not known to the server")
+
 // X509Context is everything a workload's X.509 stream carries at one moment. It is immutable.
 type X509Context struct {
 	// SVIDs are ordered by the age of their entries, the oldest, which is the default, first.

@@ -1,0 +1,187 @@
+package uplink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+const (
+	// maxBatch is the most that servers sign in one call.
+	maxBatch = 500
+	// signTimeout bounds one call. Servers make callers wait for their share.
+	signTimeout = 30 * time.Second
+)
+
+// batchLimit is how many requests go into one call: halved when the server finds a call too large,
+// doubled when it does not.
+type batchLimit struct {
+	mu    sync.Mutex
+	limit int // 0: maxBatch
+}
+
+func (b *batchLimit) get() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.limit == 0 {
+		return maxBatch
+	}
+	return b.limit
+}
+
+func (b *batchLimit) tried(size int, tooLarge bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if tooLarge {
+		b.limit = max(1, size/2)
+	} else if b.limit != 0 && size >= b.limit {
+		b.limit = min(maxBatch, b.limit*2)
+	}
+}
+
+// SignX509 asks the server to sign one X509-SVID for each entry, with the CSR at the same place. It
+// returns a chain (DER, leaf first, without the root) or an error for each: identity.ErrUnknownEntry
+// if the server does not (or not yet) grant the entry to this agent, and an error wrapping
+// identity.ErrUnavailable if the server cannot be asked at the moment.
+func (u *Uplink) SignX509(ctx context.Context, entryIDs []string, csrs [][]byte) (chains [][][]byte, errs []error) {
+	chains = make([][][]byte, len(entryIDs))
+	errs = make([]error, len(entryIDs))
+	for at := 0; at < len(entryIDs); {
+		end := min(len(entryIDs), at+u.batch.get())
+		req := &svidv1.BatchNewX509SVIDRequest{}
+		for i := at; i < end; i++ {
+			req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: entryIDs[i], Csr: csrs[i]})
+		}
+		var resp *svidv1.BatchNewX509SVIDResponse
+		err := u.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
+			resp, err = svidv1.NewSVIDClient(conn).BatchNewX509SVID(ctx, req)
+			return err
+		})
+		if err == nil && len(resp.GetResults()) != end-at {
+			err = fmt.Errorf("server answered %d requests of %d", len(resp.GetResults()), end-at)
+		}
+		tooLarge := codeOf(err) == codes.ResourceExhausted
+		u.batch.tried(end-at, tooLarge)
+		if tooLarge && end-at > 1 {
+			continue // with half of them
+		}
+		for i := at; i < end; i++ {
+			if err != nil {
+				errs[i] = fmt.Errorf("sign X509-SVID: %w", err)
+				continue
+			}
+			chains[i], errs[i] = x509Result(resp.GetResults()[i-at])
+		}
+		at = end
+	}
+	return chains, errs
+}
+
+func x509Result(r *svidv1.BatchNewX509SVIDResponse_Result) ([][]byte, error) {
+	switch code := codes.Code(r.GetStatus().GetCode()); code { //nolint:gosec // unknown codes stay unknown
+	case codes.OK:
+	case codes.NotFound:
+		return nil, identity.ErrUnknownEntry
+	default:
+		return nil, fmt.Errorf("sign X509-SVID: %w", status.Error(code, r.GetStatus().GetMessage()))
+	}
+	if len(r.GetSvid().GetCertChain()) == 0 {
+		return nil, errors.New("sign X509-SVID: server sent no certificate")
+	}
+	return r.GetSvid().GetCertChain(), nil
+}
+
+// SignJWT asks the server to sign a JWT-SVID for the entry. Its errors are as SignX509's.
+func (u *Uplink) SignJWT(ctx context.Context, entryID string, audience []string) (*identity.JWTSVID, error) {
+	var resp *svidv1.NewJWTSVIDResponse
+	err := u.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
+		resp, err = svidv1.NewSVIDClient(conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: entryID, Audience: audience})
+		return err
+	})
+	if codeOf(err) == codes.NotFound {
+		return nil, identity.ErrUnknownEntry
+	}
+	if err != nil {
+		return nil, fmt.Errorf("sign JWT-SVID: %w", err)
+	}
+	svid := resp.GetSvid()
+	id, err := identity.IDFromWire(svid.GetId())
+	if err != nil {
+		return nil, fmt.Errorf("sign JWT-SVID: server sent: %w", err)
+	}
+	switch {
+	case svid.GetToken() == "":
+		return nil, errors.New("sign JWT-SVID: server sent no token")
+	case svid.GetIssuedAt() <= 0 || svid.GetExpiresAt() <= 0 || svid.GetIssuedAt() > svid.GetExpiresAt():
+		return nil, errors.New("sign JWT-SVID: server sent times that cannot be")
+	}
+	return &identity.JWTSVID{
+		EntryID: entryID, ID: id, Token: svid.GetToken(), Hint: svid.GetHint(),
+		IssuedAt: time.Unix(svid.GetIssuedAt(), 0), ExpiresAt: time.Unix(svid.GetExpiresAt(), 0),
+	}, nil
+}
+
+// call makes one call on the connection of the moment. A call that was refused because the own SVID
+// was replaced while it was under way is made once more as the new one.
+func (u *Uplink) call(ctx context.Context, do func(context.Context, *grpc.ClientConn) error) error {
+	ctx, cancel := context.WithTimeout(ctx, signTimeout)
+	defer cancel()
+	own, err := u.callOnce(ctx, do)
+	if codeOf(err) != codes.PermissionDenied {
+		return err
+	}
+	if now, _ := u.self.Own(); now != nil && now != own {
+		// The new connection may not be there yet.
+		if u.awaitConn(ctx, now) {
+			own, err = u.callOnce(ctx, do)
+		}
+	}
+	if codeOf(err) == codes.PermissionDenied {
+		u.self.Denied(own, err)
+	}
+	return err
+}
+
+func (u *Uplink) callOnce(ctx context.Context, do func(context.Context, *grpc.ClientConn) error) (*keep.Own, error) {
+	u.calls.RLock()
+	defer u.calls.RUnlock()
+	if u.conn == nil {
+		return nil, fmt.Errorf("ask server: the agent is not attested: %w", identity.ErrUnavailable)
+	}
+	err := do(ctx, u.conn)
+	switch codeOf(err) {
+	case codes.Unavailable, codes.DeadlineExceeded:
+		err = fmt.Errorf("%w: %w", identity.ErrUnavailable, err)
+	}
+	return u.own, err
+}
+
+// awaitConn waits until calls are made as own.
+func (u *Uplink) awaitConn(ctx context.Context, own *keep.Own) bool {
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for range 200 {
+		u.calls.RLock()
+		there := u.own == own
+		u.calls.RUnlock()
+		if there {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		}
+	}
+	return false
+}
