@@ -157,6 +157,7 @@ func (d *OnDisk) load() error {
 		if _, err := os.Lstat(d.path + ".prev"); err == nil {
 			return fmt.Errorf("key file %s is missing but %s.prev is there: move it back, or remove it to start without keys", d.path, d.path)
 		}
+		d.keys = map[string]*signer{}
 		return nil
 	case !errors.As(err, &damaged):
 		return err

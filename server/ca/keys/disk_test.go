@@ -1,0 +1,347 @@
+package keys
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/sirupsen/logrus"
+)
+
+func TestDisk(t *testing.T) {
+	ctx := t.Context()
+	// made returns the path of a closed file with the keys "a" and "b", and a's public half.
+	made := func(t *testing.T) (string, any) {
+		t.Helper()
+		path := filepath.Join(t.TempDir(), "keys.json")
+		d := openDisk(t, path)
+		a, err := d.Generate(ctx, "a", EC256)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Generate(ctx, "b", RSA2048); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return path, a.Public()
+	}
+	refused := func(t *testing.T, path, because string) {
+		t.Helper()
+		d, err := OpenDisk(path, quiet())
+		if err == nil {
+			_ = d.Close()
+			t.Fatal("opened")
+		}
+		if !strings.Contains(err.Error(), because) || !strings.Contains(err.Error(), path) {
+			t.Errorf("want %q and the path in %q", because, err)
+		}
+	}
+
+	t.Run("keys survive a restart", func(t *testing.T) {
+		path, a := made(t)
+		d := openDisk(t, path)
+		if got, err := d.Get(ctx, "a"); err != nil || !equal(got.Public(), a) {
+			t.Errorf("got another key back: %v", err)
+		}
+		if names, _ := d.List(ctx); len(names) != 2 {
+			t.Errorf("names %v", names)
+		}
+	})
+
+	t.Run("every file is its owner's alone and no other is left", func(t *testing.T) {
+		path, _ := made(t)
+		found, err := os.ReadDir(filepath.Dir(path))
+		if err != nil {
+			t.Fatal(err)
+		}
+		var names []string
+		for _, f := range found {
+			stat, err := f.Info()
+			if err != nil || stat.Mode() != 0o600 {
+				t.Errorf("%s: mode %v, %v", f.Name(), stat.Mode(), err)
+			}
+			names = append(names, f.Name())
+		}
+		if got := strings.Join(names, " "); got != "keys.json keys.json.lock keys.json.prev" {
+			t.Errorf("files %s", got)
+		}
+	})
+
+	t.Run("a file that others may read is refused", func(t *testing.T) {
+		for _, mode := range []os.FileMode{0o640, 0o604, 0o660, 0o602} {
+			path, _ := made(t)
+			if err := os.Chmod(path, mode); err != nil {
+				t.Fatal(err)
+			}
+			refused(t, path, "can be read or written by others")
+		}
+	})
+
+	t.Run("a deleted key is in no file", func(t *testing.T) {
+		path, _ := made(t)
+		d := openDisk(t, path)
+		if err := d.Delete(ctx, "a"); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range []string{path, path + ".prev"} {
+			if keys, err := readKeys(p); err != nil || len(keys) != 1 || keys["b"] == nil {
+				t.Errorf("%s holds %v, %v", p, keys, err)
+			}
+		}
+	})
+
+	damage := map[string]func(text []byte) []byte{
+		"empty":              func([]byte) []byte { return nil },
+		"truncated":          func(text []byte) []byte { return text[:len(text)/2] },
+		"with a flipped bit": func(text []byte) []byte { text[bytes.Index(text, []byte(`"pkcs8"`))+40] ^= 1; return text },
+		"zeroed":             func(text []byte) []byte { return make([]byte, len(text)) },
+		"oversized":          func([]byte) []byte { return bytes.Repeat([]byte(" "), maxFile+1) },
+		"of another version": func(text []byte) []byte {
+			return bytes.Replace(text, []byte(`"version": 1`), []byte(`"version": 2`), 1)
+		},
+	}
+	for name, harm := range damage {
+		t.Run("a file that is "+name+" is replaced by its twin, loudly", func(t *testing.T) {
+			path, a := made(t)
+			spoil(t, path, harm)
+			var out bytes.Buffer
+			log := logrus.New()
+			log.SetOutput(&out)
+			d, err := OpenDisk(path, log)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer d.Close()
+			if got, err := d.Get(ctx, "a"); err != nil || !equal(got.Public(), a) {
+				t.Errorf("got another key back: %v", err)
+			}
+			if !strings.Contains(out.String(), "level=error") || !strings.Contains(out.String(), "damaged") {
+				t.Errorf("logged %q", out.String())
+			}
+			if _, err := os.Stat(path + ".damaged"); err != nil {
+				t.Errorf("the damaged file was thrown away: %v", err)
+			}
+			if keys, err := readKeys(path); err != nil || len(keys) != 2 {
+				t.Errorf("file was not restored: %v", err)
+			}
+		})
+		t.Run("a file that is "+name+" and whose twin is too is refused", func(t *testing.T) {
+			path, _ := made(t)
+			spoil(t, path, harm)
+			spoil(t, path+".prev", harm)
+			refused(t, path, "damaged")
+		})
+	}
+
+	t.Run("an error does not quote the file", func(t *testing.T) {
+		path, _ := made(t)
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var f file
+		if err := json.Unmarshal(text, &f); err != nil {
+			t.Fatal(err)
+		}
+		f.Keys[0].PKCS8 = f.Keys[0].PKCS8[:50]
+		f.Sum = f.sum()
+		text, _ = json.Marshal(&f)
+		for _, spoilt := range [][]byte{text, append([]byte{'x'}, text...), text[:len(text)-1]} {
+			if _, err := decode(spoilt); err == nil || len(err.Error()) > 60 {
+				t.Errorf("got %v", err)
+			}
+		}
+	})
+
+	t.Run("a file that was removed while its twin is there is not taken for a new one", func(t *testing.T) {
+		path, _ := made(t)
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, path, "missing")
+	})
+
+	t.Run("a second process is refused until the first one ends", func(t *testing.T) {
+		path, _ := made(t)
+		d := openDisk(t, path)
+		refused(t, path, "in use by another process")
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+		openDisk(t, path)
+		if _, err := d.Generate(ctx, "c", EC256); err == nil {
+			t.Error("a closed manager wrote to the file of another")
+		}
+	})
+
+	t.Run("a folder, a pipe or no folder in the file's place is refused", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := os.Mkdir(filepath.Join(dir, "folder"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, filepath.Join(dir, "folder"), "not a regular file")
+		if err := syscall.Mkfifo(filepath.Join(dir, "pipe"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		refused(t, filepath.Join(dir, "pipe"), "not a regular file")
+		refused(t, filepath.Join(dir, "none", "keys.json"), "no such file")
+	})
+
+	t.Run("a write that fails changes nothing", func(t *testing.T) {
+		path, _ := made(t)
+		d := openDisk(t, path)
+		// A folder in the place of the temporary file stops even root.
+		if err := os.MkdirAll(filepath.Join(path+".tmp", "x"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Generate(ctx, "c", EC256); err == nil {
+			t.Fatal("a key was given away that is not on disk")
+		}
+		if err := d.Delete(ctx, "a"); err == nil {
+			t.Fatal("delete claims to have happened")
+		}
+		if names, _ := d.List(ctx); strings.Join(names, " ") != "a b" {
+			t.Errorf("keys %v", names)
+		}
+		if keys, err := readKeys(path); err != nil || len(keys) != 2 {
+			t.Errorf("file: %v", err)
+		}
+		if err := os.RemoveAll(path + ".tmp"); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Generate(ctx, "c", EC256); err != nil {
+			t.Errorf("did not recover: %v", err)
+		}
+	})
+}
+
+func spoil(t *testing.T, path string, harm func([]byte) []byte) {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, harm(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestMain lets the test binary be the process that is killed.
+func TestMain(m *testing.M) {
+	if path := os.Getenv("KEYS_TEST_WRITER"); path != "" {
+		writer(path)
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// writer makes and deletes keys until it is killed, and says on standard output what is done.
+func writer(path string) {
+	d, err := OpenDisk(path, quiet())
+	if err != nil {
+		fmt.Println("error", err)
+		return
+	}
+	for i := 0; ; i++ {
+		name := fmt.Sprintf("k%d-%d", os.Getpid(), i)
+		if _, err := d.Generate(context.Background(), name, EC256); err != nil {
+			fmt.Println("error", err)
+			return
+		}
+		fmt.Println("made", name)
+		if i%3 == 0 {
+			fmt.Println("deleting", name)
+			if err := d.Delete(context.Background(), name); err != nil {
+				fmt.Println("error", err)
+				return
+			}
+			fmt.Println("deleted", name)
+		}
+	}
+}
+
+func TestKill(t *testing.T) {
+	t.Run("a process killed while writing loses no key that it had", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "keys.json")
+		held := map[string]bool{}
+		for round := range 6 {
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), "KEYS_TEST_WRITER="+path)
+			out, err := cmd.StdoutPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			unsure := ""
+			lines := bufio.NewScanner(out)
+			for n := 0; lines.Scan(); n++ {
+				word, name, _ := strings.Cut(lines.Text(), " ")
+				switch word {
+				case "made":
+					held[name] = true
+				case "deleting":
+					unsure = name
+				case "deleted":
+					delete(held, name)
+					unsure = ""
+				default:
+					t.Fatalf("writer: %s", lines.Text())
+				}
+				if n == 3+5*round { // and read on what it got to say before it was gone
+					_ = cmd.Process.Kill()
+				}
+			}
+			_ = cmd.Wait()
+			d, err := OpenDisk(path, quiet())
+			if err != nil {
+				t.Fatal(err)
+			}
+			for name := range held {
+				if _, err := d.Get(t.Context(), name); err != nil && name != unsure {
+					t.Errorf("round %d: %v", round, err)
+				}
+			}
+			delete(held, unsure)
+			_ = d.Close()
+		}
+	})
+}
+
+func FuzzDecode(f *testing.F) {
+	d := Memory()
+	if _, err := d.Generate(f.Context(), "a", EC256); err != nil {
+		f.Fatal(err)
+	}
+	text, err := encode(d.keys)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(text)
+	f.Add([]byte(`{"version":1,"sha256":"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","keys":[]}`))
+	f.Add([]byte(`{"version":1}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		keys, err := decode(text)
+		if err != nil {
+			return
+		}
+		again, err := encode(keys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if other, err := decode(again); err != nil || len(other) != len(keys) {
+			t.Fatalf("round trip: %d of %d keys, %v", len(other), len(keys), err)
+		}
+	})
+}
