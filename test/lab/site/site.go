@@ -36,6 +36,8 @@ type Site struct {
 	// Port is the server's TCP port on 127.0.0.1, chosen once, so that a server can be restarted
 	// where its agents look for it.
 	Port int
+	// LogLevel of the server and its agents. Empty: debug.
+	LogLevel string
 	// ServerExtra is put inside the server block, ServerBlocks after it.
 	ServerExtra, ServerBlocks string
 
@@ -90,11 +92,11 @@ func (s *Site) StartServer(ctx context.Context) error {
   bind_port    = %d
   socket_path  = %q
   data_dir     = %q
-  log_level    = "debug"
+  log_level    = %q
   %s
 }
 %s
-`, TrustDomain, s.Port, s.ServerSocket(), s.ServerData(), s.ServerExtra, s.serverBlocks())
+`, TrustDomain, s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra, s.serverBlocks())
 	path := filepath.Join(s.Dir, "server.hcl")
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		return err
@@ -115,6 +117,13 @@ func (s *Site) serverBlocks() string {
 		return s.ServerBlocks
 	}
 	return `node_attestor "join_token" {}`
+}
+
+func (s *Site) logLevel() string {
+	if s.LogLevel != "" {
+		return s.LogLevel
+	}
+	return "debug"
 }
 
 // Server is the running server, nil before StartServer.
@@ -211,11 +220,11 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
   admin_socket_path = %q
   data_dir          = %q
   trust_bundle_path = %q
-  log_level         = "debug"
+  log_level         = %q
   %s
 }
 %s
-`, TrustDomain, s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), bundle, o.Extra, o.Blocks)
+`, TrustDomain, s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), bundle, s.logLevel(), o.Extra, o.Blocks)
 	return a, os.WriteFile(a.config, []byte(config), 0o600)
 }
 

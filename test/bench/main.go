@@ -1,0 +1,187 @@
+// Command bench measures the built binaries through their public sockets and prints one table:
+// the figure, what SPIRE v1.15.3 was measured at, what Assay must reach, what it reaches today.
+//
+// CPU per operation, read from /proc, is the figure to trust: wall times are those of a shared
+// machine. A figure that is over its bar is marked, and never fails the run; wrong counts and errors
+// do.
+//
+//	go run ./test/bench -bin bin                   all figures
+//	go run ./test/bench -bin bin -short            small counts, as CI runs it
+//	go run ./test/bench -bin bin -only jwt -v      those whose name matches
+//	go run ./test/bench -bin bin -json now.json    also as JSON, to compare two commits
+//	go run ./test/bench -compare before.json,now.json
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"regexp"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+// figure is one row of the table.
+type figure struct {
+	name  string
+	spire string  // as measured on SPIRE v1.15.3, for people
+	bar   float64 // what must be reached, in unit
+	unit  string
+}
+
+// result is what a figure came to.
+type result struct {
+	Name  string  `json:"name"`
+	Value float64 `json:"value"`
+	Unit  string  `json:"unit"`
+	Bar   float64 `json:"bar"`
+	Spire string  `json:"spire"`
+	// More says what else was seen on the way.
+	More string `json:"more,omitempty"`
+}
+
+// scene is a set of figures measured on one site.
+type scene struct {
+	name string
+	run  func(ctx context.Context, b *bench) error
+}
+
+func main() {
+	var (
+		bin     = flag.String("bin", "bin", "folder with the built binaries")
+		short   = flag.Bool("short", false, "small counts: checks that everything can be measured")
+		only    = flag.String("only", "", "regular expression of scenes to run")
+		out     = flag.String("json", "", "file to write the results to as JSON")
+		compare = flag.String("compare", "", "two JSON files, before and after, to print the ratios of")
+		verbose = flag.Bool("v", false, "say what goes on")
+	)
+	flag.Parse()
+	if *compare != "" {
+		if err := printRatios(strings.Split(*compare, ",")); err != nil {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	results, err := runScenes(ctx, *bin, *short, *only, *verbose)
+	stop()
+	printTable(results)
+	if err == nil && *out != "" {
+		err = writeJSON(*out, results)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func runScenes(ctx context.Context, bin string, short bool, only string, verbose bool) ([]result, error) {
+	match, err := regexp.Compile(only)
+	if err != nil {
+		return nil, err
+	}
+	var all []result
+	for _, s := range scenes {
+		if !match.MatchString(s.name) {
+			continue
+		}
+		fmt.Fprintf(os.Stderr, "bench: %s…\n", s.name)
+		start := time.Now()
+		b, err := newBench(ctx, bin, short, verbose)
+		if err != nil {
+			return all, err
+		}
+		err = s.run(ctx, b)
+		all = append(all, b.results...)
+		b.close()
+		if err != nil {
+			return all, fmt.Errorf("%s: %w", s.name, err)
+		}
+		fmt.Fprintf(os.Stderr, "bench: %s: %.0f s\n", s.name, time.Since(start).Seconds())
+	}
+	return all, nil
+}
+
+func printTable(results []result) {
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "figure\tSPIRE v1.15.3\tmust reach\ttoday\tof the bar\t")
+	over := 0
+	for _, r := range results {
+		mark := ""
+		if r.Bar > 0 && r.Value > r.Bar {
+			mark = "OVER"
+			over++
+		}
+		ratio := ""
+		if r.Bar > 0 {
+			ratio = fmt.Sprintf("%.2f", r.Value/r.Bar)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s %s\t%s %s\t%s\t%s %s\n", r.Name, r.Spire, number(r.Bar), r.Unit, number(r.Value), r.Unit, ratio, mark, r.More)
+	}
+	w.Flush()
+	fmt.Printf("%d figures, %d over their bar\n", len(results), over)
+}
+
+func number(v float64) string {
+	switch {
+	case v == 0:
+		return "0"
+	case v < 0.1:
+		return fmt.Sprintf("%.4f", v)
+	case v < 10:
+		return fmt.Sprintf("%.2f", v)
+	case v < 100:
+		return fmt.Sprintf("%.1f", v)
+	}
+	return fmt.Sprintf("%.0f", v)
+}
+
+func writeJSON(path string, results []result) error {
+	text, err := json.MarshalIndent(results, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, append(text, '\n'), 0o644) //nolint:gosec // figures are for everybody
+}
+
+func printRatios(paths []string) error {
+	if len(paths) != 2 {
+		return fmt.Errorf("compare wants before.json,after.json, got %d files", len(paths))
+	}
+	var runs [2]map[string]result
+	var order []string
+	for i, path := range paths {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		var list []result
+		if err := json.Unmarshal(text, &list); err != nil {
+			return fmt.Errorf("parse %s: %w", path, err)
+		}
+		runs[i] = map[string]result{}
+		for _, r := range list {
+			if runs[i][r.Name] = r; i == 0 {
+				order = append(order, r.Name)
+			}
+		}
+	}
+	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "figure\tbefore\tafter\tratio")
+	for _, name := range order {
+		before := runs[0][name]
+		after, found := runs[1][name]
+		if !found {
+			fmt.Fprintf(w, "%s\t%s %s\tnot measured\t\n", name, number(before.Value), before.Unit)
+			continue
+		}
+		fmt.Fprintf(w, "%s\t%s %s\t%s %s\t%.2f\n", name, number(before.Value), before.Unit, number(after.Value), after.Unit, after.Value/before.Value)
+	}
+	return w.Flush()
+}

@@ -1,0 +1,356 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	"github.com/assay-id/assay/server/wire/feedv1"
+	"github.com/assay-id/assay/test/lab/site"
+)
+
+// node is an agent as the server sees one, played by this process.
+type node struct {
+	id   spiffeid.ID
+	conn *grpc.ClientConn
+}
+
+// joiner makes nodes.
+type joiner struct {
+	b      *bench
+	bundle *x509bundle.Bundle
+	key    *ecdsa.PrivateKey // one for all: what is measured is the server
+	csr    []byte
+	tokens agentv1.AgentClient
+}
+
+func newJoiner(ctx context.Context, b *bench) (*joiner, error) {
+	path, err := b.WriteBundle(ctx)
+	if err != nil {
+		return nil, err
+	}
+	td := spiffeid.RequireTrustDomainFromString(site.TrustDomain)
+	j := &joiner{b: b, tokens: agentv1.NewAgentClient(b.conn)}
+	if j.bundle, err = x509bundle.Load(td, path); err != nil {
+		return nil, err
+	}
+	if j.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		return nil, err
+	}
+	j.csr, err = x509.CreateCertificateRequest(rand.Reader,
+		&x509.CertificateRequest{Subject: pkix.Name{Country: []string{"US"}, Organization: []string{"SPIRE"}}}, j.key)
+	return j, err
+}
+
+func (j *joiner) dial(config *tls.Config) (*grpc.ClientConn, error) {
+	return grpc.NewClient(fmt.Sprintf("127.0.0.1:%d", j.b.Port), grpc.WithTransportCredentials(credentials.NewTLS(config)))
+}
+
+func (j *joiner) server() tlsconfig.Authorizer {
+	return tlsconfig.AuthorizeID(spiffeid.RequireFromPath(j.bundle.TrustDomain(), "/spire/server"))
+}
+
+func (j *joiner) token(ctx context.Context) (string, error) {
+	t, err := j.tokens.CreateJoinToken(ctx, &agentv1.CreateJoinTokenRequest{Ttl: 600})
+	return t.GetValue(), err
+}
+
+// join attests over a connection of its own, as an agent does.
+func (j *joiner) join(ctx context.Context, token string) (*node, error) {
+	conn, err := j.dial(tlsconfig.TLSClientConfig(j.bundle, j.server()))
+	if err != nil {
+		return nil, err
+	}
+	defer conn.Close()
+	stream, err := agentv1.NewAgentClient(conn).AttestAgent(ctx)
+	if err != nil {
+		return nil, err
+	}
+	err = stream.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
+		Data:   &types.AttestationData{Type: "join_token", Payload: []byte(token)},
+		Params: &agentv1.AgentX509SVIDParams{Csr: j.csr},
+	}}})
+	if err != nil {
+		return nil, err
+	}
+	resp, err := stream.Recv()
+	if err != nil {
+		return nil, err
+	}
+	svid := &x509svid.SVID{PrivateKey: j.key, ID: spiffeid.RequireFromPath(j.bundle.TrustDomain(), resp.GetResult().GetSvid().GetId().GetPath())}
+	for _, der := range resp.GetResult().GetSvid().GetCertChain() {
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, err
+		}
+		svid.Certificates = append(svid.Certificates, cert)
+	}
+	mtls, err := j.dial(tlsconfig.MTLSClientConfig(svid, j.bundle, j.server()))
+	if err != nil {
+		return nil, err
+	}
+	return &node{id: svid.ID, conn: mtls}, nil
+}
+
+// joinMany joins agents some at a time.
+func (j *joiner) joinMany(ctx context.Context, count int) ([]*node, error) {
+	nodes := make([]*node, count)
+	err := parallel(8, count, func(i int) error {
+		token, err := j.token(ctx)
+		if err != nil {
+			return err
+		}
+		nodes[i], err = j.join(ctx, token)
+		return err
+	})
+	return nodes, err
+}
+
+// agents measures attestation and what connected agents cost.
+func agents(ctx context.Context, b *bench) error {
+	j, err := newJoiner(ctx, b)
+	if err != nil {
+		return err
+	}
+	count := b.n(500)
+	tokens := make([]string, count)
+	for i := range tokens {
+		if tokens[i], err = j.token(ctx); err != nil {
+			return err
+		}
+	}
+	nodes := make([]*node, count)
+	used, err := cpuOf(func() error {
+		return parallel(8, count, func(i int) error {
+			var err error
+			nodes[i], err = j.join(ctx, tokens[i])
+			return err
+		})
+	}, b.Server().PID())
+	if err != nil {
+		return err
+	}
+	b.report(figure{"agent attested by join token: server CPU", "2,750 µs", 1300, "µs"}, micros(used, count), "")
+
+	follow := min(200, count)
+	for _, n := range nodes[:follow] {
+		stream, err := feedv1.NewFeedClient(n.conn).Follow(ctx)
+		if err != nil {
+			return err
+		}
+		if err := stream.Send(&feedv1.FollowRequest{Message: &feedv1.FollowRequest_Hello{Hello: &feedv1.Hello{}}}); err != nil {
+			return err
+		}
+		picture, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		err = stream.Send(&feedv1.FollowRequest{Message: &feedv1.FollowRequest_Ack{Ack: &feedv1.Ack{Revision: picture.GetRevision()}}})
+		if err != nil {
+			return err
+		}
+	}
+	window := 30 * time.Second
+	if b.short {
+		window = 2 * time.Second
+	}
+	idle, err := cpuOf(func() error {
+		if !sleep(ctx, window) {
+			return ctx.Err()
+		}
+		return nil
+	}, b.Server().PID())
+	if err != nil {
+		return err
+	}
+	b.report(figure{"200 agents connected and idle, feed held: server CPU", "7.5–15 %", 0.3, "% of a core"},
+		100*idle.Seconds()/window.Seconds(), "")
+
+	polls := b.n(2000)
+	polled, err := cpuOf(func() error {
+		return parallel(8, polls, func(i int) error {
+			_, err := entryv1.NewEntryClient(nodes[i%follow].conn).GetAuthorizedEntries(ctx, &entryv1.GetAuthorizedEntriesRequest{})
+			return err
+		})
+	}, b.Server().PID())
+	if err != nil {
+		return err
+	}
+	b.report(figure{"one poll of a stock agent: server CPU", "", 400, "µs"}, micros(polled, polls), "")
+	for _, n := range nodes {
+		n.conn.Close()
+	}
+	return nil
+}
+
+// signing measures what an agent's requests cost the server.
+func signing(ctx context.Context, b *bench) error {
+	j, err := newJoiner(ctx, b)
+	if err != nil {
+		return err
+	}
+	nodes, err := j.joinMany(ctx, 1)
+	if err != nil {
+		return err
+	}
+	agent := nodes[0]
+	defer agent.conn.Close()
+	made, err := b.create(ctx, []*types.Entry{entryFor(agent.id.Path(), "/w", "uid:1")})
+	if err != nil {
+		return err
+	}
+	client := svidv1.NewSVIDClient(agent.conn)
+	sign := func(batch int) error {
+		params := make([]*svidv1.NewX509SVIDParams, batch)
+		for i := range params {
+			params[i] = &svidv1.NewX509SVIDParams{EntryId: made[0].GetId(), Csr: j.csr}
+		}
+		resp, err := client.BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{Params: params})
+		if err != nil {
+			return err
+		}
+		for _, r := range resp.GetResults() {
+			if r.GetStatus().GetCode() != 0 {
+				return fmt.Errorf("sign: %s", r.GetStatus().GetMessage())
+			}
+		}
+		return nil
+	}
+	for _, c := range []struct {
+		batch, calls int
+		figure
+	}{
+		{1, 3000, figure{"X509-SVID signed, batch of 1: server CPU each", "768 µs", 320, "µs"}},
+		{50, 100, figure{"X509-SVID signed, batch of 50: server CPU each", "339 µs", 230, "µs"}},
+	} {
+		calls := b.n(c.calls)
+		used, err := cpuOf(func() error {
+			return parallel(4, calls, func(int) error { return sign(c.batch) })
+		}, b.Server().PID())
+		if err != nil {
+			return err
+		}
+		b.report(c.figure, micros(used, calls*c.batch), "")
+	}
+	calls := b.n(3000)
+	used, err := cpuOf(func() error {
+		return parallel(4, calls, func(i int) error {
+			_, err := client.NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: made[0].GetId(), Audience: []string{fmt.Sprint(i)}})
+			return err
+		})
+	}, b.Server().PID())
+	if err != nil {
+		return err
+	}
+	b.report(figure{"NewJWTSVID: server CPU", "565 µs", 150, "µs"}, micros(used, calls), "")
+	return nil
+}
+
+// entriesScene measures writing and reading entries, and starting with many.
+func entriesScene(ctx context.Context, b *bench) error {
+	server := func() int { return b.Server().PID() }
+	singles := b.n(8000)
+	start := time.Now()
+	if err := parallel(8, singles, func(i int) error {
+		_, err := b.create(ctx, []*types.Entry{entryFor("/spire/agent/join_token/absent", fmt.Sprintf("/single/%d", i), "uid:1")})
+		return err
+	}); err != nil {
+		return err
+	}
+	rate := float64(singles) / time.Since(start).Seconds()
+	// The bar is a rate, so the time for one is what is compared.
+	b.report(figure{"single creates, 8 clients, synced: each", "5,600–8,900 µs (not synced)", 1e6 / 1500, "µs"}, 1e6/rate, fmt.Sprintf("(%.0f /s, bar 1,500 /s)", rate))
+
+	many := b.n(100_000)
+	list := unrelated(many)
+	used, err := cpuOf(func() error {
+		_, err := b.create(ctx, list)
+		return err
+	}, server())
+	if err != nil {
+		return err
+	}
+	b.report(figure{"entry create, batches of 100, on disk: server CPU each", "1,700–3,000 µs (not synced)", 60, "µs"}, micros(used, many), "")
+
+	var listed int
+	start = time.Now()
+	used, err = cpuOf(func() error {
+		token := ""
+		for {
+			resp, err := b.entries.ListEntries(ctx, &entryv1.ListEntriesRequest{PageSize: 1000, PageToken: token})
+			if err != nil {
+				return err
+			}
+			listed += len(resp.GetEntries())
+			if token = resp.GetNextPageToken(); token == "" {
+				return nil
+			}
+		}
+	}, server())
+	if err != nil {
+		return err
+	}
+	if listed != many+singles {
+		return fmt.Errorf("listed %d entries of %d", listed, many+singles)
+	}
+	b.report(figure{"list 100,000 in pages of 1,000: wall time", "12,900 ms", 1500, "ms"}, float64(time.Since(start).Milliseconds()), "")
+	b.report(figure{"list 100,000 in pages of 1,000: server CPU each", "64 µs", 12, "µs"}, micros(used, listed), "")
+
+	if err := b.Stop(); err != nil {
+		return err
+	}
+	start = time.Now()
+	if err := b.StartServer(ctx); err != nil {
+		return err
+	}
+	j, err := newJoiner(ctx, b)
+	if err != nil {
+		return err
+	}
+	nodes, err := j.joinMany(ctx, 1)
+	if err != nil {
+		return err
+	}
+	if _, err := entryv1.NewEntryClient(nodes[0].conn).GetAuthorizedEntries(ctx, &entryv1.GetAuthorizedEntriesRequest{}); err != nil {
+		return err
+	}
+	nodes[0].conn.Close()
+	b.report(figure{"server start → first full answer to an agent, 100,000 entries", "12,700 ms", 1500, "ms"},
+		float64(time.Since(start).Milliseconds()), "(an attestation is in it)")
+
+	window := 30 * time.Second
+	if b.short {
+		window = 2 * time.Second
+	}
+	if !sleep(ctx, 5*time.Second) {
+		return ctx.Err()
+	}
+	idle, err := cpuOf(func() error { sleep(ctx, window); return ctx.Err() }, server())
+	if err != nil {
+		return err
+	}
+	b.report(figure{"100,000 entries at rest: server CPU", "28 %", 0.2, "% of a core"}, 100*idle.Seconds()/window.Seconds(), "")
+	memory, err := rss(server())
+	if err != nil {
+		return err
+	}
+	b.report(figure{"100,000 entries at rest: server RSS", "400–460 MiB", 200, "MiB"}, memory, "")
+	return nil
+}
