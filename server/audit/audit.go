@@ -17,7 +17,7 @@
 //
 // # Why it is so
 //
-// One lock around one write(2) costs about two microseconds a line, a hundredth of a signature, so
+// One lock around one write(2) costs about three microseconds a line, a fiftieth of a signature, so
 // there is no queue that could be lost with the process. A line is not synced to disk on its own:
 // it survives a crash of the server, and a crash of the machine as far as the file system does.
 package audit
