@@ -1,0 +1,15 @@
+package main
+
+import (
+	"github.com/assay-id/assay/attestor"
+	jointoken "github.com/assay-id/assay/attestor/jointoken/server"
+	x509pop "github.com/assay-id/assay/attestor/x509pop/server"
+)
+
+// judges are the ways in which this server lets nodes prove themselves, one line each.
+func judges() []attestor.JudgeKind {
+	return []attestor.JudgeKind{
+		jointoken.Kind(),
+		x509pop.Kind(),
+	}
+}

@@ -1,0 +1,62 @@
+// Command assay-server runs the server, and administers one over its private Unix socket.
+//
+// Flags have one dash or two. Texts, flags and JSON are those of SPIRE's command where the command is
+// the same, so that scripts made for it go on working.
+package main
+
+import (
+	"context"
+	"os"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+
+	"github.com/assay-id/assay/cmd/cli"
+	"github.com/assay-id/assay/conf"
+)
+
+func main() { os.Exit(cli.Main(root())) }
+
+func root() *cobra.Command {
+	c := cli.Group("assay-server", "Gives attested workloads their identity",
+		run(), validate(),
+		cli.Group("entry", "Says who gets which identity", entryCreate(), entryUpdate(), entryShow(), entryCount(), entryDelete()),
+		cli.Group("agent", "Looks after admitted agents", agentList(), agentCount(), agentShow(), agentBan(), agentEvict(), agentPurge()),
+		cli.Group("token", "Makes tokens that let agents join", tokenGenerate()),
+		cli.Group("bundle", "Shows and keeps trust bundles", bundleShow(), bundleCount(), bundleList(), bundleSet(), bundleDelete()),
+		cli.Group("x509", "Signs X509-SVIDs without an entry", x509Mint()),
+		cli.Group("jwt", "Signs JWT-SVIDs without an entry", jwtMint()),
+		healthcheck(),
+		cli.Group("logger", "Reads and sets the level of the server's log", loggerGet(), loggerSet(), loggerReset()),
+		cli.Group("debug", "Looks into the running server", debugGetInfo()),
+		cli.VersionCommand(),
+	)
+	return c
+}
+
+// remote is a command that talks to the server's private socket.
+type remote struct {
+	*cobra.Command
+	socket *cli.Socket
+	output cli.Output
+}
+
+// newRemote makes a command with the flags that all of them have. do runs with a connection.
+func newRemote(use, short string, do func(ctx context.Context, r *remote, conn *grpc.ClientConn) error) *remote {
+	r := &remote{socket: cli.ServerSocket(conf.DefaultServerSocket)}
+	r.Command = &cobra.Command{
+		Use: use, Short: short, Args: cli.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			return r.socket.With(c, func(ctx context.Context, conn *grpc.ClientConn) error { return do(ctx, r, conn) })
+		},
+	}
+	r.socket.AddTo(r.Command)
+	r.output.AddTo(r.Command)
+	return r
+}
+
+// checked adds a look at the flags before anybody is asked.
+func (r *remote) checked(check func() error) *remote {
+	r.PreRunE = func(*cobra.Command, []string) error { return check() }
+	return r
+}

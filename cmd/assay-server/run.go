@@ -1,0 +1,116 @@
+package main
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/assay-id/assay/cmd/cli"
+	"github.com/assay-id/assay/cmd/daemon"
+	"github.com/assay-id/assay/conf"
+	"github.com/assay-id/assay/server"
+)
+
+// defaultConfig is the file of "run" and "validate" if -config names none.
+const defaultConfig = "/etc/assay/server.hcl"
+
+// settings adds the flags that "run" and "validate" have.
+func settings(c *cobra.Command) *cli.Settings {
+	s := new(cli.Settings)
+	s.AddTo(c, defaultConfig)
+	s.Key(c, "trustDomain", "server.trust_domain", "Trust domain of the server")
+	s.Key(c, "bindAddress", "server.bind_address", "IP address to listen on")
+	s.Key(c, "serverPort", "server.bind_port", "TCP port to listen on")
+	s.Key(c, "socketPath", "server.socket_path", "Path of the private Unix socket")
+	s.Key(c, "dataDir", "server.data_dir", "Directory for the store and the keys")
+	s.Key(c, "logLevel", "server.log_level", "debug, info, warn or error")
+	s.Key(c, "logFormat", "server.log_format", "text or json")
+	s.Key(c, "logFile", "server.log_file", "File for the log; standard error without it")
+	return s
+}
+
+// load reads the configuration.
+func load(s *cli.Settings) (*conf.Server, error) {
+	c, err := conf.LoadServer(s.Path(), judges(), s.Options())
+	if err != nil {
+		return nil, cli.Invalid("Assay server", err)
+	}
+	return c, nil
+}
+
+func validate() *cobra.Command {
+	c := &cobra.Command{Use: "validate", Short: "Says everything that is wrong with a configuration file", Args: cli.NoArgs}
+	s := settings(c)
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		if _, err := load(s); err != nil {
+			return err
+		}
+		_, err := fmt.Fprintln(c.OutOrStdout(), "Assay server configuration file is valid.")
+		return err
+	}
+	return c
+}
+
+func run() *cobra.Command {
+	c := &cobra.Command{
+		Use: "run", Short: "Runs the server", Args: cli.NoArgs,
+		Long: "Runs the server until SIGTERM or SIGINT. SIGHUP opens the log files anew and applies log_level.",
+	}
+	s := settings(c)
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		from, err := load(s)
+		if err != nil {
+			return err
+		}
+		d, err := daemon.Start(daemon.Config{
+			Name: "assay_server", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics,
+			Reload: func() (conf.Log, error) {
+				now, err := load(s)
+				if err != nil {
+					return conf.Log{}, err
+				}
+				return now.Log, nil
+			},
+		})
+		if err != nil {
+			return err
+		}
+		config := serverConfig(from, d)
+		d.Log.WithField("version", cli.VersionText()).WithField("trust_domain", from.TrustDomain).Info("starting")
+		return d.Run(c.Context(), func(ctx context.Context) error { return server.Run(ctx, config) })
+	}
+	return c
+}
+
+// serverConfig hands the file's keys to the server.
+func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
+	c := server.Defaults()
+	c.TrustDomain = from.TrustDomain
+	c.BindAddress, c.BindPort = from.BindAddress, from.BindPort
+	c.SocketPath, c.DataDir, c.AuditPath = from.SocketPath, from.DataDir, from.AuditFile
+	c.KeyManager, c.KeysPath = from.KeyManager, from.KeysPath
+	c.CA = server.CA{
+		TTL: from.CATTL, KeyType: from.CAKeyType, JWTKeyType: from.JWTKeyType, Subject: from.CASubject,
+		X509SVIDTTL: from.X509SVIDTTL, JWTSVIDTTL: from.JWTSVIDTTL, AgentTTL: from.AgentTTL,
+		JWTIssuer: from.JWTIssuer, DisableJWT: from.DisableJWT,
+	}
+	c.AdminIDs, c.RequirePQKEM = from.AdminIDs, from.RequirePQKEM
+	orDefault(&c.Limits.MaxConnections, from.Limits.MaxConnections)
+	orDefault(&c.Limits.MaxPerSource, from.Limits.MaxPerSource)
+	orDefault(&c.Limits.AttestPerSecond, from.Limits.AttestPerSecond)
+	orDefault(&c.Limits.SignPerSecond, from.Limits.SignPerSecond)
+	for _, j := range from.Judges {
+		c.Judges = append(c.Judges, server.Judge{Kind: j.Kind, Config: j.Config})
+	}
+	c.Log, c.Level, c.Metrics = d.Log, d.Log, d.Registry
+	c.Ready = func(r server.Running) { d.Up(r.Live, r.Ready) }
+	return c
+}
+
+// orDefault sets a limit that the file gives.
+func orDefault[T int | float64](to *T, value T) {
+	if value != 0 {
+		*to = value
+	}
+}

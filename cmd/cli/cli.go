@@ -1,0 +1,150 @@
+// Package cli is what the commands share: flags with one dash or two, the socket to talk to, output
+// for people or as JSON, and one line on standard error with exit status 1 when something is wrong.
+//
+// Why it is so: operators' scripts were written for SPIRE's commands, so flags, texts and the shape of
+// the JSON are theirs where the command is (flags have one dash, JSON is the response's own form with
+// its field names, absent messages left out and everything else there). Help, suggestions and shell
+// completion come from cobra.
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+)
+
+// Main runs a command with the arguments of the process and returns its exit status. The error, if
+// any, goes to standard error as one line.
+func Main(root *cobra.Command) int {
+	root.SilenceUsage, root.SilenceErrors = true, true
+	root.SetFlagErrorFunc(flagError)
+	root.SetArgs(DoubleDashes(root, os.Args[1:]))
+	command, err := root.ExecuteC()
+	if err == nil {
+		return 0
+	}
+	if silent, ok := errors.AsType[*Exit](err); ok {
+		return silent.Status
+	}
+	fmt.Fprintln(command.ErrOrStderr(), "Error: "+err.Error())
+	return 1
+}
+
+// Exit is an error that has been told to the operator already, or is no more than a status.
+type Exit struct{ Status int }
+
+// Error returns the status in words.
+func (e *Exit) Error() string { return fmt.Sprintf("exit status %d", e.Status) }
+
+// Group returns a command that only holds others.
+func Group(use, short string, subs ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{Use: use, Short: short, Args: unknown, RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
+	c.AddCommand(subs...)
+	return c
+}
+
+// unknown refuses words that are no sub-command, with what may have been meant.
+func unknown(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	text := fmt.Sprintf("unknown command %q for %q", args[0], c.CommandPath())
+	if c.SuggestionsMinimumDistance <= 0 {
+		c.SuggestionsMinimumDistance = 2
+	}
+	if near := c.SuggestionsFor(args[0]); len(near) > 0 {
+		text += fmt.Sprintf(", did you mean %q?", near[0])
+	}
+	return fmt.Errorf("%s; run '%s --help' for what there is", text, c.CommandPath())
+}
+
+// flagError adds to a complaint about a flag what may have been meant and where to look.
+func flagError(c *cobra.Command, err error) error {
+	if errors.Is(err, pflag.ErrHelp) {
+		return err
+	}
+	if unknown, ok := errors.AsType[*pflag.NotExistError](err); ok {
+		text := "unknown flag -" + unknown.GetSpecifiedName()
+		c.Flags().VisitAll(func(f *pflag.Flag) {
+			if strings.EqualFold(f.Name, unknown.GetSpecifiedName()) {
+				text += ", did you mean -" + f.Name + "?"
+			}
+		})
+		err = errors.New(text)
+	}
+	return fmt.Errorf("%w; run '%s --help' for the flags", err, c.CommandPath())
+}
+
+// DoubleDashes returns the arguments with the single dash of long flags doubled, as in -socketPath:
+// that is how SPIRE's commands and all that call them write flags. What belongs to a flag as its value
+// is left alone, and so is everything after "--".
+func DoubleDashes(root *cobra.Command, args []string) []string {
+	out := make([]string, 0, len(args))
+	command := root
+	for i := 0; i < len(args); i++ {
+		arg := args[i]
+		switch {
+		case arg == "--":
+			return append(out, args[i:]...)
+		case len(arg) > 2 && arg[0] == '-' && arg[1] != '-' && letter(arg[1]):
+			arg = "-" + arg
+			fallthrough
+		case strings.HasPrefix(arg, "--"):
+			out = append(out, arg)
+			name, _, hasValue := strings.Cut(arg[2:], "=")
+			if flag := lookup(command, name); flag != nil && flag.NoOptDefVal == "" && !hasValue && i+1 < len(args) {
+				i++
+				out = append(out, args[i])
+			}
+		default:
+			out = append(out, arg)
+			if sub := child(command, arg); sub != nil {
+				command = sub
+			}
+		}
+	}
+	return out
+}
+
+func letter(c byte) bool { return c|0x20 >= 'a' && c|0x20 <= 'z' }
+
+func lookup(c *cobra.Command, name string) *pflag.Flag {
+	for ; c != nil; c = c.Parent() {
+		if f := c.Flags().Lookup(name); f != nil {
+			return f
+		}
+		if f := c.PersistentFlags().Lookup(name); f != nil {
+			return f
+		}
+	}
+	return nil
+}
+
+func child(c *cobra.Command, name string) *cobra.Command {
+	for _, sub := range c.Commands() {
+		if sub.Name() == name || sub.HasAlias(name) {
+			return sub
+		}
+	}
+	return nil
+}
+
+// NoArgs refuses arguments that belong to no flag.
+func NoArgs(c *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("unexpected argument %q; run '%s --help' for what the command takes", args[0], c.CommandPath())
+	}
+	return nil
+}
+
+// Count returns "1 entry" or "2 entries".
+func Count(n int, one, many string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, many)
+}

@@ -1,0 +1,170 @@
+package cli
+
+import (
+	"context"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spf13/cobra"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// Version is what the commands and the agent say they are. The build sets it with
+// -ldflags "-X github.com/assay-id/assay/cmd/cli.Version=…"; else it is what Go knows of the module.
+var Version = ""
+
+// VersionText returns Version, or the module's version, or "devel".
+func VersionText() string {
+	if Version != "" {
+		return Version
+	}
+	if b, ok := debug.ReadBuildInfo(); ok && b.Main.Version != "" && b.Main.Version != "(devel)" {
+		return b.Main.Version
+	}
+	return "devel"
+}
+
+// VersionCommand prints what this program is.
+func VersionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Prints the version of this program", Args: NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			_, err := fmt.Fprintf(c.OutOrStdout(), "%s %s %s/%s\n", VersionText(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+			return err
+		},
+	}
+}
+
+// HealthCommand asks a daemon over its socket whether it serves. name is "server" or "agent".
+func HealthCommand(name string, socket *Socket) *cobra.Command {
+	var shallow, verbose bool
+	c := &cobra.Command{
+		Use: "healthcheck", Short: "Asks the " + name + " whether it serves", Args: NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if verbose {
+				fmt.Fprintf(c.OutOrStdout(), "Checking %s health...\n", name)
+			}
+			err := socket.With(c, func(ctx context.Context, conn *grpc.ClientConn) error {
+				ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+				defer cancel()
+				resp, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
+				switch {
+				case err != nil:
+					return err
+				case resp.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING:
+					return fmt.Errorf("%s returned status %q", name, resp.GetStatus())
+				}
+				return nil
+			})
+			if err != nil {
+				return fmt.Errorf("%s is unhealthy: %w", name, err)
+			}
+			_, err = fmt.Fprintf(c.OutOrStdout(), "%s is healthy.\n", map[string]string{"server": "Server", "agent": "Agent"}[name])
+			return err
+		},
+	}
+	socket.AddTo(c)
+	c.Flags().BoolVar(&shallow, "shallow", false, "Ask for less; there is no difference today")
+	c.Flags().BoolVar(&verbose, "verbose", false, "Say what is done")
+	return c
+}
+
+var logLevels = map[logrus.Level]types.LogLevel{
+	logrus.PanicLevel: types.LogLevel_PANIC, logrus.FatalLevel: types.LogLevel_FATAL, logrus.ErrorLevel: types.LogLevel_ERROR,
+	logrus.WarnLevel: types.LogLevel_WARN, logrus.InfoLevel: types.LogLevel_INFO, logrus.DebugLevel: types.LogLevel_DEBUG,
+	logrus.TraceLevel: types.LogLevel_TRACE,
+}
+
+// ParseLogLevel reads the level that "logger set -level" names.
+func ParseLogLevel(text string) (types.LogLevel, error) {
+	if text == "" {
+		return 0, errors.New("a value (-level) must be set")
+	}
+	level, err := logrus.ParseLevel(text)
+	if err != nil {
+		return 0, fmt.Errorf("the value %q is not a valid setting", text)
+	}
+	return logLevels[level], nil
+}
+
+// PrintLogger shows what level a daemon's log has.
+func PrintLogger(w io.Writer, l *types.Logger) error {
+	_, err := fmt.Fprintf(w, "Logger Level : %s\nLaunch Level : %s\n\n", levelName(l.GetCurrentLevel()), levelName(l.GetLaunchLevel()))
+	return err
+}
+
+func levelName(wanted types.LogLevel) string {
+	for level, wire := range logLevels {
+		if wire == wanted {
+			return level.String()
+		}
+	}
+	return "unknown"
+}
+
+// PrintDebugCertificate shows certificate number i of a daemon's own SVID.
+func PrintDebugCertificate(w io.Writer, i int, id, subject string, expires int64) {
+	fmt.Fprintf(w, "    [%d] SPIFFE ID:  %s\n", i, id)
+	fmt.Fprintf(w, "        Subject:    %s\n", subject)
+	fmt.Fprintf(w, "        Expires At: %s\n", time.Unix(expires, 0).UTC().Format(time.RFC3339))
+}
+
+// CertificatesPEM returns certificates in DER as PEM, one after the other.
+func CertificatesPEM(ders ...[]byte) []byte {
+	var out []byte
+	for _, der := range ders {
+		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
+	}
+	return out
+}
+
+// KeyPEM returns a private key in PKCS #8 as PEM.
+func KeyPEM(der []byte) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+}
+
+// WriteFile puts a whole new file in the place of an old one, for its owner only if it is secret. The
+// content is never there with wider permissions, and never half.
+func WriteFile(path string, content []byte, secret bool) error {
+	mode := os.FileMode(0o644)
+	if secret {
+		mode = 0o600
+	}
+	temp, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, reason(err))
+	}
+	defer os.Remove(temp.Name()) // fails once it is renamed
+	_, err = temp.Write(content)
+	if err == nil {
+		err = temp.Chmod(mode)
+	}
+	if closed := temp.Close(); err == nil {
+		err = closed
+	}
+	if err == nil {
+		err = os.Rename(temp.Name(), path)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, reason(err))
+	}
+	return nil
+}
+
+// reason returns a file error without the name of a file that the operator does not know.
+func reason(err error) error {
+	if path, ok := errors.AsType[*os.PathError](err); ok {
+		return path.Err
+	}
+	return err
+}
