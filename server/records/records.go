@@ -11,15 +11,19 @@
 package records
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/records/stored"
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -38,18 +42,12 @@ var (
 	// ErrDamaged says that a stored record cannot be read.
 	ErrDamaged = errors.New("stored record is damaged")
 
-	// ErrTokenUnknown says that a join token does not exist: it never did, or it was used. It wraps
-	// attestor.ErrEvidence.
-	ErrTokenUnknown error = tokenError("join token does not exist or has already been used")
-	// ErrTokenExpired says that a join token came too late. It wraps attestor.ErrEvidence.
-	ErrTokenExpired error = tokenError("join token expired")
+	// ErrTokenUnknown says that a join token does not exist: it never did, or it was used. It is
+	// attestor.ErrEvidence. Its text, as the next one's, is what SPIRE's clients know.
+	ErrTokenUnknown = attestor.Refusef("join token does not exist or has already been used")
+	// ErrTokenExpired says that a join token came too late. It is attestor.ErrEvidence.
+	ErrTokenExpired = attestor.Refusef("join token expired")
 )
-
-// tokenError keeps the texts that SPIRE's clients know free of the text of what they wrap.
-type tokenError string
-
-func (e tokenError) Error() string { return string(e) }
-func (e tokenError) Unwrap() error { return attestor.ErrEvidence }
 
 // MissingBundleError names the trust domain whose bundle an entry needs. It is ErrBundle.
 type MissingBundleError struct {
@@ -141,14 +139,31 @@ type BundleChange struct {
 
 // Config is what Records can do without.
 type Config struct {
-	Now     func() time.Time      // default time.Now
+	Now     func() time.Time      // default: time.Now
 	Log     logrus.FieldLogger    // default: nothing is logged
 	Metrics prometheus.Registerer // default: nothing is registered
-	// KeepRevisions and KeepFor bound the log that readers can resume from: Run forgets commits
-	// that are both beyond the last KeepRevisions (default 100,000) or older than KeepFor (default
+	// KeepRevisions and KeepFor bound the log of commits that readers can resume from: Run forgets
+	// what is not among the last KeepRevisions (default 100,000), or older than KeepFor (default
 	// one hour).
 	KeepRevisions int
 	KeepFor       time.Duration
+}
+
+func (c *Config) setDefaults() {
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	if c.Log == nil {
+		silent := logrus.New()
+		silent.SetOutput(io.Discard)
+		c.Log = silent
+	}
+	if c.KeepRevisions <= 0 {
+		c.KeepRevisions = 100_000
+	}
+	if c.KeepFor <= 0 {
+		c.KeepFor = time.Hour
+	}
 }
 
 // Records is safe for concurrent use.
@@ -156,4 +171,87 @@ type Records struct {
 	store kv.Store
 	td    spiffeid.TrustDomain
 	cfg   Config
+	words words
+	swept *prometheus.CounterVec
 }
+
+// Open returns the records in the store, which it marks with the trust domain on first use. It
+// refuses a store that belongs to another trust domain, or that a newer server has written to.
+func Open(ctx context.Context, store kv.Store, td spiffeid.TrustDomain, cfg Config) (*Records, error) {
+	cfg.setDefaults()
+	r := &Records{store: store, td: td, cfg: cfg}
+	r.swept = promauto.With(cfg.Metrics).NewCounterVec(prometheus.CounterOpts{
+		Name: "assay_records_expired_total",
+		Help: "Records deleted because their time was over.",
+	}, []string{"kind"})
+	err := r.retry(ctx, "schema", func() error { return r.claim(ctx) })
+	if err != nil {
+		return nil, fmt.Errorf("open records: %w", err)
+	}
+	return r, nil
+}
+
+// claim checks whose store it is, and takes one that is nobody's.
+func (r *Records) claim(ctx context.Context) error {
+	item, found, err := r.get(ctx, schemaKey)
+	if err != nil {
+		return err
+	}
+	if found {
+		var m stored.Schema
+		if err := decode(item.Value, &m); err != nil {
+			return fmt.Errorf("%w: %s: %w", ErrDamaged, schemaKey, err)
+		}
+		if m.GetVersion() > schemaVersion {
+			return fmt.Errorf("the store has schema version %d, written by a newer assay-server; this one knows versions up to %d", m.GetVersion(), schemaVersion)
+		}
+		if m.GetTrustDomain() != r.td.Name() {
+			return fmt.Errorf("the store belongs to trust domain %q, this server is configured for %q", m.GetTrustDomain(), r.td.Name())
+		}
+		return nil
+	}
+	items, _, err := r.store.Range(ctx, "", "", 1)
+	if err != nil {
+		return err
+	}
+	if len(items) > 0 {
+		return fmt.Errorf("%w: it has keys but no %s", ErrDamaged, schemaKey)
+	}
+	value, err := encodeSchema(r.td)
+	if err != nil {
+		return err
+	}
+	_, err = r.store.Commit(ctx, kv.Txn{If: []kv.Cond{{Key: schemaKey}}, Ops: []kv.Op{kv.Put(schemaKey, value)}})
+	return err
+}
+
+// StoreID returns the identity of the store, without which a revision means nothing.
+func (r *Records) StoreID() string { return r.store.ID() }
+
+// get returns the item under one key.
+func (r *Records) get(ctx context.Context, key string) (item kv.Item, found bool, err error) {
+	items, _, err := r.store.Range(ctx, key, key+"\x00", 1)
+	if err != nil || len(items) == 0 {
+		return kv.Item{}, false, err
+	}
+	return items[0], true, nil
+}
+
+// maxTries is how often a change is tried against others who change the same record. Each failed
+// try means that another one got through.
+const maxTries = 100
+
+// retry calls try until its commit finds its conditions true.
+func (r *Records) retry(ctx context.Context, what string, try func() error) error {
+	for range maxTries {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := try(); !errors.Is(err, kv.ErrConflict) {
+			return err
+		}
+	}
+	return fmt.Errorf("%w: %s", ErrConflict, what)
+}
+
+func damaged(key string, err error) error { return fmt.Errorf("%w: %s: %w", ErrDamaged, key, err) }

@@ -1,0 +1,197 @@
+package records
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/assay-id/assay/server/store/kv"
+)
+
+const (
+	sweepEvery = time.Minute
+	sweepPage  = 500 // expiry keys looked at in one go
+)
+
+// Run sweeps, and compacts the store's log, every minute until ctx ends. What goes wrong is logged
+// and tried again the next time.
+func (r *Records) Run(ctx context.Context) error {
+	ticker := time.NewTicker(sweepEvery)
+	defer ticker.Stop()
+	var marks []mark
+	for {
+		now := r.cfg.Now()
+		if err := r.Sweep(ctx, now); err != nil && ctx.Err() == nil {
+			r.cfg.Log.WithError(err).Warn("cannot delete what has expired, will try again")
+		}
+		var err error
+		if marks, err = r.compact(ctx, marks, now); err != nil && ctx.Err() == nil {
+			r.cfg.Log.WithError(err).Warn("cannot compact the store, will try again")
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-ticker.C:
+		}
+	}
+}
+
+// mark says which revision the store had at some time.
+type mark struct {
+	at  time.Time
+	rev kv.Rev
+}
+
+// compact forgets commits that are too old or too many, and returns the marks for the next time. The
+// store knows no times, so they are noted here; commits from before a restart count as made at it.
+func (r *Records) compact(ctx context.Context, marks []mark, now time.Time) ([]mark, error) {
+	rev, err := r.store.Rev(ctx)
+	if err != nil {
+		return marks, err
+	}
+	marks = append(marks, mark{at: now, rev: rev})
+	var upTo kv.Rev
+	if keep := kv.Rev(r.cfg.KeepRevisions); rev > keep { //nolint:gosec // not negative
+		upTo = rev - keep
+	}
+	old := 0
+	for old < len(marks) && now.Sub(marks[old].at) >= r.cfg.KeepFor {
+		upTo = max(upTo, marks[old].rev)
+		old++
+	}
+	if upTo == 0 {
+		return marks, nil
+	}
+	if err := r.store.Compact(ctx, upTo); err != nil {
+		return marks, err
+	}
+	return slices.Delete(marks, 0, old), nil
+}
+
+// Sweep deletes the entries and join tokens whose time is over at now. What somebody changes at the
+// same moment is left for the next sweep.
+func (r *Records) Sweep(ctx context.Context, now time.Time) error {
+	start, end := expiryPrefix, expiryBefore(now.Unix()+1)
+	for {
+		items, _, err := r.store.Range(ctx, start, end, sweepPage)
+		if err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
+		if err := r.sweep(ctx, items); err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
+		if len(items) < sweepPage {
+			return nil
+		}
+		start = items[len(items)-1].Key + "\x00"
+	}
+}
+
+// sweep deals with some expiry keys.
+func (r *Records) sweep(ctx context.Context, items []kv.Item) error {
+	var pieces []*piece
+	kinds := make([]string, len(items))
+	for i, it := range items {
+		at, kind, id, err := parseExpiryKey(it.Key)
+		if err != nil {
+			return err
+		}
+		p := &piece{at: i}
+		switch kind {
+		case kindEntry:
+			p.txn, err = r.expiredEntry(ctx, id, at)
+		case kindToken:
+			p.txn, err = r.expiredToken(ctx, id)
+		default: // of a later version
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		kinds[i] = kind
+		if !slices.ContainsFunc(p.txn.Ops, func(o kv.Op) bool { return o.Key == it.Key }) {
+			p.txn.Ops = append(p.txn.Ops, kv.Del(it.Key))
+		}
+		pieces = append(pieces, p)
+	}
+	// An alias that expires itself is in two pieces, and waits for the next sweep.
+	pieces, _ = distinct(pieces)
+	r.commit(ctx, pieces)
+	for try := 0; ; try++ {
+		var again []*piece
+		for _, p := range pieces {
+			switch {
+			case p.err == nil:
+				r.swept.WithLabelValues(kinds[p.at]).Inc()
+			case !errors.Is(p.err, kv.ErrConflict):
+				return p.err
+			case try == 0: // perhaps because of a neighbour in the transaction
+				again = append(again, p)
+			}
+		}
+		if len(again) == 0 {
+			return nil
+		}
+		for _, p := range again {
+			r.commit(ctx, []*piece{p})
+		}
+		pieces = again
+	}
+}
+
+// expiredEntry returns what deletes an entry that was to expire at a Unix time, or nothing if that
+// was changed.
+func (r *Records) expiredEntry(ctx context.Context, id string, at int64) (kv.Txn, error) {
+	e, _, err := r.entry(ctx, id)
+	if errors.Is(err, ErrNotFound) || err == nil && unix(e.ExpiresAt) != at {
+		return kv.Txn{}, nil
+	}
+	if err != nil {
+		return kv.Txn{}, err
+	}
+	return r.deletion(ctx, id)
+}
+
+// expiredToken returns what deletes a join token that nobody used, and the aliases that were made
+// with it if no node came to be.
+func (r *Records) expiredToken(ctx context.Context, hash string) (kv.Txn, error) {
+	var t kv.Txn
+	item, found, err := r.get(ctx, tokenKey(hash))
+	if err != nil {
+		return kv.Txn{}, err
+	}
+	if found {
+		t.If = append(t.If, kv.Cond{Key: item.Key, Rev: item.Rev})
+		t.Ops = append(t.Ops, kv.Del(item.Key))
+	}
+	ids, err := r.aliases(ctx, hash)
+	if err != nil {
+		return kv.Txn{}, err
+	}
+	for _, id := range ids {
+		e, _, err := r.entry(ctx, id)
+		if errors.Is(err, ErrNotFound) {
+			continue
+		}
+		if err != nil {
+			return kv.Txn{}, err
+		}
+		_, _, err = r.node(ctx, e.ParentID)
+		if err == nil {
+			continue
+		}
+		if !errors.Is(err, ErrNotFound) {
+			return kv.Txn{}, err
+		}
+		d, err := r.deletion(ctx, id)
+		if err != nil {
+			return kv.Txn{}, err
+		}
+		// The node must not be admitted in between.
+		t.If = append(t.If, append(d.If, kv.Cond{Key: nodeKey(e.ParentID)})...)
+		t.Ops = append(t.Ops, d.Ops...)
+	}
+	return t, nil
+}
