@@ -1,0 +1,143 @@
+package workloadapi
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc/encoding"
+	_ "google.golang.org/grpc/encoding/proto" // registers the codec that this one stands before
+	"google.golang.org/grpc/mem"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/assay-id/assay/attestor"
+)
+
+// frame is a serialized response, shared between all streams that send it.
+type frame struct{ bytes []byte }
+
+// same reports whether both say the same.
+func (f *frame) same(o *frame) bool {
+	return f == o || f != nil && o != nil && bytes.Equal(f.bytes, o.bytes)
+}
+
+// newFrame serializes a response so that equal responses have equal bytes.
+func newFrame(m proto.Message) (*frame, error) {
+	raw, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil {
+		return nil, fmt.Errorf("serialize response: %w", err)
+	}
+	return &frame{bytes: raw}, nil
+}
+
+// codec is gRPC's own codec for protobuf, except that a *frame is sent as it is.
+type codec struct{}
+
+// Name is that of the codec it replaces, which is what clients ask for.
+func (codec) Name() string { return "proto" }
+
+// Marshal returns a frame's bytes without copying them, anything else as protobuf.
+func (codec) Marshal(v any) (mem.BufferSlice, error) {
+	if f, ok := v.(*frame); ok {
+		return mem.BufferSlice{mem.SliceBuffer(f.bytes)}, nil
+	}
+	return encoding.GetCodecV2("proto").Marshal(v)
+}
+
+// Unmarshal reads a request.
+func (codec) Unmarshal(data mem.BufferSlice, v any) error {
+	return encoding.GetCodecV2("proto").Unmarshal(data, v)
+}
+
+// answer is what a stream has to say to whoever shows certain facts. It is immutable.
+type answer struct {
+	frame   *frame
+	matched bool     // false: the caller has no identity
+	ids     []string // SPIFFE IDs handed out
+	entries []string // their entries
+	rev     uint64
+	changed <-chan struct{} // closed when there may be another answer
+}
+
+// stale reports whether there may be another answer by now.
+func (a *answer) stale() bool {
+	select {
+	case <-a.changed:
+		return true
+	default:
+		return false
+	}
+}
+
+// hub holds the answers of one kind of stream, one for each set of facts that is in use.
+type hub struct {
+	make func(context.Context, attestor.Set) (*answer, error)
+
+	mu     sync.Mutex // guards the map and the topics' users
+	topics map[string]*topic
+}
+
+// topic is a set of facts and the answer to it.
+type topic struct {
+	hub   *hub
+	key   string
+	facts attestor.Set
+	users int
+	now   atomic.Pointer[answer]
+	turn  chan struct{} // holds a token while nobody makes the answer
+}
+
+func newHub(maker func(context.Context, attestor.Set) (*answer, error)) *hub {
+	return &hub{make: maker, topics: map[string]*topic{}}
+}
+
+// join returns the topic of the facts; leave must be called.
+func (h *hub) join(a *attested) *topic {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	t := h.topics[a.key]
+	if t == nil {
+		t = &topic{hub: h, key: a.key, facts: a.facts, turn: make(chan struct{}, 1)}
+		t.turn <- struct{}{}
+		h.topics[a.key] = t
+	}
+	t.users++
+	return t
+}
+
+func (t *topic) leave() {
+	t.hub.mu.Lock()
+	defer t.hub.mu.Unlock()
+	if t.users--; t.users == 0 {
+		delete(t.hub.topics, t.key)
+	}
+}
+
+// answer returns the present answer. The first stream that finds it stale makes the new one; the
+// others wait for it.
+func (t *topic) answer(ctx context.Context) (*answer, error) {
+	if a := t.now.Load(); a != nil && !a.stale() {
+		return a, nil
+	}
+	select {
+	case <-t.turn:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	defer func() { t.turn <- struct{}{} }()
+	old := t.now.Load()
+	if old != nil && !old.stale() {
+		return old, nil
+	}
+	a, err := t.hub.make(ctx, t.facts)
+	if err != nil {
+		return nil, err
+	}
+	if old != nil && a.frame.same(old.frame) {
+		a.frame = old.frame // streams compare pointers first, and one copy is enough
+	}
+	t.now.Store(a)
+	return a, nil
+}

@@ -1,0 +1,184 @@
+package workloadapi
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/assay-id/assay/workloadapi/peer"
+)
+
+// securityHeader must stand in every request exactly once with the value "true" (SPIFFE Workload
+// Endpoint section 6.1), so that no browser and no server that is made to fetch a URL can be used to
+// reach the socket.
+const securityHeader = "workload.spiffe.io"
+
+// errNoHeader is what a request without it is told.
+const errNoHeader = invalid("security header missing from request")
+
+// guard is asked before each call. The service's own methods need the security header; health and
+// reflection do not, as in SPIRE.
+func (s *Server) guard(ctx context.Context, method string) (leave func(), err error) {
+	if strings.HasPrefix(method, "/"+workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName+"/") {
+		if got := metadata.ValueFromIncomingContext(ctx, securityHeader); len(got) != 1 || got[0] != "true" {
+			return nil, errNoHeader
+		}
+	}
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil, errors.New("identify caller: not a pinned connection")
+	}
+	select {
+	case <-s.stopping:
+		return nil, errStopping
+	default:
+	}
+	leave, ok = s.streams.take(p.UID)
+	if !ok {
+		s.metrics.refused.Inc()
+		return nil, errTooMany
+	}
+	return leave, nil
+}
+
+func (s *Server) guardUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
+	leave, err := s.guard(ctx, info.FullMethod)
+	if err != nil {
+		return nil, s.toStatus(ctx, info.FullMethod, err)
+	}
+	defer leave()
+	resp, err := handle(ctx, req)
+	if err != nil {
+		return nil, s.toStatus(ctx, info.FullMethod, err)
+	}
+	return resp, nil
+}
+
+func (s *Server) guardStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+	ctx := stream.Context()
+	leave, err := s.guard(ctx, info.FullMethod)
+	if err != nil {
+		return s.toStatus(ctx, info.FullMethod, err)
+	}
+	defer leave()
+	return s.toStatus(ctx, info.FullMethod, handle(srv, stream))
+}
+
+// hold is how long a call without an identity may still wait for one.
+type hold struct {
+	timer *time.Timer
+	over  bool
+}
+
+func newHold(d time.Duration) *hold {
+	if d <= 0 {
+		return &hold{over: true}
+	}
+	return &hold{timer: time.NewTimer(d)}
+}
+
+// end is for a call that got what it came for.
+func (h *hold) end() {
+	h.over = true
+	if h.timer != nil {
+		h.timer.Stop()
+		h.timer = nil
+	}
+}
+
+func (h *hold) c() <-chan time.Time {
+	if h.timer == nil {
+		return nil
+	}
+	return h.timer.C
+}
+
+// wait sleeps until the answer or the facts may be different, or the hold is over. It returns the
+// facts in force.
+func (s *Server) wait(ctx context.Context, c *caller, facts *attested, changed <-chan struct{}, h *hold) (*attested, error) {
+	select {
+	case <-changed:
+		return facts, nil
+	case <-facts.replaced:
+		return c.known()
+	case <-h.c():
+		h.end()
+		return facts, nil
+	case <-c.peer.Done():
+		return nil, dead
+	case <-s.stopping:
+		return nil, errStopping
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// follow serves one stream: it sends the answer to the caller's facts, and again whenever it says
+// something else, until the caller leaves or has no identity any more.
+func (s *Server) follow(stream grpc.ServerStream, event string, of *hub) error {
+	ctx := stream.Context()
+	p, _ := peer.FromContext(ctx)
+	c := s.enter(p)
+	defer c.leave()
+	s.metrics.streams.WithLabelValues(event).Inc()
+	defer s.metrics.streams.WithLabelValues(event).Dec()
+
+	facts, last, err := s.pump(ctx, stream, c, event, of)
+	if ctx.Err() == nil && !errors.Is(err, errStopping) { // nobody was refused anything
+		s.audit(event, c, facts, last, nil, err)
+	}
+	return err
+}
+
+// pump is follow's loop. It returns the facts and the answer that the stream ended with.
+func (s *Server) pump(ctx context.Context, stream grpc.ServerStream, c *caller, event string, of *hub) (*attested, *answer, error) {
+	facts, err := c.attested(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	t := of.join(facts)
+	defer func() { t.leave() }()
+	h := newHold(s.cfg.Hold)
+	defer h.end()
+	var sent *frame
+	for {
+		a, err := t.answer(ctx)
+		if err != nil {
+			return facts, nil, err
+		}
+		switch {
+		case !a.matched && sent != nil:
+			return facts, a, withdrawn
+		case !a.matched && h.over:
+			return facts, a, noMatch
+		case a.matched && !a.frame.same(sent):
+			if !c.peer.Alive() {
+				return facts, a, dead
+			}
+			s.audit(event, c, facts, a, nil, nil)
+			if err := stream.SendMsg(a.frame); err != nil {
+				return facts, a, err
+			}
+			if sent != nil {
+				c.changed()
+			}
+			sent = a.frame
+			h.end()
+		}
+		next, err := s.wait(ctx, c, facts, a.changed, h)
+		if err != nil {
+			return facts, a, err
+		}
+		if next != facts {
+			facts = next
+			old := t
+			t = of.join(facts)
+			old.leave()
+		}
+	}
+}
