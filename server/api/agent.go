@@ -53,13 +53,8 @@ func (s *agentService) CountAgents(_ context.Context, req *agentv1.CountAgentsRe
 	if err != nil {
 		return nil, err
 	}
-	count := 0
-	for _, n := range s.api.View.Nodes() {
-		if keep(n) {
-			count++
-		}
-	}
-	return &agentv1.CountAgentsResponse{Count: clampInt32(count)}, nil
+	nodes, _ := s.api.View.ListNodes(keep, "", 0)
+	return &agentv1.CountAgentsResponse{Count: clampInt32(len(nodes))}, nil
 }
 
 func (s *agentService) ListAgents(_ context.Context, req *agentv1.ListAgentsRequest) (*agentv1.ListAgentsResponse, error) {
@@ -71,19 +66,10 @@ func (s *agentService) ListAgents(_ context.Context, req *agentv1.ListAgentsRequ
 	if err != nil {
 		return nil, err
 	}
-	resp := &agentv1.ListAgentsResponse{}
-	last := ""
-	for _, n := range s.api.View.Nodes() {
-		id := n.ID.String()
-		if id <= page.after || !keep(n) {
-			continue
-		}
-		if page.size > 0 && len(resp.Agents) == page.size {
-			resp.NextPageToken = pageToken(last)
-			break
-		}
+	nodes, next := s.api.View.ListNodes(keep, page.after, page.size)
+	resp := &agentv1.ListAgentsResponse{NextPageToken: pageToken(next)}
+	for _, n := range nodes {
 		resp.Agents = append(resp.Agents, agentWire(n, req.GetOutputMask()))
-		last = id
 	}
 	return resp, nil
 }

@@ -53,13 +53,14 @@ type Records interface {
 
 // View is what the API reads; *view.View is one.
 type View interface {
-	Rev() kv.Rev
 	Wait(ctx context.Context, rev kv.Rev) error
 	Agent(id spiffeid.ID) *view.AgentPicture
 	Node(id spiffeid.ID) (*records.Node, bool)
-	Nodes() []*records.Node
+	NodeCount() int
+	ListNodes(keep func(*records.Node) bool, after string, limit int) ([]*records.Node, string)
 	Entry(id string) (*identity.Entry, bool)
 	EntryCount() int
+	CountEntries(filter view.EntryFilter) int
 	ListEntries(filter view.EntryFilter, after string, limit int) ([]*identity.Entry, string)
 	Bundle(td spiffeid.TrustDomain) (*identity.Bundle, bool)
 	Bundles() []*identity.Bundle

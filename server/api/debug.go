@@ -31,7 +31,7 @@ func (s *debugService) GetInfo(context.Context, *debugv1.GetInfoRequest) (*debug
 	}
 	resp := &debugv1.GetInfoResponse{
 		Uptime:                clampInt32(int(a.cfg.Now().Sub(a.started) / time.Second)),
-		AgentsCount:           clampInt32(len(a.View.Nodes())),
+		AgentsCount:           clampInt32(a.View.NodeCount()),
 		EntriesCount:          clampInt32(a.View.EntryCount()),
 		FederatedBundlesCount: clampInt32(federated),
 	}

@@ -23,15 +23,11 @@ type entryService struct {
 }
 
 func (s *entryService) CountEntries(_ context.Context, req *entryv1.CountEntriesRequest) (*entryv1.CountEntriesResponse, error) {
-	if req.GetFilter() == nil {
-		return &entryv1.CountEntriesResponse{Count: clampInt32(s.api.View.EntryCount())}, nil
-	}
 	filter, err := s.api.entryFilter(req.GetFilter())
 	if err != nil {
 		return nil, err
 	}
-	entries, _ := s.api.View.ListEntries(filter, "", 0)
-	return &entryv1.CountEntriesResponse{Count: clampInt32(len(entries))}, nil
+	return &entryv1.CountEntriesResponse{Count: clampInt32(s.api.View.CountEntries(filter))}, nil
 }
 
 func (s *entryService) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {

@@ -99,8 +99,11 @@ func code(err error) (codes.Code, string) {
 		return codes.AlreadyExists, "similar entry already exists"
 	case errors.Is(err, records.ErrConflict):
 		return codes.Aborted, "it is being changed by others"
-	case errors.Is(err, ca.ErrKey), errors.Is(err, ca.ErrCSR), errors.Is(err, ca.ErrDNSName):
+	case errors.Is(err, ca.ErrKey), errors.Is(err, ca.ErrCSR), errors.Is(err, ca.ErrDNSName),
+		errors.Is(err, ca.ErrID), errors.Is(err, ca.ErrTTL), errors.Is(err, ca.ErrAudience):
 		return codes.InvalidArgument, err.Error()
+	case errors.Is(err, ca.ErrNoAuthority):
+		return codes.Unavailable, ca.ErrNoAuthority.Error()
 	case errors.Is(err, kv.ErrTooLarge):
 		return codes.InvalidArgument, "too large to store"
 	case errors.Is(err, kv.ErrFull):

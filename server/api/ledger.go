@@ -217,3 +217,11 @@ type ledgerStream struct {
 }
 
 func (s *ledgerStream) Context() context.Context { return s.ctx }
+
+// Err says that the audit log cannot be written, as far as is known without trying.
+func (o *Ledgers) Err() error {
+	if o.broken.Load() {
+		return errors.New("the audit log cannot be written")
+	}
+	return nil
+}

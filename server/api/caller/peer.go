@@ -2,6 +2,7 @@ package caller
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -40,28 +41,18 @@ type Verifier struct {
 	Now func() time.Time
 }
 
-// Verify is for tls.Config.VerifyPeerCertificate of a server that requests a client certificate and
-// does without one. It accepts no certificate, a chain that verifies against the bundle of its trust
+// Verify is for tls.Config.VerifyConnection of a server that requests a client certificate and does
+// without one. It accepts no certificate, a chain that verifies against the bundle of its trust
 // domain, and a leaf with another number of URI SANs than one: such a leaf is nobody's SPIFFE ID
 // (X509-SVID section 2), it is refused per call, as Unauthenticated, because a failed handshake
 // would tell the caller nothing.
-func (v *Verifier) Verify(raw [][]byte, _ [][]*x509.Certificate) error {
-	if len(raw) == 0 {
+func (v *Verifier) Verify(state tls.ConnectionState) error {
+	chain := state.PeerCertificates
+	if len(chain) == 0 || len(chain[0].URIs) != 1 {
 		return nil
 	}
-	if len(raw) > maxPeerChain {
-		return fmt.Errorf("verify client certificate: %d certificates, the limit is %d", len(raw), maxPeerChain)
-	}
-	chain := make([]*x509.Certificate, len(raw))
-	for i, der := range raw {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			return fmt.Errorf("parse client certificate: %w", err)
-		}
-		chain[i] = cert
-	}
-	if len(chain[0].URIs) != 1 {
-		return nil
+	if len(chain) > maxPeerChain {
+		return fmt.Errorf("verify client certificate: %d certificates, the limit is %d", len(chain), maxPeerChain)
 	}
 	if _, _, err := x509svid.Verify(chain, source{v}, x509svid.WithTime(v.Now())); err != nil {
 		return fmt.Errorf("verify client certificate: %w", err)
