@@ -1,4 +1,300 @@
-// Package agent wires an agent together: join admits it to the server, uplink follows the server's
-// picture, issue turns entries into SVIDs, keep holds what must survive a restart, and workloadapi
-// hands the SVIDs to the processes beside it.
+// Package agent wires an agent together: join makes it known to the server, uplink follows the
+// server's picture, issue turns entries into SVIDs, keep holds what must survive a restart, and
+// workloadapi hands the SVIDs to the processes beside it.
+//
+// What is kept from before is served before the server is looked for, and the absence of the server
+// ends nothing: the parts wait for it on their own, and the agent ends when it is told to or when its
+// own socket or data directory cannot be had.
 package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/assay-id/assay/agent/issue"
+	"github.com/assay-id/assay/agent/join"
+	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/agent/uplink"
+	"github.com/assay-id/assay/agent/view"
+	"github.com/assay-id/assay/workloadapi"
+)
+
+// Run runs an agent until ctx ends. It returns an error if the agent cannot start or cannot go on
+// serving; a server that is away, refuses the agent or bans it is no such reason.
+func Run(ctx context.Context, cfg Config) error {
+	if err := cfg.Check(); err != nil {
+		return fmt.Errorf("check agent configuration: %w", err)
+	}
+	a, err := open(cfg.filled())
+	if err != nil {
+		return err
+	}
+	return a.run(ctx)
+}
+
+// agent is the parts of a running agent, bottom up.
+type agent struct {
+	cfg     Config
+	log     logrus.FieldLogger
+	keep    *keep.Keep
+	view    *view.View
+	join    *join.Joiner
+	sink    *sink
+	uplink  *uplink.Uplink
+	issue   *issue.Issuer
+	attest  *workloadapi.Attestation
+	serve   *workloadapi.Server
+	listens chan struct{} // closed when the Workload API accepts callers
+	running atomic.Bool
+}
+
+// open builds the parts and takes over what is kept from before.
+func open(cfg Config) (*agent, error) {
+	a := &agent{cfg: cfg, log: cfg.Log.WithField("component", "agent"), view: view.New(), listens: make(chan struct{})}
+	if err := a.openKeep(); err != nil {
+		return nil, err
+	}
+	if p := a.keep.Picture(); p != nil {
+		err := a.view.Apply(view.Update{StoreID: p.StoreID, Rev: p.Rev, Full: true, Entries: p.Entries, Bundles: p.Bundles})
+		if err != nil {
+			return nil, fmt.Errorf("take over kept picture: %w", err)
+		}
+		a.log.WithFields(logrus.Fields{"rev": p.Rev, "entries": len(p.Entries)}).Info("serving the picture from before the restart")
+	}
+	var err error
+	a.join, err = join.New(a.keep, join.Config{
+		TrustDomain: cfg.TrustDomain,
+		Target:      cfg.serverTarget(),
+		Type:        cfg.NodeAttestor.Type,
+		Node:        cfg.NodeAttestor.Node,
+		Bootstrap: join.Bootstrap{
+			Authorities: cfg.TrustBundle,
+			Path:        cfg.TrustBundlePath,
+			URL:         cfg.TrustBundleURL,
+			SPIFFE:      cfg.TrustBundleFormat == BundleSPIFFE,
+			Insecure:    cfg.InsecureBootstrap,
+		},
+		OnBan:   func() { a.sink.wipe() },
+		Log:     cfg.Log.WithField("component", "join"),
+		Metrics: cfg.Metrics,
+		Now:     cfg.Now,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open join: %w", err)
+	}
+	a.sink = &sink{view: a.view, keep: a.keep, join: a.join, cfg: cfg, log: a.log}
+	a.uplink, err = uplink.New(a.join, a.sink, uplink.Config{
+		TrustDomain:  cfg.TrustDomain,
+		Target:       cfg.serverTarget(),
+		Version:      cfg.Version,
+		SyncInterval: cfg.SyncInterval,
+		OnConnect:    func() { a.issue.Retry() },
+		Log:          cfg.Log.WithField("component", "uplink"),
+		Metrics:      cfg.Metrics,
+		Now:          cfg.Now,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open uplink: %w", err)
+	}
+	a.issue, err = issue.New(a.view, a.uplink, a.keep, issue.Config{
+		TrustDomain: cfg.TrustDomain,
+		KeyType:     issue.KeyType(cfg.WorkloadKeyType),
+		X509Size:    cfg.X509CacheSize,
+		JWTSize:     cfg.JWTCacheSize,
+		Log:         cfg.Log.WithField("component", "issue"),
+		Metrics:     cfg.Metrics,
+		Now:         cfg.Now,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open issue: %w", err)
+	}
+	a.openWorkloadAPI()
+	return a, nil
+}
+
+func (a *agent) openKeep() error {
+	keys := keep.MemoryKeys()
+	if a.cfg.KeyManager == KeysDisk {
+		var err error
+		if keys, err = keep.DiskKeys(a.cfg.KeyDir); err != nil {
+			return fmt.Errorf("open agent key store: %w", err)
+		}
+	} else {
+		a.log.Warn("agent keys are held in memory only: nothing survives a restart, and a spent join token will have to be replaced")
+	}
+	var err error
+	if a.keep, err = keep.Open(a.cfg.DataDir, keys, a.cfg.Log.WithField("component", "keep")); err != nil {
+		return fmt.Errorf("open data directory: %w", err)
+	}
+	return nil
+}
+
+func (a *agent) openWorkloadAPI() {
+	var attestors []workloadapi.Attestor
+	for _, w := range a.cfg.WorkloadAttestors {
+		attestors = append(attestors, workloadapi.Attestor{Type: w.Type, Workload: w.Workload})
+	}
+	log := a.cfg.Log.WithField("component", "workloadapi")
+	a.attest = workloadapi.NewAttestation(attestors, workloadapi.AttestationConfig{
+		Log: log, Metrics: a.cfg.Metrics, Now: a.cfg.Now,
+	})
+	a.serve = workloadapi.New(a.issue, a.attest, workloadapi.Config{
+		SocketPath:                    a.cfg.SocketPath,
+		Hold:                          a.cfg.WorkloadHold,
+		AllowUnauthenticatedVerifiers: a.cfg.AllowUnauthenticatedVerifiers,
+		AllowedForeignJWTClaims:       a.cfg.AllowedForeignJWTClaims,
+		LogSelectors:                  a.cfg.LogSelectors,
+		Audit:                         a.cfg.Audit,
+		Ready:                         sync.OnceFunc(func() { close(a.listens) }),
+		Log:                           log,
+		Metrics:                       a.cfg.Metrics,
+		Now:                           a.cfg.Now,
+	})
+}
+
+// run runs the parts until one fails or ctx ends.
+func (a *agent) run(ctx context.Context) error {
+	a.running.Store(true)
+	defer a.running.Store(false)
+	a.cfg.Health.set(a.health)
+	// What is kept is written once more after everybody who has something to keep has ended.
+	keepCtx, stopKeep := context.WithCancel(context.WithoutCancel(ctx))
+	var kept sync.WaitGroup
+	kept.Go(func() { _ = a.keep.Run(keepCtx) }) // always nil
+	defer kept.Wait()
+	defer stopKeep()
+
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return a.join.Run(ctx) })
+	g.Go(func() error { return a.uplink.Run(ctx) })
+	g.Go(func() error { return a.issue.Run(ctx) })
+	g.Go(func() error { return a.attest.Run(ctx) })
+	g.Go(func() error {
+		if err := a.serve.Run(ctx); err != nil {
+			return fmt.Errorf("serve workload API: %w", err)
+		}
+		return nil
+	})
+	g.Go(func() error { a.announce(ctx); return nil })
+	return g.Wait()
+}
+
+// announce calls Ready when there is something to serve, and says what is waited for till then.
+func (a *agent) announce(ctx context.Context) {
+	select {
+	case <-a.listens:
+	case <-ctx.Done():
+		return
+	}
+	if !a.view.Picture().Held() {
+		a.log.WithField("server", a.cfg.serverTarget()).Info("waiting for the server's first picture; workloads get no identity until then")
+	}
+	if a.view.Wait(ctx) != nil {
+		return
+	}
+	a.log.WithField("rev", a.view.Rev()).Info("agent is ready")
+	if a.cfg.Ready != nil {
+		a.cfg.Ready()
+	}
+}
+
+func (a *agent) health() (live, ready error) {
+	if !a.running.Load() {
+		err := errors.New("agent has stopped")
+		return err, err
+	}
+	select {
+	case <-a.listens:
+	default:
+		return nil, errors.New("workload API does not listen yet")
+	}
+	switch {
+	case a.join.Banned():
+		return nil, errors.New("agent is banned")
+	case !a.view.Picture().Held():
+		err := a.join.Err()
+		if err == nil {
+			err = a.uplink.Status().Err
+		}
+		if err != nil {
+			return nil, fmt.Errorf("no picture from the server yet: %w", err)
+		}
+		return nil, errors.New("no picture from the server yet")
+	}
+	return nil, nil
+}
+
+// errBanned keeps pictures out of a banned agent.
+var errBanned = errors.New("agent is banned")
+
+// sink is where the picture goes: into the view, to disk, and its own bundle into join.
+type sink struct {
+	cfg  Config
+	log  logrus.FieldLogger
+	view *view.View
+	keep *keep.Keep
+	join *join.Joiner
+	// mu keeps a picture that was under way from arriving after a ban has emptied the view.
+	mu sync.Mutex
+}
+
+// Held returns what the view holds.
+func (s *sink) Held() uplink.Held {
+	p := s.view.Picture()
+	h := uplink.Held{StoreID: p.StoreID, Rev: p.Rev, Entries: p.Entries()}
+	if p.Held() {
+		h.Bundles = p.BundleList()
+	}
+	return h
+}
+
+// Apply takes the next picture.
+func (s *sink) Apply(u uplink.Update) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.join.Banned() {
+		return errBanned
+	}
+	before := s.view.Picture()
+	if err := s.view.Apply(view.Update(u)); err != nil {
+		return err
+	}
+	p := s.view.Picture()
+	s.join.SetBundle(p.Bundles[s.cfg.TrustDomain])
+	if p.Serial() != before.Serial() || !before.Held() {
+		s.save(p)
+		s.log.WithFields(logrus.Fields{"rev": p.Rev, "entries": len(p.Entries())}).Debug("picture is in force")
+	}
+	return nil
+}
+
+func (s *sink) save(p *view.Picture) {
+	s.keep.SavePicture(&keep.Picture{StoreID: p.StoreID, Rev: p.Rev, Entries: p.Entries(), Bundles: p.BundleList()})
+}
+
+// wipe leaves nothing to serve, in memory or on disk.
+func (s *sink) wipe() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.view.Apply(view.Update{Full: true}); err != nil {
+		s.log.WithError(err).Error("picture of the banned agent cannot be emptied")
+	}
+	if err := s.keep.Wipe(); err != nil {
+		s.log.WithError(err).Error("kept state of the banned agent cannot be removed from disk")
+	}
+}
+
+var (
+	_ uplink.Sink        = (*sink)(nil)
+	_ uplink.Self        = (*join.Joiner)(nil)
+	_ issue.Signer       = (*uplink.Uplink)(nil)
+	_ issue.Store        = (*keep.Keep)(nil)
+	_ join.Store         = (*keep.Keep)(nil)
+	_ workloadapi.Source = (*issue.Issuer)(nil)
+)

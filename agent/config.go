@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/workloadapi"
 )
 
 // Where an agent looks and listens unless told otherwise. The paths and the port are SPIRE's, so
@@ -114,6 +115,8 @@ type Config struct {
 	AllowedForeignJWTClaims []string
 	// LogSelectors are the selector types whose values may appear in logs; values can hold secrets.
 	LogSelectors []string
+	// Audit gets a line for each answer of the Workload API; nil means that nobody does.
+	Audit workloadapi.Auditor
 
 	// Log gets everything the agent has to say; nil means the standard logger of logrus. If it is a
 	// *logrus.Logger or an entry of one, the admin socket can change its level.

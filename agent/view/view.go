@@ -65,7 +65,12 @@ type Picture struct {
 	filed   map[string]attestor.Selector // entry ID: where index has it
 	count   map[attestor.Selector]int    // how many entries name the selector
 	held    bool
+	serial  uint64
 }
+
+// Serial is another number when what is held is another, and only then: the revision also moves when
+// a commit that is nothing to this node is heard of. It means nothing outside this process.
+func (p *Picture) Serial() uint64 { return p.serial }
 
 // Held reports whether there ever was a picture; false only before the first Apply.
 func (p *Picture) Held() bool { return p.held }
@@ -199,7 +204,7 @@ func (v *View) Apply(u Update) error {
 	if err != nil {
 		return err
 	}
-	if !changed && now.picture.held {
+	if !changed {
 		v.state.Store(&state{picture: next, next: now.next})
 		return nil
 	}
@@ -223,10 +228,17 @@ func (p *Picture) apply(u Update) (next *Picture, changed bool, err error) {
 			u.Rev, len(next.sorted), len(next.Bundles), ErrDrift)
 	}
 	if u.Full {
-		return next, !p.same(next), nil
+		changed = !p.same(next)
+	} else {
+		changed = len(u.Entries)+len(u.RemovedEntries)+len(u.Bundles)+len(u.RemovedBundles) > 0
 	}
-	touched := len(u.Entries) + len(u.RemovedEntries) + len(u.Bundles) + len(u.RemovedBundles)
-	return next, touched > 0, nil
+	if !changed {
+		same := *p
+		same.StoreID, same.Rev = u.StoreID, u.Rev
+		return &same, false, nil
+	}
+	next.serial = p.serial + 1
+	return next, true, nil
 }
 
 // full builds a picture from nothing else than the update.

@@ -1,0 +1,271 @@
+package issue
+
+import (
+	"container/list"
+	"context"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/assay-id/assay/agent/view"
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// jwtSlot holds the JWT-SVID of an entry for an audience. Issuer.mu guards it.
+type jwtSlot struct {
+	key      string
+	entry    *identity.Entry
+	audience []string
+	svid     *identity.JWTSVID // nil: none
+	keyID    string
+	renewAt  time.Time
+	// used says that somebody was given the token since it was signed.
+	used bool
+
+	call     *call
+	err      error
+	failures int
+	retryAt  time.Time
+
+	place *list.Element // nil: not in the cache
+}
+
+func (sl *jwtSlot) usable(now time.Time) bool { return sl.svid != nil && now.Before(sl.svid.ExpiresAt) }
+func (sl *jwtSlot) fresh(now time.Time) bool  { return sl.usable(now) && now.Before(sl.renewAt) }
+
+func (sl *jwtSlot) finish() {
+	if sl.call != nil {
+		close(sl.call.done)
+		sl.call = nil
+	}
+}
+
+// jwtCache holds at most size slots, those that were used last.
+type jwtCache struct {
+	size  int
+	slots map[string]*jwtSlot
+	order *list.List // of *jwtSlot, the last used in front
+}
+
+func newJWTCache(size int) jwtCache {
+	return jwtCache{size: size, slots: map[string]*jwtSlot{}, order: list.New()}
+}
+
+// get returns the slot for the entry and audience, making it if need be. A token with a jti is
+// for one use, so its slot is not in the cache.
+func (c *jwtCache) get(e *identity.Entry, audience []string) *jwtSlot {
+	if e.JTI {
+		return &jwtSlot{entry: e, audience: audience}
+	}
+	key := jwtKey(e.ID, audience)
+	sl := c.slots[key]
+	if sl == nil {
+		sl = &jwtSlot{key: key, entry: e, audience: audience}
+		sl.place = c.order.PushFront(sl)
+		c.slots[key] = sl
+		for len(c.slots) > c.size {
+			c.drop(c.order.Back().Value.(*jwtSlot))
+		}
+		return sl
+	}
+	c.order.MoveToFront(sl.place)
+	return sl
+}
+
+func (c *jwtCache) drop(sl *jwtSlot) {
+	if sl.place != nil {
+		c.order.Remove(sl.place)
+		sl.place = nil
+		delete(c.slots, sl.key)
+	}
+}
+
+// refresh drops the tokens of entries that are gone or have changed.
+func (c *jwtCache) refresh(p *view.Picture) {
+	for _, sl := range c.slots {
+		if e, ok := p.Entry(sl.entry.ID); !ok || e != sl.entry {
+			c.drop(sl)
+		}
+	}
+}
+
+// dropKeys drops the tokens that were signed with one of the keys.
+func (c *jwtCache) dropKeys(bad map[string]bool) {
+	for _, sl := range c.slots {
+		if bad[sl.keyID] {
+			c.drop(sl)
+		}
+	}
+}
+
+// jwtKey is the same for the same entry and set of audiences.
+func jwtKey(entryID string, audience []string) string {
+	set := slices.Clone(audience)
+	slices.Sort(set)
+	raw, _ := json.Marshal(append([]string{entryID}, slices.Compact(set)...)) // strings never fail
+	return string(raw)
+}
+
+// JWT returns a JWT-SVID for each entry whose selectors are all in facts, or only for those with the
+// SPIFFE ID if it is not zero, in the order of X509, and a channel that is closed when another set of
+// entries may match. It waits for what is being signed until ctx ends. No match: nothing and no error.
+// A match with nothing valid to give: an error wrapping identity.ErrUnavailable.
+func (i *Issuer) JWT(ctx context.Context, facts attestor.Set, audience []string, id spiffeid.ID) ([]*identity.JWTSVID, <-chan struct{}, error) {
+	i.mu.Lock()
+	now := i.now()
+	s := i.ask(facts, now)
+	changed := s.changed
+	var slots []*jwtSlot
+	var fresh []*identity.JWTSVID // by place in slots; nil: to be waited for
+	var calls []*call
+	some := false
+	for _, e := range s.entries {
+		if !id.IsZero() && e.SPIFFEID != id {
+			continue
+		}
+		sl := i.jwts.get(e, audience)
+		slots = append(slots, sl)
+		if sl.fresh(now) {
+			sl.used = true
+			fresh = append(fresh, sl.svid)
+			some = true
+			continue
+		}
+		fresh = append(fresh, nil)
+		some = some || sl.usable(now)
+		if c := i.requestJWT(sl, now); c != nil {
+			calls = append(calls, c)
+		}
+	}
+	i.mu.Unlock()
+	if len(slots) == 0 {
+		return nil, changed, nil
+	}
+	var late <-chan time.Time
+	if some {
+		timer := time.NewTimer(soft)
+		defer timer.Stop()
+		late = timer.C
+	}
+	if _, err := await(ctx, calls, late); err != nil {
+		return nil, changed, err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	now = i.now()
+	var svids []*identity.JWTSVID
+	var failed error
+	for n, sl := range slots {
+		switch {
+		case fresh[n] != nil:
+			svids = append(svids, fresh[n])
+		case sl.usable(now):
+			sl.used = true
+			svids = append(svids, sl.svid)
+		case failed == nil:
+			failed = sl.err
+		}
+	}
+	if len(svids) == 0 {
+		return nil, changed, unavailable(failed)
+	}
+	return svids, changed, nil
+}
+
+// requestJWT has the slot's token signed and returns what to wait for, or nil if it has failed
+// lately. mu is held.
+func (i *Issuer) requestJWT(sl *jwtSlot, now time.Time) *call {
+	if sl.call != nil {
+		return sl.call
+	}
+	if i.stopped {
+		sl.err = errStopped
+		return nil
+	}
+	if now.Before(sl.retryAt) {
+		return nil
+	}
+	sl.call = &call{done: make(chan struct{})}
+	i.jwtQueue = append(i.jwtQueue, sl)
+	i.poke()
+	return sl.call
+}
+
+func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
+	began := time.Now()
+	svid, err := i.signer.SignJWT(ctx, sl.entry.ID, sl.audience)
+	i.metrics.latency.WithLabelValues("jwt").Observe(time.Since(began).Seconds())
+	i.metrics.count("jwt", err)
+	if err == nil && svid.ID != sl.entry.SPIFFEID {
+		// The entry was changed, and the picture that says so is on its way.
+		err = errors.New("server signed for another ID")
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	defer i.poke()
+	defer sl.finish()
+	i.signing--
+	now := i.now()
+	if err == nil && !now.Before(svid.ExpiresAt) {
+		err = errors.New("server sent a token that has expired; check the clocks")
+	}
+	if err != nil {
+		sl.err = err
+		sl.failures++
+		sl.retryAt = now.Add(backoff(sl.failures))
+		i.log.WithError(err).WithField("entry_id", sl.entry.ID).Debug("JWT-SVID was not signed")
+		if sl.place != nil {
+			i.due(sl.retryAt)
+		}
+		return
+	}
+	hinted := *svid
+	hinted.Hint = sl.entry.Hint
+	sl.svid, sl.keyID, sl.used = &hinted, keyID(svid.Token), true
+	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
+	sl.renewAt = renewalTime(svid.IssuedAt, svid.ExpiresAt)
+	if sl.place != nil {
+		i.due(sl.renewAt)
+	}
+}
+
+// scanJWT renews the tokens that are used, and drops those that have expired. mu is held.
+func (i *Issuer) scanJWT(now time.Time) {
+	for _, sl := range i.jwts.slots {
+		switch {
+		case sl.call != nil:
+		case sl.svid == nil || !sl.usable(now):
+			i.jwts.drop(sl)
+		case now.Before(sl.renewAt):
+			i.due(sl.renewAt)
+		case sl.used && now.Before(sl.retryAt):
+			i.due(sl.retryAt)
+		case sl.used:
+			i.requestJWT(sl, now)
+		default:
+			i.due(sl.svid.ExpiresAt)
+		}
+	}
+}
+
+// keyID reads the kid from a token's header (RFC 7515 4.1.4), empty if there is none.
+func keyID(token string) string {
+	head, _, _ := strings.Cut(token, ".")
+	raw, err := base64.RawURLEncoding.DecodeString(head)
+	if err != nil {
+		return ""
+	}
+	var header struct {
+		KeyID string `json:"kid"`
+	}
+	if json.Unmarshal(raw, &header) != nil {
+		return ""
+	}
+	return header.KeyID
+}
