@@ -116,7 +116,7 @@ func draft(e *identity.Entry, now time.Time) (*identity.Entry, error) {
 // which are made together lie together in the store: a batch touches few pages, not one per entry.
 func newID(now time.Time) string {
 	var u [16]byte
-	_, _ = rand.Read(u[6:])               // never fails
+	_, _ = rand.Read(u[6:])                // never fails
 	stamp := uint64(now.UnixMilli()) << 16 //nolint:gosec // after 1970
 	binary.BigEndian.PutUint64(u[:], stamp|uint64(binary.BigEndian.Uint16(u[6:])))
 	u[6] = u[6]&0x0f | 0x70
@@ -335,12 +335,16 @@ func (r *Records) deletion(ctx context.Context, id string) (kv.Txn, error) {
 	if err != nil {
 		return kv.Txn{}, err
 	}
+	return deletionOf(e, at), nil
+}
+
+func deletionOf(e *identity.Entry, at kv.Rev) kv.Txn {
 	t := kv.Txn{
-		If:  []kv.Cond{{Key: entryKey(id), Rev: at}},
-		Ops: []kv.Op{kv.Del(entryKey(id))},
+		If:  []kv.Cond{{Key: entryKey(e.ID), Rev: at}},
+		Ops: []kv.Op{kv.Del(entryKey(e.ID))},
 	}
 	for k := range indexKeys(e) {
 		t.Ops = append(t.Ops, kv.Del(k))
 	}
-	return t, nil
+	return t
 }

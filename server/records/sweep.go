@@ -101,9 +101,9 @@ func (r *Records) sweep(ctx context.Context, items []kv.Item) error {
 		p := &piece{at: i}
 		switch kind {
 		case kindEntry:
-			p.txn, err = r.expiredEntry(ctx, id, at)
+			p.txn, err = r.expiredEntry(ctx, it.Key, id, at)
 		case kindToken:
-			p.txn, err = r.expiredToken(ctx, id)
+			p.txn, err = r.expiredToken(ctx, it.Key, id)
 		default: // of a later version
 			continue
 		}
@@ -111,9 +111,6 @@ func (r *Records) sweep(ctx context.Context, items []kv.Item) error {
 			return err
 		}
 		kinds[i] = kind
-		if !slices.ContainsFunc(p.txn.Ops, func(o kv.Op) bool { return o.Key == it.Key }) {
-			p.txn.Ops = append(p.txn.Ops, kv.Del(it.Key))
-		}
 		pieces = append(pieces, p)
 	}
 	// An alias that expires itself is in two pieces, and waits for the next sweep.
@@ -141,37 +138,51 @@ func (r *Records) sweep(ctx context.Context, items []kv.Item) error {
 	}
 }
 
-// expiredEntry returns what deletes an entry that was to expire at a Unix time, or nothing if that
-// was changed.
-func (r *Records) expiredEntry(ctx context.Context, id string, at int64) (kv.Txn, error) {
-	e, _, err := r.entry(ctx, id)
-	if errors.Is(err, ErrNotFound) || err == nil && unix(e.ExpiresAt) != at {
-		return kv.Txn{}, nil
-	}
-	if err != nil {
+// expiredEntry returns what deletes an entry that was to expire at a Unix time, or only the expiry
+// key if that was changed.
+func (r *Records) expiredEntry(ctx context.Context, key, id string, at int64) (kv.Txn, error) {
+	stale := kv.Txn{Ops: []kv.Op{kv.Del(key)}}
+	e, rev, err := r.entry(ctx, id)
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return stale, nil
+	case err != nil:
 		return kv.Txn{}, err
+	case unix(e.ExpiresAt) != at:
+		// Unless it is changed back at this moment.
+		stale.If = []kv.Cond{{Key: entryKey(id), Rev: rev}}
+		return stale, nil
 	}
-	return r.deletion(ctx, id)
+	return deletionOf(e, rev), nil // the expiry key is one of its index keys
 }
+
+// maxAliases is how many aliases of one token are deleted in one transaction.
+const maxAliases = 20
 
 // expiredToken returns what deletes a join token that nobody used, and the aliases that were made
 // with it if no node came to be.
-func (r *Records) expiredToken(ctx context.Context, hash string) (kv.Txn, error) {
+func (r *Records) expiredToken(ctx context.Context, key, hash string) (kv.Txn, error) {
 	var t kv.Txn
 	item, found, err := r.get(ctx, tokenKey(hash))
 	if err != nil {
 		return kv.Txn{}, err
 	}
 	if found {
-		t.If = append(t.If, kv.Cond{Key: item.Key, Rev: item.Rev})
-		t.Ops = append(t.Ops, kv.Del(item.Key))
+		t.If = []kv.Cond{{Key: item.Key, Rev: item.Rev}}
+		t.Ops = []kv.Op{kv.Del(item.Key)}
 	}
+	token := kv.Txn{If: slices.Clip(t.If), Ops: append(slices.Clip(t.Ops), kv.Del(key))}
 	ids, err := r.aliases(ctx, hash)
 	if err != nil {
 		return kv.Txn{}, err
 	}
+	if len(ids) <= maxAliases {
+		t.Ops = append(t.Ops, kv.Del(key))
+	} else { // the rest with the next sweep
+		ids = ids[:maxAliases]
+	}
 	for _, id := range ids {
-		e, _, err := r.entry(ctx, id)
+		e, rev, err := r.entry(ctx, id)
 		if errors.Is(err, ErrNotFound) {
 			continue
 		}
@@ -179,16 +190,13 @@ func (r *Records) expiredToken(ctx context.Context, hash string) (kv.Txn, error)
 			return kv.Txn{}, err
 		}
 		_, _, err = r.node(ctx, e.ParentID)
-		if err == nil {
-			continue
+		if err == nil { // all aliases of a token have the same parent: the node is there
+			return token, nil
 		}
 		if !errors.Is(err, ErrNotFound) {
 			return kv.Txn{}, err
 		}
-		d, err := r.deletion(ctx, id)
-		if err != nil {
-			return kv.Txn{}, err
-		}
+		d := deletionOf(e, rev)
 		// The node must not be admitted in between.
 		t.If = append(t.If, append(d.If, kv.Cond{Key: nodeKey(e.ParentID)})...)
 		t.Ops = append(t.Ops, d.Ops...)

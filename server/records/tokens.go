@@ -12,6 +12,10 @@ import (
 
 var _ attestor.TokenBurner = (*Records)(nil)
 
+// tokenGrace is how long after its expiry a token's remains are looked at: an agent that used it in
+// its last second must have become a node by then.
+const tokenGrace = 5 * time.Minute
+
 // CreateToken stores the hash of a join token that may be used once, until it expires. It returns
 // ErrExists if there is such a token.
 func (r *Records) CreateToken(ctx context.Context, token string, expires time.Time) error {
@@ -22,7 +26,7 @@ func (r *Records) CreateToken(ctx context.Context, token string, expires time.Ti
 	hash := hashToken(token)
 	_, err = r.store.Commit(ctx, kv.Txn{
 		If:  []kv.Cond{{Key: tokenKey(hash)}},
-		Ops: []kv.Op{kv.Put(tokenKey(hash), value), kv.Put(expiryKey(expires, kindToken, hash), nil)},
+		Ops: []kv.Op{kv.Put(tokenKey(hash), value), kv.Put(expiryKey(expires.Add(tokenGrace), kindToken, hash), nil)},
 	})
 	if errors.Is(err, kv.ErrConflict) {
 		err = ErrExists
