@@ -98,6 +98,9 @@ type CA struct {
 	AgentTTL time.Duration
 	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
 	JWTIssuer string
+	// NewAuthorityOnLostKey is the operator's consent to a new authority where the private key of
+	// the active one is gone. Without it, such a server does not start.
+	NewAuthorityOnLostKey bool
 	// DisableJWT makes every JWT-SVID call answer Unimplemented.
 	DisableJWT bool
 }

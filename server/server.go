@@ -4,3 +4,335 @@
 // What a part does is in its own folder; what is here is which part gets which, the listeners and
 // their TLS, and the limits on connections.
 package server
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/admit"
+	"github.com/assay-id/assay/server/api"
+	"github.com/assay-id/assay/server/api/caller"
+	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/ca/keys"
+	"github.com/assay-id/assay/server/feed"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/store/boltkv"
+	"github.com/assay-id/assay/server/view"
+)
+
+// Run serves until ctx ends, and then drains and closes everything and returns nil. It returns an
+// error, one clear sentence, for a configuration or a world in which it cannot start, and for a part
+// that failed while it ran.
+func Run(ctx context.Context, config Config) (err error) {
+	if err := config.Check(); err != nil {
+		return fmt.Errorf("check configuration: %w", err)
+	}
+	cfg := config.filled()
+	component := func(name string) logrus.FieldLogger { return cfg.Log.WithField("component", name) }
+
+	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
+		return fmt.Errorf("make data directory: %w", err)
+	}
+	log, err := openAudit(&cfg, component("audit"))
+	if err != nil {
+		return err
+	}
+	defer closing(log, &err)
+	store, err := boltkv.Open(filepath.Join(cfg.DataDir, "store.db"), boltkv.Config{Metrics: cfg.Metrics})
+	if err != nil {
+		return fmt.Errorf("open store: %w", err)
+	}
+	defer closing(store, &err)
+	rec, err := records.Open(ctx, store, cfg.TrustDomain, records.Config{
+		Now: cfg.Now, Log: component("records"), Metrics: cfg.Metrics,
+	})
+	if err != nil {
+		return fmt.Errorf("open records: %w", err)
+	}
+	authority, err := openCA(ctx, &cfg, rec, component("ca"))
+	if err != nil {
+		return err
+	}
+	pictures := view.New(rec, cfg.TrustDomain, view.Config{Log: component("view"), Metrics: cfg.Metrics, Now: cfg.Now})
+	judges, err := openJudges(&cfg, rec)
+	if err != nil {
+		return err
+	}
+	desk := admit.New(rec, authority, judges, admit.Config{
+		TrustDomain: cfg.TrustDomain, Duration: cfg.Limits.AttestDuration,
+		Log: component("admit"), Metrics: cfg.Metrics, Now: cfg.Now,
+	})
+	services := api.New(api.Parts{
+		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Chain: ownChain(authority), Level: cfg.Level,
+	}, api.Config{
+		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT,
+		AttestPerSecond: cfg.Limits.AttestPerSecond, AttestBurst: cfg.Limits.AttestBurst,
+		SignPerSecond: cfg.Limits.SignPerSecond, PostPerSecond: cfg.Limits.PostPerSecond,
+		AttestDuration: cfg.Limits.AttestDuration,
+		Log:            component("api"), Metrics: cfg.Metrics, Now: cfg.Now,
+	})
+	authorizer := caller.New(pictures, rec, log, caller.Config{
+		TrustDomain: cfg.TrustDomain, AdminIDs: cfg.AdminIDs, Log: component("caller"), Now: cfg.Now,
+	})
+	feeds := feed.New(pictures, feed.Config{
+		Caller: func(ctx context.Context) (spiffeid.ID, bool) {
+			id := caller.FromContext(ctx).ID
+			return id, !id.IsZero()
+		},
+		Authorize: caller.Reauthorize,
+		Log:       component("feed"), Metrics: cfg.Metrics, Now: cfg.Now,
+	})
+
+	stopping := make(chan struct{})
+	around, err := newCalls(stopping, component("rpc"), cfg.Metrics)
+	if err != nil {
+		return err
+	}
+	intercept := []grpc.ServerOption{
+		grpc.ChainUnaryInterceptor(around.Unary, authorizer.Unary, services.Ledgers().Unary),
+		grpc.ChainStreamInterceptor(around.Stream, authorizer.Stream, services.Ledgers().Stream),
+	}
+	verifier := &caller.Verifier{TrustDomain: cfg.TrustDomain, Bundles: pictures, AdminIDs: cfg.AdminIDs, Now: cfg.Now}
+	remote := grpc.NewServer(append(remoteOptions(cfg.Limits), append(intercept,
+		grpc.Creds(newGreeter(tlsConfig(authority.ServerCertificate(), verifier.Verify, cfg.RequirePQKEM))))...)...)
+	services.Register(remote)
+	feeds.Register(remote)
+	local := grpc.NewServer(append(intercept,
+		grpc.Creds(caller.UnixCredentials()), grpc.MaxRecvMsgSize(cfg.Limits.MaxMessage))...)
+	services.Register(local)
+	services.RegisterLocal(local)
+	state := health.NewServer()
+	grpc_health_v1.RegisterHealthServer(local, state)
+
+	listeners, err := listen(&cfg, component("listener"))
+	if err != nil {
+		return err
+	}
+	defer listeners.close()
+
+	// The parts outlive ctx: calls that are being drained still need them.
+	parts, stopParts := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopParts()
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return rec.Run(parts) })
+	group.Go(func() error { return authority.Run(parts) })
+	group.Go(func() error { return pictures.Run(parts) })
+	group.Go(func() error {
+		select {
+		case <-pictures.Ready():
+		case <-ctx.Done():
+			return nil
+		}
+		group.Go(func() error { return serve(remote, listeners.tcp) })
+		if listeners.unix != nil {
+			group.Go(func() error { return serve(local, listeners.unix) })
+		}
+		cfg.Log.WithFields(logrus.Fields{
+			"address": listeners.tcp.Addr().String(), "socket": cfg.SocketPath, "attestors": desk.Types(), "store_id": rec.StoreID(),
+		}).Info("server is ready")
+		if cfg.Ready != nil {
+			cfg.Ready(running(&cfg, listeners, store, services))
+		}
+		return nil
+	})
+	group.Go(func() error {
+		<-ctx.Done()
+		state.Shutdown()
+		close(stopping)
+		drain(cfg.Limits.Drain, remote, local)
+		stopParts()
+		return nil
+	})
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	cfg.Log.Info("server stopped")
+	return nil
+}
+
+// closing closes a part and keeps its error if there is no other.
+func closing(part interface{ Close() error }, err *error) {
+	if closed := part.Close(); closed != nil && *err == nil {
+		*err = closed
+	}
+}
+
+func openAudit(cfg *Config, log logrus.FieldLogger) (*audit.Log, error) {
+	c := audit.Config{Now: cfg.Now, Log: log, Metrics: cfg.Metrics}
+	if cfg.AuditPath == "-" {
+		return audit.New(os.Stderr, c)
+	}
+	return audit.Open(cfg.AuditPath, c)
+}
+
+func openCA(ctx context.Context, cfg *Config, store ca.Store, log logrus.FieldLogger) (*ca.CA, error) {
+	kind, err := keys.ParseKind(cfg.CA.KeyType)
+	if err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	jwtKind, err := keys.ParseKind(cfg.CA.JWTKeyType)
+	if err != nil {
+		return nil, fmt.Errorf("open CA: JWT %w", err)
+	}
+	var km keys.Manager = keys.Memory()
+	if cfg.KeyManager == KeysDisk {
+		disk, err := keys.OpenDisk(cfg.KeysPath, log)
+		if err != nil {
+			return nil, fmt.Errorf("open keys: %w", err)
+		}
+		km = disk
+	}
+	return ca.Open(ctx, km, store, cfg.TrustDomain, ca.Config{
+		CATTL: cfg.CA.TTL, KeyType: kind, JWTKeyType: jwtKind,
+		X509SVIDTTL: cfg.CA.X509SVIDTTL, JWTSVIDTTL: cfg.CA.JWTSVIDTTL, AgentTTL: cfg.CA.AgentTTL,
+		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
+		Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
+	})
+}
+
+func openJudges(cfg *Config, tokens attestor.TokenBurner) (map[string]attestor.Judge, error) {
+	judges := map[string]attestor.Judge{}
+	for _, j := range cfg.Judges {
+		config := j.Config
+		if config == nil && j.Kind.Config != nil {
+			config = j.Kind.Config()
+		}
+		judge, err := j.Kind.Open(config, attestor.Needs{
+			TrustDomain: cfg.TrustDomain,
+			Log:         cfg.Log.WithField("component", "attestor").WithField("attestor", j.Kind.Type),
+			Now:         cfg.Now,
+			Tokens:      tokens,
+		})
+		if err != nil {
+			return nil, fmt.Errorf("open node attestor %q: %w", j.Kind.Type, err)
+		}
+		judges[j.Kind.Type] = judge
+	}
+	return judges, nil
+}
+
+// ownChain returns the server's own SVID as it is at the moment.
+func ownChain(authority *ca.CA) func() []*x509.Certificate {
+	get := authority.ServerCertificate()
+	return func() []*x509.Certificate {
+		held, err := get(nil)
+		if err != nil {
+			return nil
+		}
+		var chain []*x509.Certificate
+		for _, der := range held.Certificate {
+			if cert, err := x509.ParseCertificate(der); err == nil {
+				chain = append(chain, cert)
+			}
+		}
+		return chain
+	}
+}
+
+// remoteOptions are the limits on what comes over TCP.
+func remoteOptions(l Limits) []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(l.MaxMessage),
+		grpc.MaxConcurrentStreams(l.MaxStreams),
+		grpc.MaxHeaderListSize(16 << 10),
+		grpc.ConnectionTimeout(l.Handshake),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle: l.ConnectionIdle,
+			// Open streams outlive it: agents call anew on a new connection, and the feed goes on.
+			MaxConnectionAge: l.ConnectionAge,
+			// A peer that vanished without a word, which TCP notices late.
+			Time:    30 * time.Second,
+			Timeout: 20 * time.Second,
+		}),
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+	}
+}
+
+// open are the sockets that callers connect to.
+type open struct {
+	tcp  net.Listener
+	unix net.Listener // nil if there is none
+}
+
+func (o *open) close() {
+	_ = o.tcp.Close() // closed already if the server ran
+	if o.unix != nil {
+		_ = o.unix.Close()
+	}
+}
+
+func listen(cfg *Config, log logrus.FieldLogger) (*open, error) {
+	address := net.JoinHostPort(cfg.BindAddress, strconv.Itoa(cfg.BindPort))
+	tcp, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen at %s: %w", address, err)
+	}
+	o := &open{tcp: newGate(tcp, cfg.Limits, log)}
+	if cfg.SocketPath != "" {
+		if o.unix, err = listenUnix(cfg.SocketPath); err != nil {
+			o.unix = nil
+			o.close()
+			return nil, err
+		}
+	}
+	return o, nil
+}
+
+// serve returns nil when the server is stopped.
+func serve(s *grpc.Server, l net.Listener) error {
+	if err := s.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// drain lets open calls end, for a while.
+func drain(patience time.Duration, servers ...*grpc.Server) {
+	var group errgroup.Group
+	for _, s := range servers {
+		group.Go(func() error {
+			timer := time.AfterFunc(patience, s.Stop)
+			defer timer.Stop()
+			s.GracefulStop()
+			return nil
+		})
+	}
+	_ = group.Wait() // no errors
+}
+
+// lookTime is how long a health check may take.
+const lookTime = 2 * time.Second
+
+func running(cfg *Config, listeners *open, store *boltkv.Store, services *api.API) Running {
+	live := func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), lookTime)
+		defer cancel()
+		if _, err := store.Rev(ctx); err != nil {
+			return fmt.Errorf("look at store: %w", err)
+		}
+		return nil
+	}
+	return Running{
+		Address:    listeners.tcp.Addr(),
+		SocketPath: cfg.SocketPath,
+		Live:       live,
+		Ready:      func() error { return errors.Join(live(), services.Ledgers().Err()) },
+	}
+}

@@ -1,0 +1,275 @@
+package admit
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"io"
+	"math/big"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/sirupsen/logrus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/store/kv"
+)
+
+var (
+	td    = spiffeid.RequireTrustDomainFromString("example.org")
+	agent = spiffeid.RequireFromString("spiffe://example.org/spire/agent/test/one")
+)
+
+// book is Records in memory.
+type book struct {
+	mu    sync.Mutex
+	nodes map[spiffeid.ID]*records.Node
+	rev   kv.Rev
+}
+
+func (b *book) UpdateNode(_ context.Context, id spiffeid.ID, change func(*records.Node, bool) error) (*records.Node, kv.Rev, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	n, ok := b.nodes[id]
+	if !ok {
+		n = &records.Node{}
+	}
+	n = n.Clone()
+	if err := change(n, ok); err != nil {
+		return nil, 0, err
+	}
+	b.nodes[id] = n
+	b.rev++
+	return n, b.rev, nil
+}
+
+func (b *book) DeleteNode(_ context.Context, id spiffeid.ID) (kv.Rev, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if _, ok := b.nodes[id]; !ok {
+		return 0, records.ErrNotFound
+	}
+	delete(b.nodes, id)
+	b.rev++
+	return b.rev, nil
+}
+
+// counter signs by counting.
+type counter struct {
+	n   int64
+	err error
+}
+
+func (c *counter) SignAgent(context.Context, crypto.PublicKey, spiffeid.ID) ([]*x509.Certificate, error) {
+	if c.err != nil {
+		return nil, c.err
+	}
+	c.n++
+	return []*x509.Certificate{{SerialNumber: big.NewInt(c.n), NotAfter: time.Unix(10_000, 0)}}, nil
+}
+
+// judge answers what it is told to.
+type judge func(ctx context.Context, payload []byte, ask attestor.Ask) (attestor.Proof, error)
+
+func (j judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (attestor.Proof, error) {
+	return j(ctx, payload, ask)
+}
+
+func says(p attestor.Proof) judge {
+	return func(context.Context, []byte, attestor.Ask) (attestor.Proof, error) { return p, nil }
+}
+
+func newDesk(j judge) (*Desk, *book, *counter) {
+	silent := logrus.New()
+	silent.SetOutput(io.Discard)
+	b, c := &book{nodes: map[spiffeid.ID]*records.Node{}}, &counter{}
+	return New(b, c, map[string]attestor.Judge{"test": j}, Config{
+		TrustDomain: td, Log: silent, Metrics: prometheus.NewRegistry(), Now: func() time.Time { return time.Unix(100, 0) },
+	}), b, c
+}
+
+var request = Request{Type: "test", Payload: []byte("evidence"), Ask: func(context.Context, []byte) ([]byte, error) { return []byte("answer"), nil }}
+
+func TestAttest(t *testing.T) {
+	t.Run("what is proved becomes the node", func(t *testing.T) {
+		sel := attestor.Selector{Type: "test", Value: "a"}
+		d, b, _ := newDesk(says(attestor.Proof{Path: "test/one", CanReattest: true, Selectors: []attestor.Selector{sel, sel}}))
+		out, err := d.Attest(t.Context(), request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := b.nodes[agent]
+		if out.ID != agent || !out.CanReattest || out.Rev != 1 || n.Serial != "1" || n.Type != "test" || n.Selectors.Len() != 1 || n.AttestedAt.Unix() != 100 {
+			t.Errorf("admitted %+v, node %+v", out, n)
+		}
+	})
+	t.Run("attesting again replaces serial numbers and selectors, and keeps the version", func(t *testing.T) {
+		d, b, _ := newDesk(says(attestor.Proof{Path: "test/one", CanReattest: true}))
+		b.nodes[agent] = &records.Node{
+			ID: agent, Serial: "77", NewSerial: "78", AgentVersion: "1.2.3",
+			Selectors: attestor.NewSet(attestor.Selector{Type: "test", Value: "old"}),
+		}
+		if _, err := d.Attest(t.Context(), request); err != nil {
+			t.Fatal(err)
+		}
+		if n := b.nodes[agent]; n.Serial != "1" || n.NewSerial != "" || n.Selectors.Len() != 0 || n.AgentVersion != "1.2.3" {
+			t.Errorf("node %+v", n)
+		}
+	})
+}
+
+func TestAttestRefuses(t *testing.T) {
+	good := attestor.Proof{Path: "test/one", CanReattest: true}
+	for _, c := range []struct {
+		name  string
+		judge judge
+		node  *records.Node
+		req   func(*Request)
+		want  error
+	}{
+		{"a type that is not configured", says(good), nil, func(r *Request) { r.Type = "other" }, ErrUnknownType},
+		{"a payload over the limit", says(good), nil, func(r *Request) { r.Payload = make([]byte, attestor.MaxEvidence+1) }, ErrTooMuch},
+		{"what the judge does not believe", func(context.Context, []byte, attestor.Ask) (attestor.Proof, error) {
+			return attestor.Proof{}, attestor.ErrEvidence
+		}, nil, nil, attestor.ErrEvidence},
+		{"a banned node", says(good), &records.Node{Banned: true}, nil, ErrBanned},
+		{"a banned node of a type that attests once", says(attestor.Proof{Path: "test/one"}), &records.Node{Banned: true}, nil, ErrBanned},
+		{"a node that attested and may do so once", says(attestor.Proof{Path: "test/one"}), &records.Node{}, nil, attestor.ErrUsed},
+		{"a path of another type", says(attestor.Proof{Path: "other/one"}), nil, nil, nil},
+		{"a path that climbs out", says(attestor.Proof{Path: "test/../../server"}), nil, nil, attestor.ErrEvidence},
+		{"a path with an empty segment", says(attestor.Proof{Path: "test//one"}), nil, nil, attestor.ErrEvidence},
+		{"a path with a character that SPIFFE IDs do not have", says(attestor.Proof{Path: "test/a b"}), nil, nil, attestor.ErrEvidence},
+		{"a path over the length of a SPIFFE ID", says(attestor.Proof{Path: "test/" + strings.Repeat("x", 2048)}), nil, nil, attestor.ErrEvidence},
+		{"selectors of another type", says(attestor.Proof{Path: "test/one", Selectors: []attestor.Selector{{Type: "unix", Value: "uid:0"}}}), nil, nil, nil},
+		{"a selector with a control character", says(attestor.Proof{Path: "test/one", Selectors: []attestor.Selector{{Type: "test", Value: "a\n"}}}), nil, nil, attestor.ErrEvidence},
+		{"an answer over the limit", func(ctx context.Context, _ []byte, ask attestor.Ask) (attestor.Proof, error) {
+			_, err := ask(ctx, nil)
+			return attestor.Proof{}, err
+		}, nil, func(r *Request) {
+			r.Ask = func(context.Context, []byte) ([]byte, error) { return make([]byte, attestor.MaxEvidence+1), nil }
+		}, ErrTooMuch},
+		{"an endless conversation", func(ctx context.Context, _ []byte, ask attestor.Ask) (attestor.Proof, error) {
+			for {
+				if _, err := ask(ctx, nil); err != nil {
+					return attestor.Proof{}, err
+				}
+			}
+		}, nil, nil, ErrTooMuch},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d, b, _ := newDesk(c.judge)
+			if c.node != nil {
+				b.nodes[agent] = c.node
+			}
+			r := request
+			if c.req != nil {
+				c.req(&r)
+			}
+			out, err := d.Attest(t.Context(), r)
+			if err == nil || (c.want != nil && !errors.Is(err, c.want)) {
+				t.Errorf("got %v, want %v", err, c.want)
+			}
+			if out == nil || out.Chain != nil {
+				t.Errorf("refused with a certificate: %+v", out)
+			}
+			if b.rev != 0 {
+				t.Error("the records were changed")
+			}
+		})
+	}
+}
+
+func TestAttestHasADeadline(t *testing.T) {
+	d, _, _ := newDesk(func(ctx context.Context, _ []byte, _ attestor.Ask) (attestor.Proof, error) {
+		<-ctx.Done()
+		return attestor.Proof{}, errors.New("the cloud did not answer")
+	})
+	d.cfg.Duration = time.Millisecond
+	if _, err := d.Attest(t.Context(), request); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %v, want a deadline's end", err)
+	}
+}
+
+func TestABanDuringJudgementStands(t *testing.T) {
+	var d *Desk
+	d, b, _ := newDesk(func(ctx context.Context, _ []byte, _ attestor.Ask) (attestor.Proof, error) {
+		_, err := d.Ban(ctx, agent)
+		return attestor.Proof{Path: "test/one", CanReattest: true}, err
+	})
+	b.nodes[agent] = &records.Node{ID: agent, Serial: "1"}
+	if _, err := d.Attest(t.Context(), request); !errors.Is(err, ErrBanned) {
+		t.Errorf("got %v, want ErrBanned", err)
+	}
+	if !b.nodes[agent].Banned {
+		t.Error("the ban was overwritten")
+	}
+}
+
+func TestRenew(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		node *records.Node
+		want error
+	}{
+		{"gives a second serial number", &records.Node{Serial: "7"}, nil},
+		{"replaces a second serial number that was never used", &records.Node{Serial: "7", NewSerial: "6"}, nil},
+		{"refuses an unknown agent", nil, records.ErrNotFound},
+		{"refuses a banned agent", &records.Node{Banned: true}, ErrBanned},
+		{"refuses an agent that has to attest", &records.Node{Serial: "7", CanReattest: true}, ErrMustReattest},
+		{"refuses an old certificate", &records.Node{Serial: "8"}, ErrNotActive},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			d, b, _ := newDesk(nil)
+			if c.node != nil {
+				b.nodes[agent] = c.node
+			}
+			chain, rev, err := d.Renew(t.Context(), agent, "7", nil)
+			if !errors.Is(err, c.want) {
+				t.Fatalf("got %v, want %v", err, c.want)
+			}
+			if c.want != nil {
+				if chain != nil || b.rev != 0 {
+					t.Error("refused with a certificate or a change")
+				}
+				return
+			}
+			if n := b.nodes[agent]; rev != 1 || n.Serial != "7" || n.NewSerial != chain[0].SerialNumber.String() || !n.NewExpiresAt.Equal(chain[0].NotAfter) {
+				t.Errorf("node %+v", n)
+			}
+		})
+	}
+}
+
+func TestBanAndEvict(t *testing.T) {
+	d, b, _ := newDesk(nil)
+	if _, err := d.Ban(t.Context(), agent); !errors.Is(err, records.ErrNotFound) {
+		t.Errorf("ban of a stranger: got %v", err)
+	}
+	if _, err := d.Evict(t.Context(), agent); !errors.Is(err, records.ErrNotFound) {
+		t.Errorf("eviction of a stranger: got %v", err)
+	}
+	b.nodes[agent] = &records.Node{Serial: "1", NewSerial: "2", ExpiresAt: time.Unix(1, 0)}
+	if _, err := d.Ban(t.Context(), agent); err != nil {
+		t.Fatal(err)
+	}
+	if n := b.nodes[agent]; !n.Banned || n.Serial != "" || n.NewSerial != "" || !n.ExpiresAt.IsZero() {
+		t.Errorf("banned node is %+v", n)
+	}
+	if _, err := d.Evict(t.Context(), agent); err != nil || len(b.nodes) != 0 {
+		t.Errorf("eviction: %v, %v", err, b.nodes)
+	}
+}
+
+func TestASignerThatFailsAdmitsNobody(t *testing.T) {
+	d, b, c := newDesk(says(attestor.Proof{Path: "test/one"}))
+	c.err = errors.New("no authority")
+	if _, err := d.Attest(t.Context(), request); !errors.Is(err, c.err) || b.rev != 0 {
+		t.Errorf("got %v, revision %d", err, b.rev)
+	}
+}

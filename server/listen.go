@@ -1,0 +1,207 @@
+package server
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"google.golang.org/grpc/credentials"
+)
+
+// gate is a listener that holds connections to the limits: in all, per source address, and per
+// source address of those whose handshake is not done. A connection over a limit is closed before a
+// byte of it was read. How long a handshake may take is gRPC's to watch (grpc.ConnectionTimeout).
+type gate struct {
+	net.Listener
+	limits Limits
+	log    logrus.FieldLogger
+
+	mu      sync.Mutex // guards the rest
+	total   int
+	sources map[string]*crowd
+	warned  time.Time
+}
+
+// crowd counts the connections of one source address.
+type crowd struct{ all, halfOpen int }
+
+func newGate(l net.Listener, limits Limits, log logrus.FieldLogger) *gate {
+	return &gate{Listener: l, limits: limits, log: log, sources: map[string]*crowd{}}
+}
+
+// Accept returns the next connection that is within the limits.
+func (g *gate) Accept() (net.Conn, error) {
+	for {
+		conn, err := g.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if c := g.enter(conn); c != nil {
+			return c, nil
+		}
+		_ = conn.Close()
+	}
+}
+
+// warnEvery keeps a flood of connections from becoming a flood of log lines.
+const warnEvery = 10 * time.Second
+
+func (g *gate) enter(conn net.Conn) *guest {
+	source := conn.RemoteAddr().String()
+	if host, _, err := net.SplitHostPort(source); err == nil {
+		source = host
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	c := g.sources[source]
+	if c == nil {
+		c = &crowd{}
+	}
+	limit := ""
+	switch {
+	case g.total >= g.limits.MaxConnections:
+		limit = "connections"
+	case c.all >= g.limits.MaxPerSource:
+		limit = "connections of one address"
+	case c.halfOpen >= g.limits.MaxHalfOpen:
+		limit = "unfinished handshakes of one address"
+	}
+	if limit != "" {
+		if now := time.Now(); now.Sub(g.warned) >= warnEvery {
+			g.warned = now
+			g.log.WithFields(logrus.Fields{"addr": source, "limit": limit}).Warn("connection closed: over a limit")
+		}
+		return nil
+	}
+	g.total++
+	c.all++
+	c.halfOpen++
+	g.sources[source] = c
+	return &guest{Conn: conn, gate: g, source: source, halfOpen: true}
+}
+
+// guest is a connection that the gate counts.
+type guest struct {
+	net.Conn
+	gate   *gate
+	source string
+	// gate.mu guards the two below.
+	halfOpen bool
+	left     bool
+}
+
+// arrived says that the handshake is done.
+func (c *guest) arrived() {
+	c.gate.mu.Lock()
+	defer c.gate.mu.Unlock()
+	c.finish()
+}
+
+// finish stops counting the connection as half open. gate.mu is held.
+func (c *guest) finish() {
+	if c.halfOpen {
+		c.halfOpen = false
+		c.gate.sources[c.source].halfOpen--
+	}
+}
+
+// Close closes the connection and makes room for another.
+func (c *guest) Close() error {
+	c.gate.mu.Lock()
+	if !c.left {
+		c.left = true
+		c.finish()
+		c.gate.total--
+		crowd := c.gate.sources[c.source]
+		if crowd.all--; crowd.all == 0 {
+			delete(c.gate.sources, c.source)
+		}
+	}
+	c.gate.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// greeter is gRPC's TLS, and tells the gate when a handshake is done.
+type greeter struct {
+	credentials.TransportCredentials
+}
+
+func newGreeter(config *tls.Config) credentials.TransportCredentials {
+	return greeter{credentials.NewTLS(config)}
+}
+
+// ServerHandshake does TLS.
+func (g greeter) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	secured, auth, err := g.TransportCredentials.ServerHandshake(conn)
+	if err == nil {
+		if c, ok := conn.(*guest); ok {
+			c.arrived()
+		}
+	}
+	return secured, auth, err
+}
+
+// Clone returns a copy.
+func (g greeter) Clone() credentials.TransportCredentials {
+	return greeter{g.TransportCredentials.Clone()}
+}
+
+// tlsConfig is the TCP listener's. Session tickets are off: a resumed session would carry a client's
+// identity past the ban of its authority. Key exchange is left to Go, which prefers X25519MLKEM768,
+// unless only post-quantum hybrids are wanted.
+func tlsConfig(
+	certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error), verify func(tls.ConnectionState) error, requirePQ bool,
+) *tls.Config {
+	config := &tls.Config{
+		MinVersion:             tls.VersionTLS12,
+		NextProtos:             []string{"h2"},
+		GetCertificate:         certificate,
+		ClientAuth:             tls.RequestClientCert, // AttestAgent and GetBundle come without one
+		VerifyConnection:       verify,
+		SessionTicketsDisabled: true,
+	}
+	if requirePQ {
+		config.MinVersion = tls.VersionTLS13
+		config.CurvePreferences = []tls.CurveID{tls.X25519MLKEM768, tls.SecP256r1MLKEM768, tls.SecP384r1MLKEM1024}
+	}
+	return config
+}
+
+// listenUnix opens the private socket. A socket that nobody listens at is what a killed server left
+// behind and is replaced; anything else at the path is not ours to remove.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return nil, fmt.Errorf("make socket directory: %w", err)
+	}
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, fmt.Errorf("look at socket: %w", err)
+	case info.Mode()&fs.ModeSocket == 0:
+		return nil, fmt.Errorf("listen at %s: there is a file that is no socket", path)
+	default:
+		if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			_ = conn.Close()
+			return nil, fmt.Errorf("listen at %s: another server is listening there", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, fmt.Errorf("remove stale socket: %w", err)
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen at %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o770); err != nil { //nolint:gosec // its group administers the server
+		return nil, errors.Join(fmt.Errorf("set socket mode: %w", err), l.Close())
+	}
+	return l, nil
+}
