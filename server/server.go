@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -66,7 +67,14 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err != nil {
 		return fmt.Errorf("open records: %w", err)
 	}
-	authority, err := openCA(ctx, &cfg, rec, component("ca"))
+	signers, err := openKeys(&cfg, component("keys"))
+	if err != nil {
+		return err
+	}
+	if disk, ok := signers.(io.Closer); ok {
+		defer closing(disk, &err)
+	}
+	authority, err := openCA(ctx, &cfg, signers, rec, component("ca"))
 	if err != nil {
 		return err
 	}
@@ -168,7 +176,7 @@ func Run(ctx context.Context, config Config) (err error) {
 }
 
 // closing closes a part and keeps its error if there is no other.
-func closing(part interface{ Close() error }, err *error) {
+func closing(part io.Closer, err *error) {
 	if closed := part.Close(); closed != nil && *err == nil {
 		*err = closed
 	}
@@ -182,7 +190,18 @@ func openAudit(cfg *Config, log logrus.FieldLogger) (*audit.Log, error) {
 	return audit.Open(cfg.AuditPath, c)
 }
 
-func openCA(ctx context.Context, cfg *Config, store ca.Store, log logrus.FieldLogger) (*ca.CA, error) {
+func openKeys(cfg *Config, log logrus.FieldLogger) (keys.Manager, error) {
+	if cfg.KeyManager == KeysMemory {
+		return keys.Memory(), nil
+	}
+	disk, err := keys.OpenDisk(cfg.KeysPath, log)
+	if err != nil {
+		return nil, fmt.Errorf("open keys: %w", err)
+	}
+	return disk, nil
+}
+
+func openCA(ctx context.Context, cfg *Config, km keys.Manager, store ca.Store, log logrus.FieldLogger) (*ca.CA, error) {
 	kind, err := keys.ParseKind(cfg.CA.KeyType)
 	if err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
@@ -190,14 +209,6 @@ func openCA(ctx context.Context, cfg *Config, store ca.Store, log logrus.FieldLo
 	jwtKind, err := keys.ParseKind(cfg.CA.JWTKeyType)
 	if err != nil {
 		return nil, fmt.Errorf("open CA: JWT %w", err)
-	}
-	var km keys.Manager = keys.Memory()
-	if cfg.KeyManager == KeysDisk {
-		disk, err := keys.OpenDisk(cfg.KeysPath, log)
-		if err != nil {
-			return nil, fmt.Errorf("open keys: %w", err)
-		}
-		km = disk
 	}
 	return ca.Open(ctx, km, store, cfg.TrustDomain, ca.Config{
 		CATTL: cfg.CA.TTL, KeyType: kind, JWTKeyType: jwtKind,
