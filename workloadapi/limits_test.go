@@ -1,0 +1,227 @@
+package workloadapi_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc/codes"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/workloadapi"
+	"github.com/assay-id/assay/workloadapi/workloadapitest"
+)
+
+func TestLimits(t *testing.T) {
+	t.Run("a user over its share of streams is told so, and others are served", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{Limits: workloadapi.Limits{Streams: 8}}, newFake(say("a:b")))
+		w.put("/one", "a:b")
+		for range 4 { // half of all, and one more would be more than are left for others
+			wantPaths(t, w.stream(t, t.Context()), "/one")
+		}
+		wantEnd(t, w.stream(t, t.Context()), codes.ResourceExhausted, "")
+		if os.Getuid() == 0 {
+			other := w.workload(t, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}})
+			if got := other.line(t); got != "spiffe://example.org/one" {
+				t.Errorf("another user got %s", got)
+			}
+		}
+	})
+	t.Run("a stream that ends makes room", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{Limits: workloadapi.Limits{Streams: 2}}, newFake(say("a:b")))
+		w.put("/one", "a:b")
+		for range 5 {
+			ctx, cancel := context.WithCancel(t.Context())
+			s := w.stream(t, ctx)
+			wantPaths(t, s, "/one")
+			cancel()
+			for { // the server notices a moment later
+				if _, err := s.Recv(); err != nil {
+					break
+				}
+			}
+			for {
+				api, _ := workloadapitest.Dial(t, w.socket)
+				_, err := api.FetchJWTSVID(workloadapitest.Header(t.Context()), &workload.JWTSVIDRequest{Audience: []string{"a"}})
+				if err == nil {
+					break
+				}
+				workloadapitest.WantCode(t, err, codes.ResourceExhausted)
+			}
+		}
+	})
+	t.Run("a user over its share of connections is cut off", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{Limits: workloadapi.Limits{Connections: 4}}, newFake(say("a:b")))
+		var open []net.Conn
+		for range 3 {
+			c, err := net.Dial("unix", w.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			open = append(open, c)
+		}
+		if _, err := io.ReadAll(open[2]); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Error(err)
+		}
+		if _, err := open[0].Read(make([]byte, 1)); err != nil { // the server's HTTP/2 settings
+			t.Errorf("a connection within its share: %v", err)
+		}
+	})
+	t.Run("requests and headers have a size", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{}, newFake(say("a:b")))
+		w.put("/one", "a:b")
+		api, _ := workloadapitest.Dial(t, w.socket)
+		ctx := workloadapitest.Header(t.Context())
+		_, err := api.ValidateJWTSVID(ctx, &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: string(make([]byte, 1<<20))})
+		workloadapitest.WantCode(t, err, codes.ResourceExhausted)
+		many := make([]string, 101)
+		for i := range many {
+			many[i] = fmt.Sprint(i)
+		}
+		_, err = api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: many})
+		workloadapitest.WantCode(t, err, codes.InvalidArgument)
+		_, err = api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{string(make([]byte, 5000))}})
+		workloadapitest.WantCode(t, err, codes.InvalidArgument)
+	})
+	t.Run("foreign bytes on the socket harm nobody", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{}, newFake(say("a:b")))
+		w.put("/one", "a:b")
+		for _, bytes := range []string{"GET / HTTP/1.1\r\n\r\n", "\x16\x03\x01\x02\x00", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + string(make([]byte, 100))} {
+			c, err := net.Dial("unix", w.socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, _ = c.Write([]byte(bytes))
+			_ = c.(*net.UnixConn).CloseWrite()
+			_, _ = io.ReadAll(c)
+			_ = c.Close()
+		}
+		wantPaths(t, w.stream(t, t.Context()), "/one")
+	})
+}
+
+func TestNoDescriptorIsLeaked(t *testing.T) {
+	w := serve(t, workloadapi.Config{}, newFake(say("a:b")))
+	w.put("/one", "a:b")
+	fetch := func() {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		conn, err := dial(w.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		s, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(workloadapitest.Header(ctx), &workload.X509SVIDRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	count := func() int {
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(list)
+	}
+	fetch()
+	before := count()
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 50 {
+				fetch()
+			}
+		})
+	}
+	for range 100 { // callers that leave at once
+		c, err := net.Dial("unix", w.socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.Close()
+	}
+	wg.Wait()
+	w.stop()
+	if after := count(); after > before {
+		t.Errorf("%d descriptors before, %d after", before, after)
+	}
+}
+
+func TestThousandsOfStreams(t *testing.T) {
+	const connections, perConnection = 40, 50
+	w := serve(t, workloadapi.Config{Limits: workloadapi.Limits{Connections: 16384, Streams: 65536}}, newFake(say("a:b")))
+	w.put("/one", "a:b")
+	streams := openStreams(t, w, connections, perConnection)
+	made := w.src.Made()
+	w.put("/two", "a:b")
+	for _, s := range streams {
+		wantPaths(t, s, "/one /two")
+	}
+	if n := w.src.Made() - made; n > 10 { // some may have found the picture before the entry
+		t.Errorf("one change was answered %d times for %d streams with the same facts", n, len(streams))
+	}
+}
+
+// openStreams opens streams and waits for the first message of each.
+func openStreams(t testing.TB, w *world, connections, perConnection int) []x509Stream {
+	t.Helper()
+	streams := make([]x509Stream, connections*perConnection)
+	var wg sync.WaitGroup
+	for i := range connections {
+		api, _ := workloadapitest.Dial(t, w.socket)
+		wg.Go(func() {
+			for j := range perConnection {
+				s, err := api.FetchX509SVID(workloadapitest.Header(t.Context()), &workload.X509SVIDRequest{})
+				if err == nil {
+					_, err = s.Recv()
+				}
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				streams[i*perConnection+j] = s
+			}
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	return streams
+}
+
+// BenchmarkUpdate is one change sent to 5,000 open streams. ns/stream is the time, client included,
+// of each; the clients run in the same process and take about as much as the server.
+func BenchmarkUpdate(b *testing.B) {
+	w := serve(b, workloadapi.Config{Limits: workloadapi.Limits{Connections: 16384, Streams: 65536}},
+		newFake(func(_ context.Context, p attestor.Process) ([]attestor.Selector, error) { return selectors("a:b"), nil }))
+	w.put("/one", "a:b")
+	const streams = 5000
+	all := openStreams(b, w, 50, streams/50)
+	runtime.GC()
+	var before, after syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &before)
+	for b.Loop() {
+		w.src.Rotate()
+		for _, s := range all {
+			if _, err := s.Recv(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &after)
+	cpu := after.Utime.Nano() + after.Stime.Nano() - before.Utime.Nano() - before.Stime.Nano()
+	b.ReportMetric(float64(cpu)/float64(b.N)/streams, "cpu-ns/stream")
+}
