@@ -1,0 +1,23 @@
+package main
+
+import (
+	"github.com/assay-id/assay/attestor"
+	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
+	unix "github.com/assay-id/assay/attestor/unix/workload"
+	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
+)
+
+// nodes are the ways in which this agent can prove its node, one line each.
+func nodes() []attestor.NodeKind {
+	return []attestor.NodeKind{
+		jointoken.Kind(),
+		x509pop.Kind(),
+	}
+}
+
+// workloads are the ways in which this agent proves things about processes, one line each.
+func workloads() []attestor.WorkloadKind {
+	return []attestor.WorkloadKind{
+		unix.Kind(),
+	}
+}

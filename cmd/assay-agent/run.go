@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/assay-id/assay/agent"
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/cmd/cli"
+	"github.com/assay-id/assay/cmd/daemon"
+	"github.com/assay-id/assay/conf"
+)
+
+// defaultConfig is the file of "run" and "validate" if -config names none.
+const defaultConfig = "/etc/assay/agent.hcl"
+
+// settings adds the flags that "run" and "validate" have.
+func settings(c *cobra.Command) *cli.Settings {
+	s := new(cli.Settings)
+	s.AddTo(c, defaultConfig)
+	s.Key(c, "trustDomain", "agent.trust_domain", "Trust domain of the agent")
+	s.Key(c, "serverAddress", "agent.server_address", "Host name or IP address of the server")
+	s.Key(c, "serverPort", "agent.server_port", "TCP port of the server")
+	s.Key(c, "joinToken", "agent.join_token", "Join token of the first start")
+	s.Key(c, "joinTokenFile", "agent.join_token_file", "File with the join token")
+	s.Key(c, "trustBundle", "agent.trust_bundle_path", "File with the server's bundle")
+	s.Key(c, "trustBundleUrl", "agent.trust_bundle_url", "URL of the server's bundle")
+	s.Key(c, "trustBundleFormat", "agent.trust_bundle_format", "pem or spiffe")
+	s.Switch(c, "insecureBootstrap", "agent.insecure_bootstrap", "Trust whoever answers first as the server")
+	s.Key(c, "socketPath", "agent.socket_path", "Path of the Workload API's Unix socket")
+	s.Key(c, "adminSocketPath", "agent.admin_socket_path", "Path of the admin Unix socket")
+	s.Key(c, "dataDir", "agent.data_dir", "Directory for what is kept over a restart")
+	s.Switch(c, "allowUnauthenticatedVerifiers", "agent.allow_unauthenticated_verifiers", "Let processes without an identity fetch bundles")
+	s.Key(c, "logLevel", "agent.log_level", "debug, info, warn or error")
+	s.Key(c, "logFormat", "agent.log_format", "text or json")
+	s.Key(c, "logFile", "agent.log_file", "File for the log; standard error without it")
+	return s
+}
+
+// load reads the configuration.
+func load(s *cli.Settings) (*conf.Agent, error) {
+	c, err := conf.LoadAgent(s.Path(), nodes(), workloads(), s.Options())
+	if err != nil {
+		return nil, cli.Invalid("Assay agent", err)
+	}
+	return c, nil
+}
+
+func validate() *cobra.Command {
+	c := &cobra.Command{Use: "validate", Short: "Says everything that is wrong with a configuration file", Args: cli.NoArgs}
+	s := settings(c)
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		if _, err := load(s); err != nil {
+			return err
+		}
+		_, err := fmt.Fprintln(c.OutOrStdout(), "Assay agent configuration file is valid.")
+		return err
+	}
+	return c
+}
+
+func run() *cobra.Command {
+	c := &cobra.Command{
+		Use: "run", Short: "Runs the agent", Args: cli.NoArgs,
+		Long: "Runs the agent until SIGTERM or SIGINT. SIGHUP opens the log file anew and applies log_level.",
+	}
+	s := settings(c)
+	c.RunE = func(c *cobra.Command, _ []string) error {
+		from, err := load(s)
+		if err != nil {
+			return err
+		}
+		d, err := daemon.Start(daemon.Config{
+			Name: "assay_agent", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics,
+			Reload: func() (conf.Log, error) {
+				// A join token file may be gone by now, and with it the file would be refused.
+				now, err := load(s)
+				if err != nil {
+					return conf.Log{}, err
+				}
+				return now.Log, nil
+			},
+		})
+		if err != nil {
+			return err
+		}
+		config, err := agentConfig(from, d)
+		if err != nil {
+			_ = d.Close()
+			return err
+		}
+		d.Log.WithField("version", cli.VersionText()).WithField("trust_domain", from.TrustDomain).Info("starting")
+		return d.Run(c.Context(), func(ctx context.Context) error { return agent.Run(ctx, config) })
+	}
+	return c
+}
+
+// agentConfig hands the file's keys to the agent and opens its attestors.
+func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
+	c := agent.Defaults()
+	c.TrustDomain = from.TrustDomain
+	c.ServerAddress, c.ServerPort = from.ServerAddress, from.ServerPort
+	c.DataDir, c.KeyManager, c.KeyDir = from.DataDir, from.KeyManager, from.KeysDir
+	c.SocketPath, c.AdminSocketPath = from.SocketPath, from.AdminSocketPath
+	c.TrustBundlePath, c.TrustBundleURL, c.TrustBundleFormat = from.TrustBundlePath, from.TrustBundleURL, from.TrustBundleFormat
+	c.InsecureBootstrap = from.InsecureBootstrap
+	c.WorkloadKeyType = from.WorkloadKeyType
+	c.X509CacheSize, c.JWTCacheSize = from.X509CacheSize, from.JWTCacheSize
+	c.SyncInterval, c.WorkloadHold = from.SyncInterval, from.WorkloadHold
+	c.AllowUnauthenticatedVerifiers = from.AllowUnauthenticatedVerifiers
+	c.AllowedForeignJWTClaims, c.LogSelectors = from.AllowedForeignJWTClaims, from.LogSelectors
+	needs := func(kind string) attestor.Needs {
+		return attestor.Needs{TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", "attestor/"+kind), Now: time.Now, JoinToken: from.JoinToken}
+	}
+	node, err := from.Node.Kind.Open(from.Node.Config, needs(from.Node.Kind.Type))
+	if err != nil {
+		return c, fmt.Errorf("open node attestor %q: %w", from.Node.Kind.Type, err)
+	}
+	c.NodeAttestor = agent.NodeAttestor{Type: from.Node.Kind.Type, Node: node}
+	for _, w := range from.Workloads {
+		opened, err := w.Kind.Open(w.Config, needs(w.Kind.Type))
+		if err != nil {
+			return c, fmt.Errorf("open workload attestor %q: %w", w.Kind.Type, err)
+		}
+		c.WorkloadAttestors = append(c.WorkloadAttestors, agent.WorkloadAttestor{Type: w.Kind.Type, Workload: opened})
+	}
+	c.Log, c.Metrics, c.Version = d.Log, d.Registry, cli.VersionText()
+	c.Health = new(agent.Health)
+	c.Ready = func() { d.Up(c.Health.Live, c.Health.Ready) }
+	return c, nil
+}
