@@ -175,10 +175,13 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 	defer cancel()
 
 	proof, err := judge.Judge(ctx, r.Payload, limited(r.Ask))
-	if err != nil {
-		if ctx.Err() != nil && !errors.Is(err, attestor.ErrEvidence) && !errors.Is(err, attestor.ErrUsed) {
-			return out, fmt.Errorf("judge evidence: %w: %w", ctx.Err(), err)
-		}
+	switch {
+	case err == nil:
+	case errors.Is(err, attestor.ErrEvidence), errors.Is(err, attestor.ErrUsed):
+		return out, err // as it is: its text reaches the agent
+	case ctx.Err() != nil:
+		return out, fmt.Errorf("judge evidence: %w: %w", ctx.Err(), err)
+	default:
 		return out, fmt.Errorf("judge evidence: %w", err)
 	}
 	if out.ID, err = d.agentID(r.Type, proof.Path); err != nil {
