@@ -38,7 +38,7 @@ type rule struct {
 }
 
 // rules are the profile in the form it is enforced. Each has a test with a certificate that breaks
-// it and no other.
+// it.
 var rules = []rule{
 	{"version", "RFC 5280 4.1.2.1", func(cert *x509.Certificate, _ *want) error {
 		return unless(cert.Version == 3, "version %d", cert.Version)
