@@ -107,6 +107,19 @@ type endlessStream struct {
 
 func (s *endlessStream) Context() context.Context { return s.ctx }
 
+// RescueUnary is the innermost interceptor: a call that panicked ends as Internal for all interceptors
+// around it, so that it is counted and has its audit line.
+func (c *calls) RescueUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
+	defer c.rescue(info.FullMethod, &err)
+	return handle(ctx, req)
+}
+
+// RescueStream is RescueUnary for all other calls.
+func (c *calls) RescueStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
+	defer c.rescue(info.FullMethod, &err)
+	return handle(srv, ss)
+}
+
 func (c *calls) done(method string, began time.Time, timed bool, err *error) {
 	code := status.Code(*err).String()
 	c.count.WithLabelValues(method, code).Inc()

@@ -114,8 +114,8 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	intercept := []grpc.ServerOption{
-		grpc.ChainUnaryInterceptor(around.Unary, authorizer.Unary, services.Ledgers().Unary),
-		grpc.ChainStreamInterceptor(around.Stream, authorizer.Stream, services.Ledgers().Stream),
+		grpc.ChainUnaryInterceptor(around.Unary, authorizer.Unary, services.Ledgers().Unary, around.RescueUnary),
+		grpc.ChainStreamInterceptor(around.Stream, authorizer.Stream, services.Ledgers().Stream, around.RescueStream),
 	}
 	verifier := &caller.Verifier{TrustDomain: cfg.TrustDomain, Bundles: pictures, AdminIDs: cfg.AdminIDs, Now: cfg.Now}
 	remote := grpc.NewServer(append(remoteOptions(cfg.Limits), append(intercept,
@@ -156,7 +156,7 @@ func Run(ctx context.Context, config Config) (err error) {
 			"address": listeners.tcp.Addr().String(), "socket": cfg.SocketPath, "attestors": desk.Types(), "store_id": rec.StoreID(),
 		}).Info("server is ready")
 		if cfg.Ready != nil {
-			cfg.Ready(running(&cfg, listeners, store, services))
+			cfg.Ready(running(&cfg, listeners, store, services, log))
 		}
 		return nil
 	})
@@ -331,7 +331,7 @@ func drain(patience time.Duration, servers ...*grpc.Server) {
 // lookTime is how long a health check may take.
 const lookTime = 2 * time.Second
 
-func running(cfg *Config, listeners *open, store *boltkv.Store, services *api.API) Running {
+func running(cfg *Config, listeners *open, store *boltkv.Store, services *api.API, log *audit.Log) Running {
 	live := func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), lookTime)
 		defer cancel()
@@ -345,5 +345,6 @@ func running(cfg *Config, listeners *open, store *boltkv.Store, services *api.AP
 		SocketPath: cfg.SocketPath,
 		Live:       live,
 		Ready:      func() error { return errors.Join(live(), services.Ledgers().Err()) },
+		Reopen:     log.Reopen,
 	}
 }

@@ -164,8 +164,7 @@ func (s *bundleService) write(ctx context.Context, w *types.Bundle, when write, 
 		return nil, 0, malformed("failed to convert bundle", err)
 	}
 	b, rev, err := s.api.Records.UpdateBundle(ctx, given.TrustDomain, func(b *identity.Bundle) error {
-		// A stored bundle has a sequence number: it was changed at least once.
-		exists := b.Sequence != 0 || len(b.X509)+len(b.JWT) > 0
+		exists := !b.TrustDomain.IsZero() // else it is an empty one
 		switch {
 		case when == create && exists:
 			return errPresent
