@@ -94,7 +94,7 @@ type Store struct {
 	path string
 	id   string
 	db   *bbolt.DB
-	file *os.File // bbolt's; closed by us only if bbolt cannot be asked to
+	file *os.File // bbolt's
 
 	// life is held for reading by whoever uses db, and for writing to close it.
 	// Lock order: life, writing, mu.
@@ -137,6 +137,11 @@ func Open(path string, cfg Config) (*Store, error) {
 	if err := checkDirectory(dir); err != nil {
 		return nil, fmt.Errorf("open store %s: %w", path, err)
 	}
+	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		if err := create(path, cfg); err != nil {
+			return nil, fmt.Errorf("make store %s: %w", path, err)
+		}
+	}
 	s := &Store{path: path, wake: make(chan struct{})}
 	metrics := promauto.With(cfg.Metrics)
 	s.commitSeconds = metrics.NewHistogram(prometheus.HistogramOpts{
@@ -149,14 +154,62 @@ func Open(path string, cfg Config) (*Store, error) {
 		Help:    "Commits that shared one write to stable storage.",
 		Buckets: prometheus.ExponentialBuckets(1, 2, 11),
 	})
-	err := s.guard(func() error { return s.open(cfg) })
-	if err != nil {
-		if s.file != nil {
-			_ = s.file.Close() // also where bbolt panicked and left it open; closing twice is harmless
-		}
+	metrics.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "assay_store_bytes",
+		Help: "Size of the store's file.",
+	}, func() float64 {
+		size, _ := s.Size() // 0 when it was moved away under us
+		return float64(size)
+	})
+	if err := s.guard(func() error { return s.open(cfg, false) }); err != nil {
+		_ = s.letGo()
 		return nil, err
 	}
 	return s, nil
+}
+
+// create makes an empty store under another name first, so that there is never half a store at path:
+// neither a crash nor a full disk in between can leave one, and a file that was truncated is not
+// mistaken for a new one.
+func create(path string, cfg Config) error {
+	dir := filepath.Dir(path)
+	temp, err := os.CreateTemp(dir, ".new-store-*") // mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(temp.Name()) //nolint:errcheck // it is there under its real name
+	if err := temp.Close(); err != nil {
+		return err
+	}
+	s := &Store{path: temp.Name(), wake: make(chan struct{})}
+	err = s.guard(func() error {
+		if err := s.open(cfg, true); err != nil {
+			return err
+		}
+		return s.db.Close()
+	})
+	if err != nil {
+		_ = s.letGo()
+		return err
+	}
+	// Link, unlike Rename, does not replace a store that another process made meanwhile.
+	if err := os.Link(temp.Name(), path); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return syncDirectory(dir)
+}
+
+// letGo closes a file that bbolt cannot be asked to close: it may have panicked and hold its own
+// locks for ever. Closing alone does not unlock the file, as long as it is mapped.
+func (s *Store) letGo() error {
+	if s.file == nil {
+		return nil
+	}
+	_ = syscall.Flock(int(s.file.Fd()), syscall.LOCK_UN) // fails if it is closed already
+	if err := s.file.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
+		return fmt.Errorf("close store %s: %w", s.path, err)
+	}
+	return nil
 }
 
 // checkDirectory refuses a directory in which anybody could put another file in the store's place.
@@ -172,12 +225,12 @@ func checkDirectory(dir string) error {
 	return nil
 }
 
-func (s *Store) open(cfg Config) error {
+// open opens the file; fresh says that it is an empty one to make a store in.
+func (s *Store) open(cfg Config, fresh bool) error {
 	mapSize := int64(mapSize32)
 	if strconv.IntSize == 64 {
 		mapSize = mapSize64
 	}
-	created := false
 	db, err := bbolt.Open(s.path, 0o600, &bbolt.Options{
 		NoFreelistSync:  true,
 		FreelistType:    bbolt.FreelistMapType,
@@ -191,52 +244,53 @@ func (s *Store) open(cfg Config) error {
 				return nil, fmt.Errorf("open store: %w", err)
 			}
 			s.file = file
-			created, err = s.admit(cfg.LockTimeout)
-			return file, err
+			return file, s.admit(cfg.LockTimeout, fresh)
 		},
 	})
-	if err != nil {
-		if full := asFull(err); full != nil {
-			return fmt.Errorf("open store %s: %w", s.path, full)
+	if err == nil {
+		s.db = db
+		if err = s.prepare(); err != nil {
+			err = errors.Join(err, db.Close())
 		}
-		return err
 	}
-	s.db = db
-	if err := s.prepare(); err != nil {
-		return errors.Join(err, db.Close())
+	if err == nil {
+		return nil
 	}
-	if created {
-		return syncDirectory(filepath.Dir(s.path))
+	if full := asFull(err); full != nil {
+		return fmt.Errorf("open store: %w", full)
 	}
-	return nil
+	return err
 }
 
 // admit looks at the file before bbolt does: it locks it, sees to its permissions and checks every
-// page. It reports whether the file is new.
-func (s *Store) admit(timeout time.Duration) (created bool, err error) {
-	if err := lock(s.file, timeout); err != nil {
-		return false, err
-	}
+// page, unless it is to be a fresh one.
+func (s *Store) admit(timeout time.Duration, fresh bool) error {
 	info, err := s.file.Stat()
 	switch {
 	case err != nil:
-		return false, fmt.Errorf("open store: %w", err)
+		return fmt.Errorf("open store: %w", err)
 	case !info.Mode().IsRegular():
-		return false, fmt.Errorf("open store %s: it is no regular file", s.path)
+		return fmt.Errorf("open store %s: it is no regular file", s.path)
+	}
+	if err := lock(s.file, timeout); err != nil || fresh {
+		return err
+	}
+	if info, err = s.file.Stat(); err != nil { // who had the lock may have written
+		return fmt.Errorf("open store: %w", err)
 	}
 	if info.Mode().Perm()&^0o600 != 0 {
 		// A restored copy often is readable by all.
 		if err := s.file.Chmod(0o600); err != nil {
-			return false, fmt.Errorf("open store: restrict permissions: %w", err)
+			return fmt.Errorf("open store: restrict permissions: %w", err)
 		}
 	}
 	if info.Size() == 0 {
-		return true, nil
+		return fmt.Errorf("%w: %s: it is empty; restore a backup, or remove the file to begin anew", ErrDamaged, s.path)
 	}
 	if err := checkFile(s.file, info.Size()); err != nil {
-		return false, fmt.Errorf("%w: %s: %w; restore a backup", ErrDamaged, s.path, err)
+		return fmt.Errorf("%w: %s: %w; restore a backup", ErrDamaged, s.path, err)
 	}
-	return false, nil
+	return nil
 }
 
 // lock takes the lock that bbolt would take, so that nothing is read while another server writes.
@@ -374,8 +428,7 @@ func (s *Store) Close() error {
 	}
 	s.closed = true
 	if s.broken.Load() != nil {
-		// bbolt may hold its own locks for ever. Closing the file lets go of the lock on it.
-		return s.file.Close()
+		return s.letGo()
 	}
 	if err := s.db.Close(); err != nil {
 		return fmt.Errorf("close store %s: %w", s.path, err)

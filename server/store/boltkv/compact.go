@@ -3,6 +3,7 @@ package boltkv
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -109,31 +110,20 @@ func Restore(path string, backup io.Reader) (err error) {
 	}
 	defer os.Remove(temp.Name()) //nolint:errcheck // it is gone once renamed
 	_, err = io.Copy(temp, backup)
-	if err != nil {
-		_ = temp.Close()
+	if err = errors.Join(err, temp.Close()); err != nil {
 		return fmt.Errorf("restore store: %w", err)
-	}
-	if err := temp.Close(); err != nil {
-		return fmt.Errorf("restore store: %w", err)
-	}
-	if info, err := os.Stat(temp.Name()); err != nil || info.Size() == 0 {
-		return fmt.Errorf("restore store %s: the backup is empty", path)
 	}
 	s, err := Open(temp.Name(), Config{})
 	if err != nil {
 		return fmt.Errorf("restore store %s: %w", path, err)
 	}
-	err = s.guard(func() error { return s.db.Update(renew) })
-	if err != nil {
-		_ = s.Close()
-		return fmt.Errorf("restore store %s: %w", path, err)
-	}
-	// bbolt syncs what it writes itself; the copied pages are synced here.
-	if err := s.file.Sync(); err != nil {
-		_ = s.Close()
-		return fmt.Errorf("restore store %s: %w", path, err)
-	}
-	if err := s.Close(); err != nil {
+	err = s.guard(func() error {
+		if err := s.db.Update(renew); err != nil {
+			return err
+		}
+		return s.file.Sync() // bbolt synced what it wrote itself, not what was copied
+	})
+	if err = errors.Join(err, s.Close()); err != nil {
 		return fmt.Errorf("restore store %s: %w", path, err)
 	}
 	if err := os.Rename(temp.Name(), path); err != nil {

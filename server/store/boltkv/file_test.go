@@ -248,6 +248,7 @@ func TestDamage(t *testing.T) {
 		"only some bytes":        func(b []byte) []byte { return b[:100] },
 		"both meta pages zeroed": func(b []byte) []byte { clear(b[:8192]); return b },
 		"data pages zeroed":      func(b []byte) []byte { clear(b[8192:]); return b },
+		"no bytes":               func([]byte) []byte { return nil },
 		"text":                   func([]byte) []byte { return bytes.Repeat([]byte("hello "), 10_000) },
 		"a value changed":        func(b []byte) []byte { return flip(b, bytes.Repeat([]byte{7}, 100)) },
 		"a big value changed":    func(b []byte) []byte { return flip(b, bytes.Repeat([]byte{'B'}, 5000)) },
