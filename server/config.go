@@ -159,6 +159,8 @@ type Running struct {
 	// what keeps it from serving at the moment; nil if nothing. Both are cheap and safe for
 	// concurrent use.
 	Live, Ready func() error
+	// Reopen closes the audit log and opens its path anew, after it was renamed.
+	Reopen func() error
 }
 
 // Defaults returns a Config with everything filled in that has a default.
@@ -179,7 +181,7 @@ func Defaults() Config {
 			MaxStreams:      250,
 			MaxConnections:  50_000,
 			MaxPerSource:    10_000,
-			MaxHalfOpen:     256,
+			MaxHalfOpen:     1000,
 			Handshake:       10 * time.Second,
 			ConnectionAge:   3 * time.Minute,
 			ConnectionIdle:  2 * time.Minute,

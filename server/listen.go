@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -26,6 +28,7 @@ type gate struct {
 	mu      sync.Mutex // guards the rest
 	total   int
 	sources map[string]*crowd
+	strange map[*guest]struct{} // whose handshake is not done
 	warned  time.Time
 }
 
@@ -33,7 +36,20 @@ type gate struct {
 type crowd struct{ all, halfOpen int }
 
 func newGate(l net.Listener, limits Limits, log logrus.FieldLogger) *gate {
-	return &gate{Listener: l, limits: limits, log: log, sources: map[string]*crowd{}}
+	return &gate{Listener: l, limits: limits, log: log, sources: map[string]*crowd{}, strange: map[*guest]struct{}{}}
+}
+
+// Close stops listening, and hangs up on those whose handshake is not done: a server that stops has
+// nothing for them, and would wait for them.
+func (g *gate) Close() error {
+	err := g.Listener.Close()
+	g.mu.Lock()
+	strange := slices.Collect(maps.Keys(g.strange))
+	g.mu.Unlock()
+	for _, c := range strange {
+		_ = c.Close()
+	}
+	return err
 }
 
 // Accept returns the next connection that is within the limits.
@@ -84,7 +100,9 @@ func (g *gate) enter(conn net.Conn) *guest {
 	c.all++
 	c.halfOpen++
 	g.sources[source] = c
-	return &guest{Conn: conn, gate: g, source: source, halfOpen: true}
+	in := &guest{Conn: conn, gate: g, source: source, halfOpen: true}
+	g.strange[in] = struct{}{}
+	return in
 }
 
 // guest is a connection that the gate counts.
@@ -108,6 +126,7 @@ func (c *guest) arrived() {
 func (c *guest) finish() {
 	if c.halfOpen {
 		c.halfOpen = false
+		delete(c.gate.strange, c)
 		c.gate.sources[c.source].halfOpen--
 	}
 }

@@ -1,0 +1,407 @@
+package server
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+
+	"github.com/assay-id/assay/attestor"
+)
+
+// raw opens a TCP connection from a loopback address.
+func (w *world) raw(t *testing.T, from string) net.Conn {
+	t.Helper()
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+	conn, err := d.DialContext(t.Context(), "tcp", w.running.Address.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// hungUp waits for the server to close the connection.
+func hungUp(t *testing.T, conn net.Conn) {
+	t.Helper()
+	if err := conn.SetReadDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, conn); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the server keeps the connection")
+	}
+}
+
+func TestBytesThatAreNoTLS(t *testing.T) {
+	w := start(t)
+	noise := make([]byte, 64<<10)
+	if _, err := rand.Read(noise); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name string
+		sent []byte
+	}{
+		{"plain HTTP", []byte("GET / HTTP/1.1\r\nHost: x\r\n\r\n")},
+		{"an HTTP/2 preface in the clear", []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")},
+		{"random bytes", noise},
+		{"a TLS record of the wrong length", append([]byte{0x16, 3, 1, 0xff, 0xff}, noise[:100]...)},
+		{"zeros", make([]byte, 1000)},
+	} {
+		t.Run(c.name+" gets the connection closed", func(t *testing.T) {
+			conn := w.raw(t, "127.0.0.1")
+			_, _ = conn.Write(c.sent) // the server may hang up in the middle
+			if c.name == "a TLS record of the wrong length" {
+				_ = conn.(*net.TCPConn).CloseWrite()
+			}
+			hungUp(t, conn)
+			w.unharmed()
+		})
+	}
+	t.Run("noise inside TLS gets the connection closed", func(t *testing.T) {
+		conn := tls.Client(w.raw(t, "127.0.0.1"), w.clientTLS(nil))
+		if err := conn.HandshakeContext(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = conn.Write(noise)
+		hungUp(t, conn)
+		w.unharmed()
+	})
+}
+
+func TestSlowCallers(t *testing.T) {
+	w := start(t, func(c *Config) { c.Limits.Handshake = 300 * time.Millisecond })
+	t.Run("one that says nothing is hung up on", func(t *testing.T) { hungUp(t, w.raw(t, "127.0.0.1")) })
+	t.Run("one that sends half a hello is hung up on", func(t *testing.T) {
+		conn := w.raw(t, "127.0.0.1")
+		if _, err := conn.Write([]byte{0x16, 3, 1, 2, 0, 1}); err != nil {
+			t.Fatal(err)
+		}
+		hungUp(t, conn)
+	})
+	t.Run("one that does TLS and then nothing is hung up on", func(t *testing.T) {
+		conn := tls.Client(w.raw(t, "127.0.0.1"), w.clientTLS(nil))
+		if err := conn.HandshakeContext(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		hungUp(t, conn)
+	})
+	w.unharmed()
+}
+
+func TestAThousandIdleConnections(t *testing.T) {
+	w := start(t, func(c *Config) { c.Limits.MaxHalfOpen = 100 })
+	for range 1000 {
+		w.raw(t, "127.0.0.1")
+	}
+	// Those of another address, and local ones, do not notice.
+	began := time.Now()
+	conn := tls.Client(w.raw(t, "127.0.0.2"), w.clientTLS(nil))
+	if err := conn.HandshakeContext(t.Context()); err != nil {
+		t.Error(err)
+	}
+	w.unharmed()
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("it took %s", took)
+	}
+}
+
+func TestConnectionLimits(t *testing.T) {
+	t.Run("connections of one address", func(t *testing.T) {
+		w := start(t, func(c *Config) { c.Limits.MaxPerSource = 2 })
+		open := func() *tls.Conn {
+			t.Helper()
+			conn := tls.Client(w.raw(t, "127.0.0.3"), w.clientTLS(nil))
+			if err := conn.HandshakeContext(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			return conn
+		}
+		first := open()
+		open()
+		hungUp(t, w.raw(t, "127.0.0.3"))
+		// Room that was left is room again: the server notices when it has read the end.
+		if err := first.Close(); err != nil {
+			t.Fatal(err)
+		}
+		var err error
+		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); {
+			conn := tls.Client(w.raw(t, "127.0.0.3"), w.clientTLS(nil))
+			if err = conn.HandshakeContext(t.Context()); err == nil {
+				return
+			}
+		}
+		t.Errorf("no room after one left: %v", err)
+	})
+	t.Run("connections in all", func(t *testing.T) {
+		w := start(t, func(c *Config) { c.Limits.MaxConnections = 1 })
+		conn := tls.Client(w.raw(t, "127.0.0.3"), w.clientTLS(nil))
+		if err := conn.HandshakeContext(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		hungUp(t, w.raw(t, "127.0.0.4"))
+		w.unharmed()
+	})
+}
+
+func TestTLS(t *testing.T) {
+	w := start(t)
+	shake := func(w *world, change func(*tls.Config)) (tls.ConnectionState, error) {
+		t := w.t
+		config := w.clientTLS(nil)
+		change(config)
+		conn := tls.Client(w.raw(t, "127.0.0.1"), config)
+		err := conn.HandshakeContext(t.Context())
+		return conn.ConnectionState(), err
+	}
+	t.Run("a post-quantum hybrid is preferred", func(t *testing.T) {
+		state, err := shake(w, func(*tls.Config) {})
+		if err != nil || state.CurveID != tls.X25519MLKEM768 || state.Version != tls.VersionTLS13 || state.NegotiatedProtocol != "h2" {
+			t.Errorf("got %+v, %v", state, err)
+		}
+	})
+	t.Run("TLS 1.2 is spoken", func(t *testing.T) {
+		if _, err := shake(w, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("TLS 1.1 is not", func(t *testing.T) {
+		if _, err := shake(w, func(c *tls.Config) { c.MinVersion, c.MaxVersion = tls.VersionTLS10, tls.VersionTLS11 }); err == nil {
+			t.Error("it was")
+		}
+	})
+	t.Run("another protocol than h2 is not", func(t *testing.T) {
+		if _, err := shake(w, func(c *tls.Config) { c.NextProtos = []string{"h3"} }); err == nil {
+			t.Error("it was")
+		}
+	})
+	t.Run("sessions are not resumed", func(t *testing.T) {
+		cache := tls.NewLRUClientSessionCache(4)
+		for range 2 {
+			state, err := shake(w, func(c *tls.Config) { c.ClientSessionCache, c.ServerName, c.MaxVersion = cache, "x", tls.VersionTLS12 })
+			if err != nil || state.DidResume {
+				t.Errorf("resumed %v, %v", state.DidResume, err)
+			}
+		}
+	})
+	t.Run("where a hybrid is required, nothing else will do", func(t *testing.T) {
+		w := start(t, func(c *Config) { c.RequirePQKEM = true })
+		if _, err := shake(w, func(*tls.Config) {}); err != nil {
+			t.Error(err)
+		}
+		if _, err := shake(w, func(c *tls.Config) { c.CurvePreferences = []tls.CurveID{tls.X25519} }); err == nil {
+			t.Error("X25519 alone was taken")
+		}
+		if _, err := shake(w, func(c *tls.Config) { c.MaxVersion = tls.VersionTLS12 }); err == nil {
+			t.Error("TLS 1.2 was taken")
+		}
+	})
+}
+
+// forge makes a certificate of an agent under an authority of our own making.
+func forge(t *testing.T, uri string) *tls.Certificate {
+	t.Helper()
+	key := newKey(t)
+	id, err := url.Parse(uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{Organization: []string{"SPIRE"}}, URIs: []*url.URL{id},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+func TestClientCertificates(t *testing.T) {
+	w := start(t)
+	path, _, _ := w.agent("real")
+	ctx, cancel := context.WithTimeout(w.context(), 20*time.Second)
+	defer cancel()
+	t.Run("a forged one does not connect", func(t *testing.T) {
+		refused(t, ping(w.dial(forge(t, "spiffe://example.org"+path)), ctx), codes.Unavailable, "")
+	})
+	t.Run("a foreign one does not connect", func(t *testing.T) {
+		other := start(t)
+		_, cert, _ := other.agent("real")
+		refused(t, ping(w.dial(cert), ctx), codes.Unavailable, "")
+	})
+	t.Run("a workload's is no agent's", func(t *testing.T) {
+		key := newKey(t)
+		resp, err := w.svids().MintX509SVID(ctx, &svidv1.MintX509SVIDRequest{Csr: csr(t, key, "spiffe://example.org/w")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := w.dial(&tls.Certificate{Certificate: resp.GetSvid().GetCertChain(), PrivateKey: key})
+		refused(t, ping(conn, ctx), codes.PermissionDenied, "authorization denied")
+		_, err = entryv1.NewEntryClient(conn).CountEntries(ctx, &entryv1.CountEntriesRequest{})
+		refused(t, err, codes.PermissionDenied, "authorization denied")
+		if line := w.lastAudit("call.refuse"); line["caller"] != "spiffe://example.org/w" || line["outcome"] != "deny" {
+			t.Errorf("audit line %v", line)
+		}
+		// An admin entry makes it an administrator, and its end unmakes it.
+		e := w.create(shop(func(e *types.Entry) { e.SpiffeId, e.Admin = id("/w"), true }))
+		if _, err = entryv1.NewEntryClient(conn).CountEntries(ctx, &entryv1.CountEntriesRequest{}); err != nil {
+			t.Error(err)
+		}
+		if _, err := w.entries().BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: []string{e.GetId()}}); err != nil {
+			t.Fatal(err)
+		}
+		_, err = entryv1.NewEntryClient(conn).CountEntries(ctx, &entryv1.CountEntriesRequest{})
+		refused(t, err, codes.PermissionDenied, "authorization denied")
+	})
+	t.Run("an expired one is told to attest again", func(t *testing.T) {
+		var mu sync.Mutex
+		now := time.Now()
+		w := start(t, func(c *Config) { c.Now = func() time.Time { mu.Lock(); defer mu.Unlock(); return now } })
+		_, cert, conn := w.agent("late")
+		if err := ping(conn, ctx); err != nil {
+			t.Fatal(err)
+		}
+		mu.Lock()
+		now = now.Add(2 * time.Hour)
+		mu.Unlock()
+		err := ping(conn, ctx)
+		if reason(err) != types.PermissionDeniedDetails_AGENT_EXPIRED {
+			t.Errorf("got %v", err)
+		}
+		// A new connection with it is not even made, so that its agent comes without one.
+		config := w.clientTLS(cert)
+		config.VerifyConnection = nil // the server's own certificate is of the server's future
+		raw := tls.Client(w.raw(t, "127.0.0.1"), config)
+		if err := raw.HandshakeContext(ctx); err == nil {
+			hungUp(t, raw) // TLS 1.3: a client learns of the refusal when it reads
+		}
+	})
+	w.unharmed()
+}
+
+func TestRatesMakeCallersWait(t *testing.T) {
+	w := start(t, func(c *Config) { c.Limits.AttestPerSecond, c.Limits.AttestBurst = 5, 1 })
+	began := time.Now()
+	for range 4 {
+		if _, _, err := w.attest("honest", []byte("again"), ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if took := time.Since(began); took < 500*time.Millisecond {
+		t.Errorf("four attestations at 5/s took %s", took)
+	}
+}
+
+func TestTheServerDoesNotStart(t *testing.T) {
+	once := start(t)
+	_, taken, err := net.SplitHostPort(once.running.Address.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	used := testConfig(t)
+	cases := []struct {
+		name   string
+		change func(*Config)
+		part   string
+	}{
+		{"without a trust domain", func(c *Config) { c.TrustDomain = spiffeid.TrustDomain{} }, "trust domain is missing"},
+		{"without a data directory", func(c *Config) { c.DataDir = "" }, "data directory is missing"},
+		{"with an address that is none", func(c *Config) { c.BindAddress = "here" }, "is no IP address"},
+		{"with an unknown key manager", func(c *Config) { c.KeyManager = "cloud" }, "key manager \"cloud\" is unknown"},
+		{"with an unknown key type", func(c *Config) { c.CA.KeyType = "dsa" }, "unknown key type"},
+		{"with a socket path that is too long", func(c *Config) { c.SocketPath = "/" + strings.Repeat("x", 200) }, "socket path is 201 bytes long"},
+		{"with the same attestor twice", func(c *Config) { c.Judges = append(c.Judges, c.Judges[0]) }, "configured twice"},
+		{"with an attestor that does not open", func(c *Config) {
+			c.Judges = []Judge{{Kind: attestor.JudgeKind{Type: "x", Open: func(any, attestor.Needs) (attestor.Judge, error) { return nil, errors.New("no file") }}}}
+		}, `open node attestor "x": no file`},
+		{"on a port that is in use", func(c *Config) { _, err = fmt.Sscan(taken, &c.BindPort) }, "address already in use"},
+		{"on the socket of another server", func(c *Config) { c.SocketPath = once.cfg.SocketPath }, "another server is listening there"},
+		{"on a file that is no socket", func(c *Config) {
+			c.SocketPath = filepath.Join(used.DataDir, "file")
+		}, "there is a file that is no socket"},
+		{"on the store of another server", func(c *Config) { c.DataDir = once.cfg.DataDir }, "open store"},
+		{"on the store of another trust domain", func(c *Config) {
+			c.DataDir, c.TrustDomain = used.DataDir, spiffeid.RequireTrustDomainFromString("elsewhere.test")
+		}, "example.org"},
+		{"with an audit log that cannot be written", func(c *Config) { c.AuditPath = used.DataDir }, "open audit log"},
+	}
+	if err := os.MkdirAll(used.DataDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(used.DataDir, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	used.Ready = func(Running) { cancel() }
+	if err := Run(ctx, used); err != nil { // marks the store with its trust domain
+		t.Fatal(err)
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			cfg := testConfig(t)
+			c.change(&cfg)
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			cfg.Ready = func(Running) { cancel() }
+			if err := Run(ctx, cfg); err == nil || !strings.Contains(err.Error(), c.part) {
+				t.Errorf("got %v, want %q", err, c.part)
+			}
+		})
+	}
+	once.unharmed()
+}
+
+func TestASocketOfAKilledServerIsReplaced(t *testing.T) {
+	cfg := testConfig(t)
+	if err := os.MkdirAll(filepath.Dir(cfg.SocketPath), 0o750); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := syscall.Socket(syscall.AF_UNIX, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Bind(fd, &syscall.SockaddrUnix{Name: cfg.SocketPath}); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Close(fd); err != nil { // leaves the file
+		t.Fatal(err)
+	}
+	w := start(t, func(c *Config) { c.SocketPath = cfg.SocketPath })
+	w.unharmed()
+}
+
+func TestALargeRequestIsRefused(t *testing.T) {
+	w := start(t)
+	big := shop(func(e *types.Entry) { e.Hint = string(bytes.Repeat([]byte("h"), 5<<20)) })
+	_, err := w.entries().BatchCreateEntry(w.context(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{big}})
+	refused(t, err, codes.ResourceExhausted, "")
+	_, err = w.agents().CreateJoinToken(w.context(), &agentv1.CreateJoinTokenRequest{Ttl: 1})
+	if err != nil {
+		t.Error(err)
+	}
+	w.unharmed()
+}
