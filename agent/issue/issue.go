@@ -21,6 +21,7 @@
 package issue
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -109,6 +110,7 @@ type Issuer struct {
 	mu       sync.Mutex
 	picture  *view.Picture // what subjects and slots reflect
 	subjects map[string]*subject
+	order    *list.List       // of all subjects, the last asked about in front
 	slots    map[string]*slot // by entry ID
 	queue    []*slot          // with a call that is not under way yet
 	// gathering says that a batch waits for company; batches and signing count calls under way.
@@ -151,7 +153,7 @@ func New(v *view.View, signer Signer, store Store, cfg Config) (*Issuer, error) 
 	i := &Issuer{
 		cfg: cfg, view: v, signer: signer, store: store, log: cfg.Log, now: cfg.Now, pool: p, metrics: m,
 		kick: make(chan struct{}, 1), picture: v.Picture(),
-		subjects: map[string]*subject{}, slots: map[string]*slot{}, jwts: newJWTCache(cfg.JWTSize),
+		subjects: map[string]*subject{}, order: list.New(), slots: map[string]*slot{}, jwts: newJWTCache(cfg.JWTSize),
 		nextScan: cfg.Now(),
 	}
 	i.restore()

@@ -1,6 +1,7 @@
 package issue
 
 import (
+	"container/list"
 	"context"
 	"maps"
 	"slices"
@@ -30,6 +31,8 @@ type subject struct {
 	// last asked anything, and asked for X509-SVIDs. -1: never.
 	wakes, asked, askedX509 int
 	wokenAt, askedAt        time.Time
+	// place is where it stands among all subjects, by when they were asked about.
+	place *list.Element
 	// deferred says that changed is to be closed when no signature is waited for any more.
 	deferred bool
 }
@@ -62,8 +65,10 @@ func (i *Issuer) ask(facts attestor.Set, now time.Time) *subject {
 		}
 		s = &subject{key: key, facts: facts, changed: make(chan struct{}), asked: -1, askedX509: -1}
 		i.subjects[key] = s
+		s.place = i.order.PushFront(s)
 		i.match(s, now)
 	}
+	i.order.MoveToFront(s.place)
 	s.asked, s.askedAt = s.wakes, now
 	return s
 }
@@ -297,6 +302,7 @@ func (i *Issuer) settled(s *subject, changed bool, now time.Time) {
 // forgetSubject lets go of a subject. Whoever follows it all the same asks again and makes a new one.
 func (i *Issuer) forgetSubject(s *subject) {
 	delete(i.subjects, s.key)
+	i.order.Remove(s.place)
 	for _, e := range s.entries {
 		if sl := i.slots[e.ID]; sl != nil {
 			delete(sl.users, s)
@@ -305,17 +311,18 @@ func (i *Issuer) forgetSubject(s *subject) {
 	close(s.changed)
 }
 
-// forgetOldest makes room for another subject: the one that was asked about longest ago goes, one
-// that nobody follows before all others.
+// forgetOldest makes room for another subject: of those that were asked about longest ago, one that
+// nobody follows goes before the others.
 func (i *Issuer) forgetOldest(now time.Time) {
-	var oldest *subject
-	for _, s := range i.subjects {
-		if oldest == nil || oldest.followed(now) && !s.followed(now) ||
-			oldest.followed(now) == s.followed(now) && s.askedAt.Before(oldest.askedAt) {
-			oldest = s
+	const choice = 32
+	last := i.order.Back()
+	for n, at := 0, last; n < choice && at != nil; n, at = n+1, at.Prev() {
+		if s := at.Value.(*subject); !s.followed(now) {
+			i.forgetSubject(s)
+			return
 		}
 	}
-	if oldest != nil {
-		i.forgetSubject(oldest)
+	if last != nil {
+		i.forgetSubject(last.Value.(*subject))
 	}
 }

@@ -1,0 +1,259 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/assay-id/assay/agent/admin/wire"
+	"github.com/assay-id/assay/attestor"
+)
+
+// advise says in sentences what to do next, the most useful first.
+func advise(x explanation, p *wire.Process, st Status, held uint64, entries int, now time.Time) []string {
+	var out []string
+	say := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	if p.GetExited() {
+		say("The process exited while it was looked at, so all of this may be about another one. Ask again about one that runs.")
+	}
+	if st.Banned {
+		say("The server has banned this agent and gives it nothing. Lift the ban on the server with: assay-server agent evict -spiffeID %s", quote(orUnknown(st.AgentID.String(), "AGENT_ID")))
+	}
+	for _, f := range x.failed {
+		say("The %s attestor failed (%s), so entries that need its selectors cannot match. %s", f.Attestor, f.Err, cure(f))
+	}
+	switch {
+	case len(x.matches) > 0:
+		out = append(out, adviseMatched(x)...)
+	case entries == 0 && held == 0:
+		say("The agent has no picture from the server yet.")
+	case entries == 0:
+		say("The server has given this agent no entries at all. Entries reach it when their parent is %s, or an alias that this node's selectors match. Make one with: %s",
+			orUnknown(st.AgentID.String(), "this agent's ID"), create(x.facts, st))
+	default:
+		out = append(out, adviseUnmatched(x, st)...)
+	}
+	switch {
+	case st.Connected || st.Banned:
+	case st.Heard.IsZero():
+		say("The agent has not heard from its server %ssince it started%s: entries made or changed meanwhile are not known here.", at(st), why(st))
+	default:
+		say("The agent last heard from its server %s%s ago%s: entries made or changed since then are not known here.", at(st), age(now.Sub(st.Heard)), why(st))
+	}
+	if st.Connected && st.ServerRev > held {
+		say("The agent is %d revisions behind the server and catching up; ask again in a moment.", st.ServerRev-held)
+	}
+	return out
+}
+
+func at(st Status) string {
+	if st.Server == "" {
+		return ""
+	}
+	return "(" + st.Server + ") "
+}
+
+func why(st Status) string {
+	if st.Err == nil {
+		return ""
+	}
+	return " (" + st.Err.Error() + ")"
+}
+
+// cure is what usually helps an attestor.
+func cure(f attestor.Finding) string {
+	text := f.Err.Error()
+	switch {
+	case errors.Is(f.Err, context.DeadlineExceeded):
+		return "It did not answer in time: is what it asks overloaded?"
+	case strings.Contains(text, "permission denied"):
+		return "The agent lacks a permission for it: which user does the agent run as?"
+	case strings.Contains(text, "no such file"), strings.Contains(text, "connection refused"):
+		return "What it asks is not there: does it run, and is its address in agent.hcl right?"
+	}
+	return "The agent's log has more."
+}
+
+func adviseMatched(x explanation) []string {
+	var out []string
+	given := 0
+	for _, m := range x.matches {
+		if m.shadowed {
+			out = append(out, fmt.Sprintf("Entry %s matches but is not handed out: an older entry has the same hint %q.", m.entry.ID, m.entry.Hint))
+			continue
+		}
+		given++
+	}
+	if given > 1 {
+		out = append(out, fmt.Sprintf("The process gets %d identities. A client that takes only one takes the first, %s, because its entry is the oldest.", given, x.matches[0].entry.SPIFFEID))
+	}
+	return append(out, "If the workload itself still has no identity, look at its side: does SPIFFE_ENDPOINT_SOCKET name this agent's socket, is the socket mounted into its container, and does it call from this very process?")
+}
+
+// adviseUnmatched compares with the entry that is nearest.
+func adviseUnmatched(x explanation, st Status) []string {
+	var out []string
+	if x.facts.Len() == 0 {
+		return append(out, "Nothing at all is proved about this process, so no entry can match. Configure a workload attestor in agent.hcl that knows this kind of process.")
+	}
+	if len(x.near) > 0 {
+		n := x.near[0]
+		var wrong, absent []string
+		for _, m := range n.missing {
+			if len(m.similar) > 0 {
+				wrong = append(wrong, fmt.Sprintf("%s where the process has %s", m.selector, m.similar[0]))
+			} else {
+				absent = append(absent, m.selector.String())
+			}
+		}
+		switch {
+		case len(wrong) > 0 && len(absent) == 0:
+			out = append(out, fmt.Sprintf("The nearest entry, %s for %s, asks for %s. If the entry is wrong: %s. If the workload is wrong, correct it and start it again.",
+				n.entry.ID, n.entry.SPIFFEID, strings.Join(wrong, ", and for "), update(n)))
+		case len(n.missing) < n.entry.Selectors.Len():
+			out = append(out, fmt.Sprintf("The nearest entry, %s for %s, also asks for %s, which the process does not have.",
+				n.entry.ID, n.entry.SPIFFEID, strings.Join(append(names(wrong), absent...), " and ")))
+		default:
+			out = append(out, "No entry shares a selector with this process; perhaps its entry hangs on another node or does not exist.")
+		}
+	}
+	return append(out, "To give the process an identity of its own: "+create(x.facts, st))
+}
+
+// names keeps what is asked for of "x where the process has y".
+func names(wrong []string) []string {
+	out := make([]string, 0, len(wrong))
+	for _, w := range wrong {
+		name, _, _ := strings.Cut(w, " where the process has ")
+		out = append(out, name)
+	}
+	return out
+}
+
+// update is the command that makes the nearest entry match.
+func update(n near) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "assay-server entry update -entryID %s -spiffeID %s", quote(n.entry.ID), quote(n.entry.SPIFFEID.String()))
+	if !n.entry.ParentID.IsZero() {
+		fmt.Fprintf(&b, " -parentID %s", quote(n.entry.ParentID.String()))
+	}
+	for _, s := range n.entry.Selectors.All() {
+		for _, m := range n.missing {
+			if m.selector == s && len(m.similar) > 0 {
+				s = m.similar[0]
+				break
+			}
+		}
+		fmt.Fprintf(&b, " -selector %s", quote(s.String()))
+	}
+	// An update replaces the whole entry, so what else it says is said again.
+	e := n.entry
+	for _, name := range e.DNSNames {
+		fmt.Fprintf(&b, " -dns %s", quote(name))
+	}
+	for _, td := range e.FederatesWith {
+		fmt.Fprintf(&b, " -federatesWith %s", quote(td.IDString()))
+	}
+	if e.Hint != "" {
+		fmt.Fprintf(&b, " -hint %s", quote(e.Hint))
+	}
+	if e.X509SVIDTTL > 0 {
+		fmt.Fprintf(&b, " -x509SVIDTTL %d", e.X509SVIDTTL/time.Second)
+	}
+	if e.JWTSVIDTTL > 0 {
+		fmt.Fprintf(&b, " -jwtSVIDTTL %d", e.JWTSVIDTTL/time.Second)
+	}
+	if !e.ExpiresAt.IsZero() {
+		fmt.Fprintf(&b, " -entryExpiry %d", e.ExpiresAt.Unix())
+	}
+	for _, flag := range []struct {
+		name string
+		set  bool
+	}{
+		{"admin", e.Admin}, {"downstream", e.Downstream}, {"storeSVID", e.StoreSVID},
+		{"disableX509SVIDPrefetch", e.NoPrefetch}, {"jwtSVIDIncludeJTI", e.JTI},
+	} {
+		if flag.set {
+			b.WriteString(" -" + flag.name)
+		}
+	}
+	return b.String()
+}
+
+// create is a command that makes an entry for the process.
+func create(facts attestor.Set, st Status) string {
+	parent, name := "AGENT_ID", "spiffe://TRUST_DOMAIN/NAME"
+	if !st.AgentID.IsZero() {
+		parent = st.AgentID.String()
+		name = st.AgentID.TrustDomain().IDString() + "/NAME"
+	}
+	var b strings.Builder
+	fmt.Fprintf(&b, "assay-server entry create -parentID %s -spiffeID %s", quote(parent), quote(name))
+	for _, s := range telling(facts) {
+		fmt.Fprintf(&b, " -selector %s", quote(s.String()))
+	}
+	return b.String()
+}
+
+// telling picks the one or two selectors that an entry for this process would most likely use.
+func telling(facts attestor.Set) []attestor.Selector {
+	for _, kind := range []struct {
+		prefix string
+		most   int
+	}{
+		{"k8s:sa:", 1}, {"docker:label:", 1}, {"docker:image_config_digest:", 1}, {"systemd:id:", 1},
+		{"unix:path:", 1}, {"unix:uid:", 1}, {"", 1},
+	} {
+		all := facts.All()
+		i := slices.IndexFunc(all, func(s attestor.Selector) bool {
+			// Labels of build tools and compose say how a container was made, not what it is.
+			return strings.HasPrefix(s.String(), kind.prefix) && !strings.HasPrefix(s.Value, "label:com.") && !strings.HasPrefix(s.Value, "label:org.")
+		})
+		if i < 0 {
+			continue
+		}
+		out := []attestor.Selector{all[i]}
+		if kind.prefix == "unix:path:" { // a program anybody can start says little without its user
+			if j := slices.IndexFunc(all, func(s attestor.Selector) bool { return strings.HasPrefix(s.String(), "unix:uid:") }); j >= 0 {
+				out = append(out, all[j])
+			}
+		}
+		return out
+	}
+	return nil
+}
+
+// quote makes a word safe to paste into a shell.
+func quote(word string) string {
+	if word != "" && !strings.ContainsFunc(word, func(r rune) bool {
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') && !strings.ContainsRune(":/._-=@%+,", r)
+	}) {
+		return word
+	}
+	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+}
+
+func orUnknown(text, unknown string) string {
+	if text == "" {
+		return unknown
+	}
+	return text
+}
+
+// age prints a duration as people say it.
+func age(d time.Duration) string {
+	switch {
+	case d < 0:
+		return "0s"
+	case d < time.Minute:
+		return d.Round(100 * time.Millisecond).String()
+	case d < time.Hour:
+		return d.Round(time.Second).String()
+	case d < 48*time.Hour:
+		return strings.TrimSuffix(d.Round(time.Minute).String(), "0s")
+	}
+	return fmt.Sprintf("%d days", int(d.Hours()/24))
+}

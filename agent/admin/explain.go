@@ -1,0 +1,262 @@
+package admin
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/assay-id/assay/agent/admin/wire"
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/workloadapi/identity"
+	"github.com/assay-id/assay/workloadapi/peer"
+)
+
+// maxNear is how many entries that do not match are shown.
+const maxNear = 10
+
+// Explain attests a process and says which entries it matches, which it nearly does, and why not.
+func (s *Server) Explain(ctx context.Context, req *wire.ExplainRequest) (*wire.ExplainResponse, error) {
+	resp, err := s.explain(ctx, req)
+	if err != nil {
+		return nil, toStatus(err)
+	}
+	return resp, nil
+}
+
+func (s *Server) explain(ctx context.Context, req *wire.ExplainRequest) (*wire.ExplainResponse, error) {
+	pid, siblings, err := s.target(req)
+	if err != nil {
+		return nil, err
+	}
+	p, err := s.tracker.Pin(pid)
+	if errors.Is(err, peer.ErrDead) {
+		return nil, fmt.Errorf("%w: PID %d (a PID of this agent's PID namespace is wanted, which for an agent in a container is not the host's)", errNoProcess, pid)
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer p.Release()
+	about := describe(s.cfg.Proc, pid)
+	about.Uid, about.Gid, about.Siblings = p.UID, p.GID, clamp(siblings)
+	findings := s.attest.Attest(ctx, p.Process)
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	about.Exited = !p.Alive()
+
+	now := s.now()
+	entries := s.held.Entries()
+	return respond(weigh(findings, entries, now), findings, about, s.cfg.Status(), s.held.Rev(), len(entries), now), nil
+}
+
+// respond puts the answer together.
+func respond(
+	x explanation, findings []attestor.Finding, about *wire.Process, st Status, rev uint64, entries int, now time.Time,
+) *wire.ExplainResponse {
+	resp := &wire.ExplainResponse{Process: about, Entries: int64(entries), Agent: agentWire(st, rev)}
+	for _, f := range findings {
+		w := &wire.Finding{Attestor: f.Attestor, Selectors: selectorsWire(f.Selectors.All()), TookUs: f.Took.Microseconds()}
+		if f.Err != nil {
+			w.Error = f.Err.Error()
+		}
+		resp.Findings = append(resp.Findings, w)
+	}
+	for _, m := range x.matches {
+		e := entryWire(m.entry)
+		e.Shadowed = m.shadowed
+		resp.Matches = append(resp.Matches, e)
+	}
+	for _, n := range x.near {
+		w := &wire.Near{Entry: entryWire(n.entry)}
+		for _, m := range n.missing {
+			w.Missing = append(w.Missing, &wire.Missing{
+				Selector: selectorWire(m.selector), Similar: selectorsWire(m.similar), Reason: m.reason,
+			})
+		}
+		resp.Nearest = append(resp.Nearest, w)
+	}
+	resp.Advice = advise(x, about, st, rev, entries, now)
+	return resp
+}
+
+// target finds the process that is meant, and how many others are in its container.
+func (s *Server) target(req *wire.ExplainRequest) (pid, siblings int, err error) {
+	switch t := req.GetTarget().(type) {
+	case *wire.ExplainRequest_Pid:
+		if t.Pid <= 0 {
+			return 0, 0, errNoTarget
+		}
+		return int(t.Pid), 0, nil
+	case *wire.ExplainRequest_Container:
+		id := strings.ToLower(strings.TrimSpace(t.Container))
+		if !askedContainer.MatchString(id) {
+			return 0, 0, errContainerID
+		}
+		pids, err := inContainer(s.cfg.Proc, id)
+		if err != nil {
+			return 0, 0, err
+		}
+		if len(pids) == 0 {
+			return 0, 0, fmt.Errorf("%w: %s", errNoContainer, id)
+		}
+		return pids[0], len(pids) - 1, nil
+	}
+	return 0, 0, errNoTarget
+}
+
+// explanation is what is known of a process, compared with the entries.
+type explanation struct {
+	facts   attestor.Set
+	failed  []attestor.Finding
+	matches []match
+	near    []near
+}
+
+// match is an entry whose selectors are all there.
+type match struct {
+	entry    *identity.Entry
+	shadowed bool // an older entry has the hint
+}
+
+// near is an entry with selectors that are not there.
+type near struct {
+	entry   *identity.Entry
+	missing []missing
+}
+
+// missing is a selector an entry asks for and the process does not show.
+type missing struct {
+	selector attestor.Selector
+	similar  []attestor.Selector
+	reason   string
+}
+
+// weigh compares findings with entries.
+func weigh(findings []attestor.Finding, entries []*identity.Entry, now time.Time) explanation {
+	var x explanation
+	sets := make([]attestor.Set, 0, len(findings))
+	for _, f := range findings {
+		if f.Err != nil {
+			x.failed = append(x.failed, f)
+			continue
+		}
+		sets = append(sets, f.Selectors)
+	}
+	x.facts = attestor.Union(sets...)
+	entries = slices.Clone(entries)
+	slices.SortFunc(entries, identity.Older)
+	hints := map[string]bool{}
+	for _, e := range entries {
+		if e.Expired(now) || e.Selectors.Len() == 0 {
+			continue
+		}
+		if absent := e.Selectors.Missing(x.facts); len(absent) > 0 {
+			n := near{entry: e}
+			for _, sel := range absent {
+				n.missing = append(n.missing, missing{selector: sel})
+			}
+			x.near = append(x.near, n)
+			continue
+		}
+		x.matches = append(x.matches, match{entry: e, shadowed: e.Hint != "" && hints[e.Hint]})
+		hints[e.Hint] = true
+	}
+	// Fewest missing first; then those of which more is there, because one of one missing says
+	// less than one of three; then those where something close is there.
+	slices.SortStableFunc(x.near, func(a, b near) int {
+		return cmp.Or(cmp.Compare(len(a.missing), len(b.missing)), cmp.Compare(b.entry.Selectors.Len(), a.entry.Selectors.Len()),
+			cmp.Compare(closeness(b, x.facts), closeness(a, x.facts)))
+	})
+	x.near = x.near[:min(len(x.near), maxNear)]
+	for i := range x.near {
+		for j := range x.near[i].missing {
+			m := &x.near[i].missing[j]
+			m.similar = similar(m.selector, x.facts)
+			m.reason = reason(m.selector, findings, x)
+		}
+	}
+	return x
+}
+
+// closeness counts the missing selectors of which something similar is there.
+func closeness(n near, facts attestor.Set) int {
+	count := 0
+	for _, m := range n.missing {
+		if len(similar(m.selector, facts)) > 0 {
+			count++
+		}
+	}
+	return count
+}
+
+// reason says why a selector is missing, if it is not simply another value.
+func reason(want attestor.Selector, findings []attestor.Finding, x explanation) string {
+	for _, f := range findings {
+		if f.Attestor != want.Type {
+			continue
+		}
+		if f.Err != nil {
+			return "the " + f.Attestor + " attestor failed, so nothing is known of it"
+		}
+		if f.Selectors.Len() == 0 {
+			return "the " + f.Attestor + " attestor has nothing to say about this process"
+		}
+		return ""
+	}
+	if slices.ContainsFunc(x.facts.All(), func(s attestor.Selector) bool { return s.Type == want.Type }) {
+		return "" // a type that an attestor of another name proves
+	}
+	if len(x.failed) > 0 {
+		return "perhaps because the " + x.failed[0].Attestor + " attestor failed"
+	}
+	return "no attestor of this agent proved anything of type " + want.Type
+}
+
+func agentWire(st Status, held uint64) *wire.Agent {
+	a := &wire.Agent{
+		Version: st.Version, Server: st.Server, Uplink: st.Uplink, Connected: st.Connected,
+		LastErrorAt: millis(st.ErrAt), LastHeard: millis(st.Heard), HeldRev: held,
+		PictureAt: millis(st.PictureAt), ServerRev: max(st.ServerRev, held), Banned: st.Banned,
+		StartedAt: millis(st.StartedAt),
+	}
+	if !st.AgentID.IsZero() {
+		a.SpiffeId = st.AgentID.String()
+	}
+	if st.Err != nil {
+		a.LastError = st.Err.Error()
+	}
+	if len(st.Chain) > 0 {
+		a.SvidExpiresAt = millis(st.Chain[0].NotAfter)
+	}
+	return a
+}
+
+func entryWire(e *identity.Entry) *wire.Entry {
+	return &wire.Entry{
+		Id: e.ID, SpiffeId: e.SPIFFEID.String(), Hint: e.Hint, Selectors: selectorsWire(e.Selectors.All()),
+		CreatedAt: millis(e.CreatedAt), ExpiresAt: millis(e.ExpiresAt),
+	}
+}
+
+func selectorsWire(list []attestor.Selector) []*wire.Selector {
+	out := make([]*wire.Selector, len(list))
+	for i, s := range list {
+		out[i] = selectorWire(s)
+	}
+	return out
+}
+
+func selectorWire(s attestor.Selector) *wire.Selector {
+	return &wire.Selector{Type: s.Type, Value: s.Value}
+}
+
+func millis(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMilli()
+}
