@@ -150,8 +150,8 @@ func appendString(b []byte, s string) []byte {
 			b = utf8.AppendRune(b, r)
 		case r > 0xffff:
 			r -= 0x10000
-			b = appendEscape(b, uint16(0xd800+(r>>10)))   //nolint:gosec // ten bits
-			b = appendEscape(b, uint16(0xdc00+(r&0x3ff))) //nolint:gosec // ten bits
+			b = appendEscape(b, uint16(0xd800+(r>>10))) //nolint:gosec // ten bits
+			b = appendEscape(b, uint16(0xdc00+(r&0x3ff)))
 		default:
 			b = appendEscape(b, uint16(r)) //nolint:gosec // checked above
 		}

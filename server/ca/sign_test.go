@@ -221,10 +221,10 @@ func TestSign(t *testing.T) {
 		if _, err := c.SignWorkload(ctx, WorkloadParams{PublicKey: key.Public(), ID: spiffeid.RequireFromPath(testTD, "/spirelike/a")}); err != nil {
 			t.Error(err)
 		}
-		cancelled, cancel := context.WithCancel(ctx)
+		canceled, cancel := context.WithCancel(ctx)
 		cancel()
-		if _, err := c.SignWorkload(cancelled, good()); !errors.Is(err, context.Canceled) {
-			t.Errorf("cancelled: got %v", err)
+		if _, err := c.SignWorkload(canceled, good()); !errors.Is(err, context.Canceled) {
+			t.Errorf("canceled: got %v", err)
 		}
 	})
 
@@ -420,7 +420,7 @@ func TestCheckKey(t *testing.T) {
 		"no RSA key":                      {(*rsa.PublicKey)(nil), false},
 		"P-256":                           {newKey(t).Public(), true},
 		"P-224":                           {onCurve(t, elliptic.P224()).Public(), false},
-		"a point beside the curve":        {&ecdsa.PublicKey{Curve: elliptic.P256(), X: big.NewInt(1), Y: big.NewInt(1)}, false},
+		"a point beside the curve":        {&ecdsa.PublicKey{Curve: elliptic.P256(), X: big.NewInt(1), Y: big.NewInt(1)}, false}, //nolint:staticcheck // a point no parser lets through
 		"no ECDSA key":                    {(*ecdsa.PublicKey)(nil), false},
 		"an ECDSA key without a curve":    {&ecdsa.PublicKey{}, false},
 		"nothing":                         {nil, false},

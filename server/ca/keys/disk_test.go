@@ -238,8 +238,8 @@ func spoil(t *testing.T, path string, harm func([]byte) []byte) {
 
 // TestMain lets the test binary be the process that is killed.
 func TestMain(m *testing.M) {
-	if path := os.Getenv("KEYS_TEST_WRITER"); path != "" {
-		writer(path)
+	if os.Getenv("KEYS_TEST_WRITER") != "" {
+		writer("keys.json") // in the folder it was started in
 		return
 	}
 	os.Exit(m.Run())
@@ -276,7 +276,8 @@ func TestKill(t *testing.T) {
 		held := map[string]bool{}
 		for round := range 6 {
 			cmd := exec.Command(os.Args[0])
-			cmd.Env = append(os.Environ(), "KEYS_TEST_WRITER="+path)
+			cmd.Env = append(os.Environ(), "KEYS_TEST_WRITER=1")
+			cmd.Dir = filepath.Dir(path)
 			out, err := cmd.StdoutPipe()
 			if err != nil {
 				t.Fatal(err)

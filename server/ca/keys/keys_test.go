@@ -137,10 +137,10 @@ func testManager(t *testing.T, open func(t *testing.T) Manager) {
 				t.Errorf("kind %q was taken", kind)
 			}
 		}
-		cancelled, cancel := context.WithCancel(ctx)
+		canceled, cancel := context.WithCancel(ctx)
 		cancel()
-		if _, err := m.Generate(cancelled, "a", EC256); !errors.Is(err, context.Canceled) {
-			t.Errorf("cancelled: %v", err)
+		if _, err := m.Generate(canceled, "a", EC256); !errors.Is(err, context.Canceled) {
+			t.Errorf("canceled: %v", err)
 		}
 		if names, err := m.List(ctx); err != nil || len(names) != 0 {
 			t.Errorf("left behind %v, %v", names, err)
