@@ -101,6 +101,10 @@ func adviseUnmatched(x explanation, st Status) []string {
 	}
 	if len(x.near) > 0 {
 		n := x.near[0]
+		if unknown := untold(x); len(unknown) > 0 {
+			return append(out, fmt.Sprintf("The nearest entry, %s for %s, needs %s, of which nothing is known until that attestor answers.",
+				n.entry.ID, n.entry.SPIFFEID, strings.Join(unknown, " and ")))
+		}
 		var wrong, absent []string
 		for _, m := range n.missing {
 			if len(m.similar) > 0 {
@@ -121,6 +125,17 @@ func adviseUnmatched(x explanation, st Status) []string {
 		}
 	}
 	return append(out, "To give the process an identity of its own: "+create(x.facts, st))
+}
+
+// untold returns what the nearest entry wants of attestors that failed.
+func untold(x explanation) []string {
+	var out []string
+	for _, m := range x.near[0].missing {
+		if slices.ContainsFunc(x.failed, func(f attestor.Finding) bool { return f.Attestor == m.selector.Type }) {
+			out = append(out, m.selector.String())
+		}
+	}
+	return out
 }
 
 // names keeps what is asked for of "x where the process has y".

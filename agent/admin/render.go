@@ -109,6 +109,11 @@ func verdict(r *wire.ExplainResponse) string {
 	if len(n.GetMissing()) > 1 {
 		why += fmt.Sprintf(" and %d more", len(n.GetMissing())-1)
 	}
+	for _, f := range r.GetFindings() {
+		if f.GetError() != "" && f.GetAttestor() == m.GetSelector().GetType() {
+			why += ", and the " + f.GetAttestor() + " attestor failed"
+		}
+	}
 	if len(m.GetSimilar()) > 0 {
 		why += ", and it has " + text(m.GetSimilar()[0])
 	}

@@ -42,7 +42,7 @@ func similar(want attestor.Selector, facts attestor.Set) []attestor.Selector {
 		case distance <= maxDistance && len(want.Value) > 2*maxDistance:
 		case len(wanted) > 1 && common(wanted, parts) >= len(wanted)-1: // same name, another value
 			distance += maxDistance
-		case parts[0] == wanted[0] && only <= 2:
+		case parts[0] == wanted[0] && only <= 2 && !keyed(wanted[0]):
 			distance += 2 * maxDistance
 		default:
 			continue
@@ -55,6 +55,12 @@ func similar(want attestor.Selector, facts attestor.Set) []attestor.Selector {
 		out = append(out, c.selector)
 	}
 	return out
+}
+
+// keyed reports whether selectors of this name have a key before their value, so that two of them
+// need not be about the same thing: labels, tags, environment variables.
+func keyed(name string) bool {
+	return name == "env" || strings.Contains(name, "label") || strings.Contains(name, "tag")
 }
 
 // split cuts a selector's value into its names and the value proper: label:app:shop, env:MODE=prod.
