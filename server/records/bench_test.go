@@ -103,7 +103,6 @@ func BenchmarkSnapshot(b *testing.B) {
 	runtime.ReadMemStats(&before)
 	var s *Snapshot
 	for b.Loop() {
-		s = nil
 		var err error
 		if s, err = r.Snapshot(b.Context()); err != nil || len(s.Entries) != total {
 			b.Fatal(err, len(s.Entries))

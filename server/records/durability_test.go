@@ -88,7 +88,7 @@ func TestKill(t *testing.T) {
 		have := map[string]bool{}  // must be there
 		maybe := map[string]bool{} // may be there
 		for round := range 4 {
-			runAndKill(t, path, 200+rand.IntN(300), have, maybe) //nolint:gosec // a test
+			runAndKill(t, path, 200+rand.IntN(300), have, maybe)
 			store, err := boltkv.Open(path, boltkv.Config{})
 			if err != nil {
 				t.Fatalf("round %d: %v", round, err)
@@ -137,7 +137,7 @@ func runAndKill(t *testing.T, path string, n int, have, maybe map[string]bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self, "-test.run=^$") //nolint:gosec // this very binary
+	cmd := exec.Command(self, "-test.run=^$")
 	cmd.Env = append(os.Environ(), writerVariable+"="+path)
 	out, err := cmd.StdoutPipe()
 	if err != nil {

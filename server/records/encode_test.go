@@ -156,7 +156,7 @@ func TestVersion1(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		text, err := os.ReadFile(path) //nolint:gosec // testdata
+		text, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -260,7 +260,7 @@ func TestWords(t *testing.T) {
 // fuzz checks that no bytes make a reader panic, and that what it accepts it can write and read
 // again.
 func fuzz[T any](f *testing.F, seed string, dec func([]byte) (T, error), enc func(T) ([]byte, error)) {
-	text, err := os.ReadFile(filepath.Join("testdata", "v1", seed+".hex")) //nolint:gosec // testdata
+	text, err := os.ReadFile(filepath.Join("testdata", "v1", seed+".hex"))
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -116,8 +116,8 @@ func draft(e *identity.Entry, now time.Time) (*identity.Entry, error) {
 // which are made together lie together in the store: a batch touches few pages, not one per entry.
 func newID(now time.Time) string {
 	var u [16]byte
-	_, _ = rand.Read(u[6:])                // never fails
-	stamp := uint64(now.UnixMilli()) << 16 //nolint:gosec // after 1970
+	_, _ = rand.Read(u[6:]) // never fails
+	stamp := uint64(now.UnixMilli()) << 16
 	binary.BigEndian.PutUint64(u[:], stamp|uint64(binary.BigEndian.Uint16(u[6:])))
 	u[6] = u[6]&0x0f | 0x70
 	u[8] = u[8]&0x3f | 0x80

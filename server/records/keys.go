@@ -60,7 +60,7 @@ const schemaVersion = 1
 
 // joinTokenPath is where SPIRE puts the agents that were admitted by a join token; what follows is
 // the token.
-const joinTokenPath = "/spire/agent/join_token/"
+const joinTokenPath = "/spire/agent/join_token/" //nolint:gosec // a path, no token
 
 func entryKey(id string) string { return entryPrefix + id }
 

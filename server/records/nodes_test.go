@@ -124,7 +124,7 @@ func TestNodes(t *testing.T) {
 }
 
 func TestDeleteNode(t *testing.T) {
-	node, neighbour := agent("join_token/secret"), agent("join_token/secret2")
+	node, neighbor := agent("join_token/secret"), agent("join_token/secret2")
 	t.Run("the aliases of its join token go with it, and nothing else does", func(t *testing.T) {
 		r, _ := open(t)
 		gone := []*identity.Entry{alias(t, r, node, "a"), alias(t, r, node, "b")}
@@ -132,9 +132,9 @@ func TestDeleteNode(t *testing.T) {
 		workload.ParentID = node
 		more := entry("more", "spiffe_id:"+node.String(), "a:1")
 		more.ParentID = node
-		stays := []*identity.Entry{alias(t, r, neighbour, "a"), create(t, r, workload), create(t, r, more)}
+		stays := []*identity.Entry{alias(t, r, neighbor, "a"), create(t, r, workload), create(t, r, more)}
 		admit(t, r, node)
-		admit(t, r, neighbour)
+		admit(t, r, neighbor)
 		if _, err := r.DeleteNode(t.Context(), node); err != nil {
 			t.Fatal(err)
 		}
@@ -154,7 +154,7 @@ func TestDeleteNode(t *testing.T) {
 		if _, err := r.DeleteNode(t.Context(), node); !errors.Is(err, ErrNotFound) {
 			t.Errorf("again: %v", err)
 		}
-		if _, err := r.Node(t.Context(), neighbour); err != nil {
+		if _, err := r.Node(t.Context(), neighbor); err != nil {
 			t.Error(err)
 		}
 	})

@@ -337,7 +337,7 @@ func TestCreateEntries(t *testing.T) {
 		e.FederatesWith = []spiffeid.TrustDomain{domain, other}
 		create(t, r, e)
 	})
-	t.Run("nothing is tried with a cancelled context", func(t *testing.T) {
+	t.Run("nothing is tried with a canceled context", func(t *testing.T) {
 		r, _ := open(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()

@@ -124,7 +124,7 @@ func (r *Records) sweep(ctx context.Context, items []kv.Item) error {
 				r.swept.WithLabelValues(kinds[p.at]).Inc()
 			case !errors.Is(p.err, kv.ErrConflict):
 				return p.err
-			case try == 0: // perhaps because of a neighbour in the transaction
+			case try == 0: // perhaps because of a neighbor in the transaction
 				again = append(again, p)
 			}
 		}

@@ -239,7 +239,7 @@ func (s *Store) open(cfg Config, fresh bool) error {
 		NoStatistics:    true,
 		// bbolt locks the file after this; as it is the same open file, it already has the lock.
 		OpenFile: func(path string, flag int, mode os.FileMode) (*os.File, error) {
-			file, err := os.OpenFile(path, flag|syscall.O_NOFOLLOW, mode) //nolint:gosec // the operator's path
+			file, err := os.OpenFile(path, flag|syscall.O_NOFOLLOW, mode)
 			if err != nil {
 				return nil, fmt.Errorf("open store: %w", err)
 			}
@@ -312,11 +312,11 @@ func lock(file *os.File, timeout time.Duration) error {
 }
 
 func syncDirectory(dir string) error {
-	d, err := os.Open(dir) //nolint:gosec // the operator's path
+	d, err := os.Open(dir)
 	if err != nil {
 		return fmt.Errorf("sync directory: %w", err)
 	}
-	defer d.Close() //nolint:errcheck // opened for reading
+	defer d.Close()
 	if err := d.Sync(); err != nil {
 		return fmt.Errorf("sync directory %s: %w", dir, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
+	"slices"
 
 	"github.com/assay-id/assay/server/store/kv"
 )
@@ -250,7 +251,7 @@ func (c *checker) leaf(p *page, low, high []byte, path []string) error {
 		case 0:
 			err = content(path, key, value)
 		case flagBucket:
-			err = c.bucket(p, value, append(path[:len(path):len(path)], string(key)))
+			err = c.bucket(p, value, append(slices.Clip(path), string(key)))
 		default:
 			err = fmt.Errorf("key %d has unknown flags %#x", i, flags)
 		}

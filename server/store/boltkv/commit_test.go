@@ -27,7 +27,7 @@ func groups(t testing.TB, registry *prometheus.Registry) int {
 	}
 	for _, f := range families {
 		if f.GetName() == "assay_store_group_commits" {
-			return int(f.GetMetric()[0].GetHistogram().GetSampleCount()) //nolint:gosec // small
+			return int(f.GetMetric()[0].GetHistogram().GetSampleCount())
 		}
 	}
 	return 0
@@ -66,7 +66,7 @@ func TestGroupCommit(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer s.Close() //nolint:errcheck // a test
+		defer s.Close()
 		var group sync.WaitGroup
 		s.writing.Lock() // a slow disk
 		group.Go(func() { put(t, s, "first", "1") })
@@ -247,7 +247,7 @@ func fill(t *testing.T, s *Store) map[string]bool {
 func has(t *testing.T, s *Store, want map[string]bool) {
 	t.Helper()
 	items, rev, err := s.Range(t.Context(), "k/", "k0", 0)
-	if err != nil || len(items) != len(want) || int(rev) != len(want) { //nolint:gosec // small
+	if err != nil || len(items) != len(want) || int(rev) != len(want) {
 		t.Fatalf("%d items at revision %d, want %d, %v", len(items), rev, len(want), err)
 	}
 	for _, it := range items {
@@ -263,7 +263,7 @@ func TestFull(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer s.Close() //nolint:errcheck // a test
+		defer s.Close()
 		written := fill(t, s)
 		has(t, s, written)
 		for range 3 { // and it stays so
@@ -366,12 +366,12 @@ func mount(t *testing.T, dir, size string) {
 	if os.Geteuid() != 0 {
 		t.Skip("NOT TESTED: a full disk needs a mounted tmpfs, and that needs root")
 	}
-	out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size="+size+",mode=0700", "tmpfs", dir).CombinedOutput() //nolint:gosec // the test's own words
+	out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size="+size+",mode=0700", "tmpfs", dir).CombinedOutput()
 	if err != nil {
 		t.Skipf("NOT TESTED: a full disk needs a mounted tmpfs: %v: %s", err, out)
 	}
 	t.Cleanup(func() {
-		if out, err := exec.Command("umount", "-l", dir).CombinedOutput(); err != nil { //nolint:gosec // the test's own words
+		if out, err := exec.Command("umount", "-l", dir).CombinedOutput(); err != nil {
 			t.Errorf("umount: %v: %s", err, out)
 		}
 	})
@@ -386,7 +386,7 @@ func BenchmarkCommit(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			defer s.Close() //nolint:errcheck // a benchmark
+			defer s.Close()
 			var next atomic.Int64
 			var group sync.WaitGroup
 			b.ResetTimer()

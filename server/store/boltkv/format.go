@@ -112,7 +112,7 @@ func decodeLog(rev kv.Rev, b []byte, fn func(key, value []byte, del bool)) error
 // cut splits off what its length goes before.
 func cut(b []byte) (part, rest []byte, ok bool) {
 	n, used := binary.Uvarint(b)
-	if used <= 0 || n > uint64(len(b)-used) {
+	if used <= 0 || n > uint64(len(b)-used) { //nolint:gosec // Uvarint used no more than there is
 		return nil, nil, false
 	}
 	b = b[used:]

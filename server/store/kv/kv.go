@@ -2,7 +2,7 @@
 // watch that can be resumed from any revision that was not compacted away.
 //
 // The interface is as small as both an embedded file (server/store/boltkv) and an etcd cluster can
-// honour it. What must hold is written at each method and checked by server/store/kvtest, which
+// honor it. What must hold is written at each method and checked by server/store/kvtest, which
 // every implementation passes or is none.
 //
 // Why it is so: readers of the store (server/view) follow the log of commits in order and resume by
