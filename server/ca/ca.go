@@ -162,6 +162,8 @@ func Open(ctx context.Context, km keys.Manager, store Store, td spiffeid.TrustDo
 		// A successor that cannot be made now is no reason not to start: a disk that is full does
 		// not take the identities of a whole trust domain with it.
 		if c.current(KindX509) == nil || c.current(KindJWT) == nil {
+			// A server that is started over and over does not fill the key file.
+			c.dropPending(context.WithoutCancel(ctx), kinds...)
 			return nil, fmt.Errorf("open CA: %w", err)
 		}
 		c.metrics.failures.Inc()

@@ -162,6 +162,7 @@ func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
 	// a key.
 	next := c.pending[kind]
 	if next == nil || next.shouldActivate(now) {
+		c.dropPending(ctx, kind)
 		var err error
 		if next, err = c.makeAuthority(ctx, kind); err != nil {
 			return err
@@ -339,11 +340,22 @@ func (c *CA) sweepKeys(ctx context.Context) {
 	}
 }
 
-// deleteKey is for the keys of authorities that will not sign again. One that cannot be deleted is
+// deleteKey is for the keys of authorities that will not sign. One that cannot be deleted is
 // tried again at the next start and when the authority is pruned.
 func (c *CA) deleteKey(ctx context.Context, a *authority) {
 	if err := c.keys.Delete(ctx, a.line.KeyID); err != nil {
-		c.log.WithError(err).WithFields(a.fields()).Warn("Private key of an old authority could not be deleted")
+		c.log.WithError(err).WithFields(a.fields()).Warn("Private key of an authority that is not needed could not be deleted")
+	}
+}
+
+// dropPending gives up authorities that could not be journaled. If one of them was, after all, it
+// is found at the next start to have lost its key before it signed anything.
+func (c *CA) dropPending(ctx context.Context, kinds ...string) {
+	for _, kind := range kinds {
+		if a := c.pending[kind]; a != nil {
+			c.deleteKey(ctx, a)
+			delete(c.pending, kind)
+		}
 	}
 }
 
