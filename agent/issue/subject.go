@@ -97,9 +97,9 @@ func (i *Issuer) X509(ctx context.Context, facts attestor.Set) (identity.X509Con
 		s.askedX509 = s.wakes
 		calls, failed := i.prepare(s, now)
 		if len(calls) == 0 || !patient {
-			answer, changed := i.answer(s, now), s.changed
+			answer, changed, matched := i.answer(s, now), s.changed, len(s.entries)
 			i.mu.Unlock()
-			if len(answer.SVIDs) == 0 && len(s.entries) > 0 {
+			if len(answer.SVIDs) == 0 && matched > 0 {
 				return *answer, changed, unavailable(failed)
 			}
 			return *answer, changed, nil
