@@ -27,7 +27,7 @@ import (
 func TestAttestationsThatAreRefused(t *testing.T) {
 	w := start(t, func(c *Config) { c.Limits.AttestDuration = 5 * time.Second })
 	key := newKey(t)
-	weak, err := rsa.GenerateKey(rand.Reader, 1024) //nolint:gosec // to be refused
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ func TestFederatedBundles(t *testing.T) {
 		b.TrustDomain = td
 		return b
 	}
-	code := func(s *types.Status) codes.Code { return codes.Code(s.GetCode()) } //nolint:gosec // small
+	code := func(s *types.Status) codes.Code { return codes.Code(s.GetCode()) }
 	create := func(b *types.Bundle) codes.Code {
 		t.Helper()
 		resp, err := c.BatchCreateFederatedBundle(ctx, &bundlev1.BatchCreateFederatedBundleRequest{Bundle: []*types.Bundle{b}})

@@ -329,7 +329,7 @@ func TestListEntries(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			resp, err := w.entries().ListEntries(w.context(), &entryv1.ListEntriesRequest{Filter: c.filter})
-			if err != nil || int32(len(resp.GetEntries())) != c.want || resp.GetNextPageToken() != "" { //nolint:gosec // small
+			if err != nil || int32(len(resp.GetEntries())) != c.want || resp.GetNextPageToken() != "" {
 				t.Errorf("got %d entries, token %q, %v", len(resp.GetEntries()), resp.GetNextPageToken(), err)
 			}
 			var f *entryv1.CountEntriesRequest_Filter

@@ -15,6 +15,8 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/credentials"
+
+	"github.com/assay-id/assay/server/api/caller"
 )
 
 // gate is a listener that holds connections to the limits: in all, per source address, and per
@@ -70,10 +72,7 @@ func (g *gate) Accept() (net.Conn, error) {
 const warnEvery = 10 * time.Second
 
 func (g *gate) enter(conn net.Conn) *guest {
-	source := conn.RemoteAddr().String()
-	if host, _, err := net.SplitHostPort(source); err == nil {
-		source = host
-	}
+	source := caller.Source(conn.RemoteAddr())
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	c := g.sources[source]

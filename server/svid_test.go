@@ -26,7 +26,7 @@ func TestBatchNewX509SVID(t *testing.T) {
 	mine := w.create(shop(func(e *types.Entry) { e.ParentId, e.X509SvidTtl = id(path), 60 }))
 	theirs := w.create(shop(func(e *types.Entry) { e.ParentId = id(otherPath) }))
 	client := svidv1.NewSVIDClient(conn)
-	weak, err := rsa.GenerateKey(rand.Reader, 1024) //nolint:gosec // to be refused
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -187,10 +188,9 @@ func (w *world) audit() (lines []map[string]any) {
 // lastAudit returns the last line of an event.
 func (w *world) lastAudit(event string) map[string]any {
 	w.t.Helper()
-	lines := w.audit()
-	for i := len(lines) - 1; i >= 0; i-- {
-		if lines[i]["event"] == event {
-			return lines[i]
+	for _, line := range slices.Backward(w.audit()) {
+		if line["event"] == event {
+			return line
 		}
 	}
 	w.t.Errorf("no audit line of %s", event)
@@ -232,7 +232,7 @@ func (w *world) clientTLS(cert *tls.Certificate) *tls.Config {
 	roots := w.bundle()
 	config := &tls.Config{
 		MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"},
-		InsecureSkipVerify: true, //nolint:gosec // there is no host name to verify; see below
+		InsecureSkipVerify: true, // there is no host name to verify; see below
 		VerifyConnection: func(state tls.ConnectionState) error {
 			leaf := state.PeerCertificates[0]
 			if len(leaf.URIs) != 1 || leaf.URIs[0].String() != "spiffe://example.org/spire/server" {

@@ -108,7 +108,7 @@ func attestParams(_ context.Context, in func() (*agentv1.AttestAgentRequest, err
 		return nil, err
 	}
 	p := req.GetParams()
-	missing := ""
+	var missing string
 	switch {
 	case p == nil:
 		missing = "missing params"

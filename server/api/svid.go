@@ -66,16 +66,16 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 			if e != nil {
 				lines[i] = entryLine(e, picture.Rev)
 			}
-			if errs[i] != nil {
+			if errs[i] == nil {
+				lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
+				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, e)}
+			} else {
 				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(errs[i])}
-				return nil
 			}
-			lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
-			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, e)}
-			return nil
+			return nil // errors are per item
 		})
 	}
-	_ = group.Wait() // errors are per item
+	_ = group.Wait()
 	signed := 0
 	for i, line := range lines {
 		l.item(line, errs[i])

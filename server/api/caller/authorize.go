@@ -92,8 +92,7 @@ func (a *Authorizer) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServ
 	defer end(nil)
 	err = handle(srv, &stream{ServerStream: ss, ctx: ctx})
 	if why := cut(ctx); why != nil {
-		a.refuse(c.caller, info.FullMethod, why)
-		return why
+		return a.refuse(c.caller, info.FullMethod, why)
 	}
 	return err
 }
@@ -247,6 +246,7 @@ func (a *Authorizer) rights(id spiffeid.ID, kind Kind) []*identity.Entry {
 	}
 	now := a.cfg.Now()
 	return slices.DeleteFunc(slices.Clone(a.view.EntriesBySPIFFEID(id)), func(e *identity.Entry) bool {
-		return e.Expired(now) || !(kind&Admin != 0 && e.Admin || kind&Downstream != 0 && e.Downstream)
+		right := kind&Admin != 0 && e.Admin || kind&Downstream != 0 && e.Downstream
+		return !right || e.Expired(now)
 	})
 }

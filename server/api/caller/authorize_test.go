@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"testing"
@@ -319,5 +321,23 @@ func TestKindsHaveNames(t *testing.T) {
 	}
 	if !slices.Contains([]string{""}, Kind(0).String()) {
 		t.Errorf("no kind is %q", Kind(0))
+	}
+}
+
+func TestSource(t *testing.T) {
+	for _, c := range []struct{ addr, want string }{
+		{"192.0.2.1:80", "192.0.2.1"},
+		{"[::ffff:192.0.2.1]:80", "192.0.2.1"},
+		{"[2001:db8:1:2:3:4:5:6]:80", "2001:db8:1:2::/64"},
+		{"[fe80::1%eth0]:80", "fe80::/64"},
+	} {
+		ap := netip.MustParseAddrPort(c.addr)
+		if got := Source(net.TCPAddrFromAddrPort(ap)); got != c.want {
+			t.Errorf("%s: got %q, want %q", c.addr, got, c.want)
+		}
+	}
+	local := &Caller{Kind: Local | Anyone, Addr: &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1)}}
+	if local.Source() != "" {
+		t.Error("a local caller has a rate")
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"net"
+	"net/netip"
 	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -93,17 +94,31 @@ func (c *Caller) Peer() string {
 	return c.Addr.String()
 }
 
-// Source is the address that rates are counted by: the IP address of a TCP caller, or empty for a
-// local one, which no rate holds back.
+// Source is what rates are counted by, as the function Source says, or empty for a local caller, whom
+// no rate holds back.
 func (c *Caller) Source() string {
 	if c.Kind&Local != 0 || c.Addr == nil {
 		return ""
 	}
-	host, _, err := net.SplitHostPort(c.Addr.String())
+	return Source(c.Addr)
+}
+
+// Source returns what rates and limits of a source address are counted by: an IPv4 address, or the
+// first half of an IPv6 one, which is what a single customer is given (RFC 6177).
+func Source(addr net.Addr) string {
+	from, err := netip.ParseAddrPort(addr.String())
 	if err != nil {
-		return c.Addr.String()
+		return addr.String()
 	}
-	return host
+	ip := from.Addr().Unmap().WithZone("")
+	if ip.Is4() {
+		return ip.String()
+	}
+	half, err := ip.Prefix(64)
+	if err != nil {
+		return ip.String()
+	}
+	return half.String()
 }
 
 type contextKey struct{}
