@@ -46,6 +46,7 @@ type Agent struct {
 	AllowUnauthenticatedVerifiers bool
 	AllowedForeignJWTClaims       []string
 	LogSelectors                  []string
+	AuditFile                     string // empty: no audit log; "-": standard error
 
 	KeyManager string // "disk" or "memory"
 	KeysDir    string // of "disk"; empty: DataDir
@@ -96,6 +97,7 @@ type agentBlock struct {
 	AllowUnauthenticatedVerifiers bool     `hcl:"allow_unauthenticated_verifiers,optional"`
 	AllowedForeignJWTClaims       []string `hcl:"allowed_foreign_jwt_claims,optional"`
 	LogSelectors                  []string `hcl:"log_selectors,optional"`
+	AuditFile                     string   `hcl:"audit_log_file,optional"`
 }
 
 // diskDirectory is key_manager "disk" of the agent.
@@ -154,6 +156,7 @@ func (l *loader) agent(b *agentBlock) *Agent {
 		AllowUnauthenticatedVerifiers: b.AllowUnauthenticatedVerifiers,
 		AllowedForeignJWTClaims:       b.AllowedForeignJWTClaims,
 		LogSelectors:                  b.LogSelectors,
+		AuditFile:                     l.inFile("agent.audit_log_file", b.AuditFile),
 	}
 	if a.WorkloadHold == 0 {
 		a.WorkloadHold = -1

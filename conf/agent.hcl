@@ -50,6 +50,11 @@ agent {
   # are none by default.
   #log_selectors = ["unix"]
 
+  # One line of JSON for each answer of the Workload API: which process, what was proved about it, what
+  # it got. There is none by default, for somebody has to rotate it; SIGHUP opens it anew. "-" is
+  # standard error.
+  #audit_log_file = "/var/log/assay/agent-audit.log"
+
   # The kind of key that workloads get: "ec-p256", "ec-p384" or "rsa-2048".
   #workload_x509_svid_key_type = "ec-p256"
 

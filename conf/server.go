@@ -30,6 +30,8 @@ type Server struct {
 	JWTSVIDTTL  time.Duration
 	AgentTTL    time.Duration // 0: as X509SVIDTTL
 	DisableJWT  bool
+	// NewAuthorityOnLostKey lets the server begin with a new authority if the key of the old is gone.
+	NewAuthorityOnLostKey bool
 
 	AdminIDs     []spiffeid.ID
 	RequirePQKEM bool
@@ -81,6 +83,7 @@ type serverBlock struct {
 	JWTSVIDTTL  string        `hcl:"default_jwt_svid_ttl,optional"`
 	AgentTTL    string        `hcl:"agent_ttl,optional"`
 	DisableJWT  bool          `hcl:"disable_jwt_svids,optional"`
+	NewOnLost   bool          `hcl:"new_authority_on_lost_key,optional"`
 
 	AdminIDs     []string        `hcl:"admin_ids,optional"`
 	RequirePQKEM bool            `hcl:"require_pq_kem,optional"`
@@ -159,6 +162,8 @@ func (l *loader) server(b *serverBlock) *Server {
 		DisableJWT:   b.DisableJWT,
 		AdminIDs:     l.ids("server.admin_ids", b.AdminIDs),
 		RequirePQKEM: b.RequirePQKEM,
+
+		NewAuthorityOnLostKey: b.NewOnLost,
 	}
 	if b.JWTKeyType != "" {
 		s.JWTKeyType = l.oneOf("server.jwt_key_type", b.JWTKeyType, keyTypes...)

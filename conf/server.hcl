@@ -38,6 +38,10 @@ server {
   #ca_key_type  = "ec-p256"
   #jwt_key_type = "ec-p256"
 
+  # A server whose authority's private key is gone from its key manager does not start, for a new
+  # authority is one that nobody trusts yet who has not asked since. This is the consent to it.
+  #new_authority_on_lost_key = false
+
   # The subject of the X.509 authority's certificate.
   #ca_subject {
     #country      = ["US"]

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -12,6 +13,7 @@ import (
 	"github.com/assay-id/assay/cmd/cli"
 	"github.com/assay-id/assay/cmd/daemon"
 	"github.com/assay-id/assay/conf"
+	"github.com/assay-id/assay/workloadapi"
 )
 
 // defaultConfig is the file of "run" and "validate" if -config names none.
@@ -126,6 +128,18 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 			return c, fmt.Errorf("open workload attestor %q: %w", w.Kind.Type, err)
 		}
 		c.WorkloadAttestors = append(c.WorkloadAttestors, agent.WorkloadAttestor{Type: w.Kind.Type, Workload: opened})
+	}
+	switch from.AuditFile {
+	case "":
+	case "-":
+		c.Audit = workloadapi.AuditTo(os.Stderr, d.Log.WithField("component", "audit"))
+	default:
+		file, err := daemon.OpenFile(from.AuditFile)
+		if err != nil {
+			return c, fmt.Errorf("audit log: %w", err)
+		}
+		d.OnReload("audit log", file.Reopen)
+		c.Audit = workloadapi.AuditTo(file, d.Log.WithField("component", "audit"))
 	}
 	c.Log, c.Metrics, c.Version = d.Log, d.Registry, cli.VersionText()
 	c.Health = new(agent.Health)

@@ -93,7 +93,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 	c.CA = server.CA{
 		TTL: from.CATTL, KeyType: from.CAKeyType, JWTKeyType: from.JWTKeyType, Subject: from.CASubject,
 		X509SVIDTTL: from.X509SVIDTTL, JWTSVIDTTL: from.JWTSVIDTTL, AgentTTL: from.AgentTTL,
-		JWTIssuer: from.JWTIssuer, DisableJWT: from.DisableJWT,
+		JWTIssuer: from.JWTIssuer, DisableJWT: from.DisableJWT, NewAuthorityOnLostKey: from.NewAuthorityOnLostKey,
 	}
 	c.AdminIDs, c.RequirePQKEM = from.AdminIDs, from.RequirePQKEM
 	orDefault(&c.Limits.MaxConnections, from.Limits.MaxConnections)
@@ -104,7 +104,10 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 		c.Judges = append(c.Judges, server.Judge{Kind: j.Kind, Config: j.Config})
 	}
 	c.Log, c.Level, c.Metrics = d.Log, d.Log, d.Registry
-	c.Ready = func(r server.Running) { d.Up(r.Live, r.Ready) }
+	c.Ready = func(r server.Running) {
+		d.OnReload("audit log", r.Reopen)
+		d.Up(r.Live, r.Ready)
+	}
 	return c
 }
 

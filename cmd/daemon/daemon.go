@@ -13,7 +13,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"os"
@@ -57,7 +56,7 @@ type Daemon struct {
 	Registry *prometheus.Registry
 
 	config  Config
-	file    *logFile // nil: standard error
+	file    *File // nil: standard error
 	health  net.Listener
 	metrics net.Listener
 
@@ -82,7 +81,7 @@ func Start(c Config) (*Daemon, error) {
 	}
 	d.Log.SetOutput(os.Stderr)
 	if c.Log.File != "" {
-		file, err := openLog(c.Log.File)
+		file, err := OpenFile(c.Log.File)
 		if err != nil {
 			return nil, err
 		}
@@ -278,31 +277,31 @@ func (d *Daemon) reload() {
 	d.Log.WithField("level", now.Level).Info("reloaded; keys other than log_level need a restart")
 }
 
-// logFile is a log file that can be opened anew after it was renamed.
-type logFile struct {
+// File is an append-only log that can be opened anew after it was renamed. It is safe for concurrent
+// use.
+type File struct {
 	path string
 
 	mu   sync.Mutex // guards file
 	file *os.File
 }
 
-func openLog(path string) (*logFile, error) {
-	l := &logFile{path: path}
+// OpenFile opens a log, and makes it with mode 0600 if it does not exist.
+func OpenFile(path string) (*File, error) {
+	l := &File{path: path}
 	return l, l.Reopen()
 }
 
-var _ io.Writer = (*logFile)(nil)
-
 // Write appends to the file.
-func (l *logFile) Write(p []byte) (int, error) {
+func (l *File) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.file.Write(p)
 }
 
 // Reopen opens the path anew and closes the old file. On an error the old one stays.
-func (l *logFile) Reopen() error {
-	file, err := os.OpenFile(l.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o640)
+func (l *File) Reopen() error {
+	file, err := os.OpenFile(l.path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 	if err != nil {
 		return fmt.Errorf("open log file: %w", err)
 	}
@@ -317,7 +316,7 @@ func (l *logFile) Reopen() error {
 }
 
 // Close closes the file.
-func (l *logFile) Close() error {
+func (l *File) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.file.Close()
