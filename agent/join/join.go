@@ -78,6 +78,7 @@ type Joiner struct {
 	// refused says that the server no longer takes own, whatever its expiry says.
 	refused bool
 	banned  bool
+	busy    bool  // Run is replacing own
 	last    error // why there is no valid SVID, nil: there is, or nothing was tried yet
 }
 
@@ -209,10 +210,11 @@ func (j *Joiner) Denied(own *keep.Own, err error) {
 	case types.PermissionDeniedDetails_AGENT_EXPIRED, types.PermissionDeniedDetails_AGENT_NOT_ACTIVE,
 		types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, types.PermissionDeniedDetails_AGENT_MUST_REATTEST:
 		j.mu.Lock()
-		again := j.refused
+		// A server forgets the old SVID when it signs the new one, before that has arrived here.
+		expected := j.refused || j.busy
 		j.refused = true
 		j.mu.Unlock()
-		if !again {
+		if !expected {
 			j.log.WithError(err).WithField("reason", reason.String()).Warn("server no longer takes the agent's SVID; attesting again")
 			j.poke()
 		}
@@ -261,6 +263,12 @@ func (j *Joiner) take(own *keep.Own) {
 	j.expiry.Set(float64(own.Chain[0].NotAfter.Unix()))
 }
 
+func (j *Joiner) setBusy(busy bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.busy = busy
+}
+
 func (j *Joiner) expired(own *keep.Own) bool { return !j.now().Before(own.Chain[0].NotAfter) }
 
 func (j *Joiner) poke() {
@@ -299,12 +307,14 @@ func (j *Joiner) Run(ctx context.Context) error {
 			j.sleep(ctx, wait, true)
 			continue
 		}
+		j.setBusy(true)
 		var err error
 		if how == renewing {
 			err = j.renew(ctx)
 		} else {
 			err = j.attest(ctx)
 		}
+		j.setBusy(false)
 		if ctx.Err() != nil {
 			break
 		}

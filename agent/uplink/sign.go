@@ -21,6 +21,8 @@ const (
 	maxBatch = 500
 	// signTimeout bounds one call. Servers make callers wait for their share.
 	signTimeout = 30 * time.Second
+	// otherTimeout is how long a refused call waits for another own SVID. Attesting takes less.
+	otherTimeout = 2 * time.Second
 )
 
 // batchLimit is how many requests go into one call: halved when the server finds a call too large,
@@ -132,7 +134,7 @@ func (u *Uplink) SignJWT(ctx context.Context, entryID string, audience []string)
 }
 
 // call makes one call on the connection of the moment. A call that was refused because the own SVID
-// was replaced while it was under way is made once more as the new one.
+// was being replaced while it was under way is made once more as the new one.
 func (u *Uplink) call(ctx context.Context, do func(context.Context, *grpc.ClientConn) error) error {
 	ctx, cancel := context.WithTimeout(ctx, signTimeout)
 	defer cancel()
@@ -140,11 +142,8 @@ func (u *Uplink) call(ctx context.Context, do func(context.Context, *grpc.Client
 	if codeOf(err) != codes.PermissionDenied {
 		return err
 	}
-	if now, _ := u.self.Own(); now != nil && now != own {
-		// The new connection may not be there yet.
-		if u.awaitConn(ctx, now) {
-			own, err = u.callOnce(ctx, do)
-		}
+	if u.awaitOther(ctx, own) {
+		own, err = u.callOnce(ctx, do)
 	}
 	if codeOf(err) == codes.PermissionDenied {
 		u.self.Denied(own, err)
@@ -166,22 +165,23 @@ func (u *Uplink) callOnce(ctx context.Context, do func(context.Context, *grpc.Cl
 	return u.own, err
 }
 
-// awaitConn waits until calls are made as own.
-func (u *Uplink) awaitConn(ctx context.Context, own *keep.Own) bool {
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for range 200 {
+// awaitOther waits a moment until calls are made as somebody else than own.
+func (u *Uplink) awaitOther(ctx context.Context, own *keep.Own) bool {
+	timer := time.NewTimer(otherTimeout)
+	defer timer.Stop()
+	for {
 		u.calls.RLock()
-		there := u.own == own
+		now, replaced := u.own, u.replaced
 		u.calls.RUnlock()
-		if there {
+		if now != nil && now != own {
 			return true
 		}
 		select {
 		case <-ctx.Done():
 			return false
-		case <-tick.C:
+		case <-timer.C:
+			return false
+		case <-replaced:
 		}
 	}
-	return false
 }

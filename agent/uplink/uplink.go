@@ -121,6 +121,8 @@ type Uplink struct {
 	calls sync.RWMutex
 	conn  *grpc.ClientConn // nil: none
 	own   *keep.Own        // conn shows this one
+	// replaced is closed when the two above are replaced.
+	replaced chan struct{}
 
 	// mu guards status.
 	mu     sync.Mutex
@@ -145,7 +147,7 @@ func New(self Self, sink Sink, cfg Config) (*Uplink, error) {
 		cfg.OnConnect = func() {}
 	}
 	u := &Uplink{
-		cfg: cfg, self: self, sink: sink, log: cfg.Log, now: cfg.Now,
+		cfg: cfg, self: self, sink: sink, log: cfg.Log, now: cfg.Now, replaced: make(chan struct{}),
 		lag: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name:    "assay_agent_picture_latency_seconds",
 			Help:    "From the moment the server made a picture until it is in force here, by both clocks.",
@@ -391,6 +393,8 @@ func (u *Uplink) replace(conn *grpc.ClientConn, own *keep.Own) {
 	u.calls.Lock()
 	old := u.conn
 	u.conn, u.own = conn, own
+	close(u.replaced)
+	u.replaced = make(chan struct{})
 	u.calls.Unlock()
 	if old != nil {
 		_ = old.Close()
