@@ -7,7 +7,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -18,7 +17,6 @@ import (
 
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/records"
-	"github.com/assay-id/assay/server/store/boltkv"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -27,19 +25,7 @@ func TestRestart(t *testing.T) {
 		dir := t.TempDir()
 		var ids []string
 		for round := range 3 {
-			store, err := boltkv.Open(filepath.Join(dir, "store.db"), boltkv.Config{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			r, err := records.Open(t.Context(), store, testTD, records.Config{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			km, err := keys.OpenDisk(filepath.Join(dir, "keys.json"), logrus.New())
-			if err != nil {
-				t.Fatal(err)
-			}
-			c, err := Open(t.Context(), km, r, testTD, Config{})
+			c, r, closeAll, err := openFiles(t.Context(), dir, time.Now)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -54,7 +40,7 @@ func TestRestart(t *testing.T) {
 			if err := issueBoth(t, c).check(b, time.Now()); err != nil {
 				t.Error(err)
 			}
-			if err := errors.Join(km.Close(), store.Close()); err != nil {
+			if err := closeAll(); err != nil {
 				t.Fatal(err)
 			}
 		}

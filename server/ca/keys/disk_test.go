@@ -27,7 +27,7 @@ func TestDisk(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := d.Generate(ctx, "b", RSA2048); err != nil {
+		if _, err := d.Generate(ctx, "b", EC384); err != nil {
 			t.Fatal(err)
 		}
 		if err := d.Close(); err != nil {
