@@ -34,8 +34,14 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 		}
 		if err == nil {
 			pause = firstPause
+			select {
+			case <-w.engine.back: // found to be away, by others, before this
+				missed = true
+			default:
+			}
 			if missed {
 				changed()
+				missed = false
 			}
 			since, err = w.follow(ctx, opened, changed, since)
 			opened.close()
@@ -60,10 +66,6 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 func (w *workload) follow(ctx context.Context, s *stream, changed func(...int), since string) (string, error) {
 	tick := time.NewTicker(probeEvery)
 	defer tick.Stop()
-	select {
-	case <-w.engine.back: // the caller has acted on it
-	default:
-	}
 	for {
 		select {
 		case event := <-s.Messages:
