@@ -32,7 +32,7 @@ func (d debugService) GetInfo(context.Context, *debugv1.GetInfoRequest) (*debugv
 		Uptime:               clamp(int(d.now().Sub(started) / time.Second)),
 		CachedX509SvidsCount: clamp(st.X509Held),
 		CachedJwtSvidsCount:  clamp(st.JWTHeld),
-		SvidsCount:           clamp(st.X509Held),
+		SvidsCount:           clamp(st.X509Held), //nolint:staticcheck // deprecated, and what older command lines print
 	}
 	if !st.Heard.IsZero() {
 		resp.LastSyncSuccess = st.Heard.Unix()
@@ -48,7 +48,7 @@ func (d debugService) GetInfo(context.Context, *debugv1.GetInfoRequest) (*debugv
 }
 
 // clamp fits a count into the wire's field.
-func clamp(n int) int32 { return int32(max(0, min(n, math.MaxInt32))) } //nolint:gosec // just bounded
+func clamp(n int) int32 { return int32(max(0, min(n, math.MaxInt32))) }
 
 // loggerService is SPIRE's agent logger service.
 type loggerService struct {

@@ -109,10 +109,10 @@ func verdict(r *wire.ExplainResponse) string {
 	if len(n.GetMissing()) > 1 {
 		why += fmt.Sprintf(" and %d more", len(n.GetMissing())-1)
 	}
-	for _, f := range r.GetFindings() {
-		if f.GetError() != "" && f.GetAttestor() == m.GetSelector().GetType() {
-			why += ", and the " + f.GetAttestor() + " attestor failed"
-		}
+	if slices.ContainsFunc(r.GetFindings(), func(f *wire.Finding) bool {
+		return f.GetError() != "" && f.GetAttestor() == m.GetSelector().GetType()
+	}) {
+		why += ", and the " + m.GetSelector().GetType() + " attestor failed"
 	}
 	if len(m.GetSimilar()) > 0 {
 		why += ", and it has " + text(m.GetSimilar()[0])
@@ -266,7 +266,7 @@ func (p *page) wrapped(lead, paragraph string) {
 		line = indent
 	}
 	add := func(words string) {
-		for _, word := range strings.Fields(words) {
+		for _, word := range strings.FieldsSeq(words) {
 			if len(line)+len(word) > width && strings.TrimSpace(line) != "" {
 				flush()
 			}

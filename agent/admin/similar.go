@@ -77,7 +77,7 @@ func common(a, b []string) int {
 	return n
 }
 
-// distance is the number of characters to add, drop, change or swap with their neighbour to make
+// distance is the number of characters to add, drop, change or swap with their neighbor to make
 // one of the other, for texts short enough to be typed; otherwise it is large.
 func distance(a, b string) int {
 	const longest = 200

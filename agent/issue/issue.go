@@ -84,6 +84,8 @@ const (
 	// firstRetry and maxRetry bound the wait after a failed request.
 	firstRetry = 500 * time.Millisecond
 	maxRetry   = 15 * time.Second
+	// minRenewal keeps a server that gives lifetimes of next to nothing from being asked all the time.
+	minRenewal = 500 * time.Millisecond
 	// afterWake is how soon those who follow a subject ask again after its channel was closed.
 	afterWake = 10 * time.Second
 	// forget is how long a subject that nobody follows is remembered.
@@ -170,7 +172,7 @@ func (i *Issuer) restore() {
 			continue
 		}
 		sl := &slot{entry: e, users: map[*subject]struct{}{}, used: now}
-		sl.put(k.SVID, k.EntryRevision, k.EntryCreatedAt)
+		sl.put(k.SVID, k.SVID.NotBefore, k.EntryRevision, k.EntryCreatedAt)
 		if sl.tainted(i.own()) {
 			sl.renewAt = now
 		}

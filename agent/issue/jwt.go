@@ -229,7 +229,7 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	hinted.Hint = sl.entry.Hint
 	sl.svid, sl.keyID, sl.used = &hinted, keyID(svid.Token), false // who waits for it says that it is used
 	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
-	sl.renewAt = renewalTime(svid.IssuedAt, svid.ExpiresAt)
+	sl.renewAt = renewalTime(latest(now, svid.IssuedAt), svid.ExpiresAt)
 	if sl.place != nil {
 		i.due(sl.renewAt)
 	}

@@ -63,9 +63,10 @@ func (sl *slot) follow(e *identity.Entry) {
 	}
 }
 
-func (sl *slot) put(svid *identity.X509SVID, revision int64, createdAt time.Time) {
+// put takes an SVID whose life counts from the given time.
+func (sl *slot) put(svid *identity.X509SVID, from time.Time, revision int64, createdAt time.Time) {
 	sl.svid, sl.revision, sl.createdAt = svid, revision, createdAt
-	sl.renewAt = renewalTime(svid.NotBefore, svid.NotAfter)
+	sl.renewAt = renewalTime(from, svid.NotAfter)
 	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
 	sl.top, _ = x509.ParseCertificate(svid.Chain[len(svid.Chain)-1])
 }
@@ -92,11 +93,18 @@ func signedBy(cert, authority *x509.Certificate) bool {
 	return cert.CheckSignatureFrom(authority) == nil
 }
 
-// renewalTime is half of the lifetime, give or take a tenth of that half, so that SVIDs that were
-// signed together are not renewed together.
+// renewalTime is half of the lifetime that begins at from, give or take a tenth of that half, so that
+// SVIDs that were signed together are not renewed together.
 func renewalTime(from, to time.Time) time.Time {
-	half := to.Sub(from) / 2
+	half := max(to.Sub(from)/2, minRenewal)
 	return from.Add(half + time.Duration((mathrand.Float64()*2-1)*0.1*float64(half))) //nolint:gosec // spreads load, hides nothing
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
 }
 
 // backoff is the jittered wait after so many failures.
@@ -251,7 +259,8 @@ func (i *Issuer) complete(sl *slot, asked *identity.Entry, svid *identity.X509SV
 		i.due(now)
 		return false
 	}
-	sl.put(svid, asked.Revision, asked.CreatedAt)
+	// Servers date SVIDs back, by more than the whole lifetime if that is short.
+	sl.put(svid, latest(now, svid.NotBefore), asked.Revision, asked.CreatedAt)
 	if !sl.current() {
 		i.due(now)
 	}

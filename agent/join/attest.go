@@ -127,8 +127,13 @@ func (j *Joiner) adopt(own *keep.Own, what string) {
 	if err := j.store.SaveOwn(own); err != nil {
 		j.log.WithError(err).Warn("agent SVID cannot be kept on disk; a restart will need fresh evidence")
 	}
-	j.take(own)
 	leaf := own.Chain[0]
+	// Servers date SVIDs back, by more than the whole lifetime if that is short.
+	from := j.now()
+	if leaf.NotBefore.After(from) {
+		from = leaf.NotBefore
+	}
+	j.take(own, from)
 	j.log.WithFields(map[string]any{
 		"spiffe_id":    leaf.URIs[0].String(),
 		"expires_at":   leaf.NotAfter.UTC().Format(time.RFC3339),

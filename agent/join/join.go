@@ -132,7 +132,7 @@ func New(store Store, cfg Config) (*Joiner, error) {
 		if id.TrustDomain() != cfg.TrustDomain {
 			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q", id.TrustDomain(), cfg.TrustDomain)
 		}
-		j.take(own)
+		j.take(own, own.Chain[0].NotBefore)
 	}
 	return j, nil
 }
@@ -252,12 +252,12 @@ func (j *Joiner) ban(err error) {
 	j.poke()
 }
 
-// take makes own the SVID in force.
-func (j *Joiner) take(own *keep.Own) {
+// take makes own, whose life counts from the given time, the SVID in force.
+func (j *Joiner) take(own *keep.Own, from time.Time) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.own, j.refused, j.banned, j.last = own, false, false, nil
-	j.rotateAt = rotationTime(own.Chain[0].NotBefore, own.Chain[0].NotAfter)
+	j.rotateAt = rotationTime(from, own.Chain[0].NotAfter)
 	close(j.changed)
 	j.changed = make(chan struct{})
 	j.expiry.Set(float64(own.Chain[0].NotAfter.Unix()))
@@ -278,13 +278,16 @@ func (j *Joiner) poke() {
 	}
 }
 
-// rotationTime is half of the lifetime, give or take a tenth of that half, so that agents that were
-// started together do not renew together.
+// rotationTime is half of the lifetime that begins at from, give or take a tenth of that half, so that
+// agents that were started together do not renew together.
 func rotationTime(from, to time.Time) time.Time {
-	half := to.Sub(from) / 2
+	half := max(to.Sub(from)/2, minRotation)
 	jitter := time.Duration((rand.Float64()*2 - 1) * 0.1 * float64(half)) //nolint:gosec // spreads load, hides nothing
 	return from.Add(half + jitter)
 }
+
+// minRotation keeps a server that gives lifetimes of next to nothing from being asked all the time.
+const minRotation = 500 * time.Millisecond
 
 // How long Run waits. A refusal is not going to change by itself soon, and a server that is away is
 // asked often enough to be back within half a minute of it.
