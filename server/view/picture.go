@@ -217,9 +217,25 @@ func (g *graph) compute(a *agent) *body {
 	if len(own) == 0 {
 		return shared
 	}
-	both := append(own, shared.entries...)
-	slices.SortFunc(both, byID)
-	return g.compose(slices.Compact(both))
+	return g.complete(union(own, shared.entries, byID), union(namedBy(own), shared.named, spiffeid.TrustDomain.Compare))
+}
+
+// union merges two sorted lists without duplicates into one.
+func union[T any](a, b []T, compare func(a, b T) int) []T {
+	both := make([]T, 0, len(a)+len(b))
+	for len(a) > 0 && len(b) > 0 {
+		order := compare(a[0], b[0])
+		if order <= 0 {
+			both = append(both, a[0])
+			a = a[1:]
+		} else {
+			both = append(both, b[0])
+		}
+		if order >= 0 {
+			b = b[1:]
+		}
+	}
+	return append(append(both, a...), b...)
 }
 
 // aliasesOf returns the SPIFFE IDs of the live aliases of a node with these selectors, sorted.
@@ -277,23 +293,33 @@ func (g *graph) reach(roots []spiffeid.ID) []*identity.Entry {
 	return found
 }
 
-// compose adds to entries the bundles that belong to them.
+// compose adds to entries, sorted by ID, the bundles that belong to them.
 func (g *graph) compose(entries []*identity.Entry) *body {
-	b := &body{entries: entries}
-	named := map[spiffeid.TrustDomain]struct{}{}
+	return g.complete(entries, namedBy(entries))
+}
+
+// namedBy returns the trust domains that entries federate with, sorted.
+func namedBy(entries []*identity.Entry) []spiffeid.TrustDomain {
+	var names []spiffeid.TrustDomain
+	seen := map[spiffeid.TrustDomain]struct{}{}
 	for _, e := range entries {
 		for _, td := range e.FederatesWith {
-			named[td] = struct{}{}
+			if _, again := seen[td]; !again {
+				seen[td] = struct{}{}
+				names = append(names, td)
+			}
 		}
 	}
-	for td := range named {
-		b.named = append(b.named, td)
-	}
-	slices.SortFunc(b.named, spiffeid.TrustDomain.Compare)
+	slices.SortFunc(names, spiffeid.TrustDomain.Compare)
+	return names
+}
+
+func (g *graph) complete(entries []*identity.Entry, named []spiffeid.TrustDomain) *body {
+	b := &body{entries: entries, named: named}
 	if own := g.bundles[g.td]; own != nil {
 		b.bundles = append(b.bundles, own)
 	}
-	for _, td := range b.named {
+	for _, td := range named {
 		if other := g.bundles[td]; other != nil && td != g.td {
 			b.bundles = append(b.bundles, other)
 		}

@@ -156,9 +156,10 @@ func (s *Source) Snapshot(context.Context) (*records.Snapshot, error) {
 
 // Follow calls fn for every commit after the given revision, until ctx ends.
 func (s *Source) Follow(ctx context.Context, after kv.Rev, fn func(records.Change) error) error {
+	id := s.StoreID()
 	for {
 		s.mu.Lock()
-		if after < s.compacted || after > s.rev {
+		if s.id != id || after < s.compacted || after > s.rev {
 			s.mu.Unlock()
 			return kv.ErrCompacted
 		}
