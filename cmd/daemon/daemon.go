@@ -169,10 +169,10 @@ func (d *Daemon) Run(ctx context.Context, part func(ctx context.Context) error) 
 		select {
 		case <-ctx.Done():
 			stop() // from here on a second signal ends the process at once
-			d.notify("STOPPING=1")
 			d.Log.Info("stopping")
 		case <-ended:
 		}
+		d.notify("STOPPING=1")
 		return nil
 	})
 	group.Go(func() error { d.reloads(ended); return nil })

@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -177,6 +178,9 @@ func TestNotify(t *testing.T) {
 	}
 	defer l.Close()
 	t.Setenv("NOTIFY_SOCKET", path)
+	if err := l.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
 	hear := func() string {
 		b := make([]byte, 100)
 		n, err := l.Read(b)
