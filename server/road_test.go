@@ -3,9 +3,11 @@ package server
 import (
 	"crypto/x509"
 	"os"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	debugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/debug/v1"
@@ -186,5 +188,37 @@ func TestStoppingEndsStreamsAtOnce(t *testing.T) {
 	}
 	if status.Code(err) != codes.Unavailable {
 		t.Errorf("the stream ended with %v, want Unavailable", err)
+	}
+}
+
+func TestMetricsAreThere(t *testing.T) {
+	registry := prometheus.NewRegistry()
+	w := start(t, func(c *Config) { c.Metrics = registry })
+	w.agent("counted")
+	w.create(shop())
+	if _, err := w.svids().MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: csr(t, newKey(t), "spiffe://example.org/a")}); err != nil {
+		t.Fatal(err)
+	}
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]bool{}
+	for _, f := range families {
+		have[f.GetName()] = true
+	}
+	for _, want := range []string{
+		"assay_server_attestations_total", "assay_server_svids_issued_total", "assay_server_rpcs_total", "assay_server_rpc_seconds",
+	} {
+		if !have[want] {
+			t.Errorf("%s is missing", want)
+		}
+	}
+	commit := false
+	for name := range have {
+		commit = commit || strings.Contains(name, "commit")
+	}
+	if !commit {
+		t.Error("the store's commit time is missing")
 	}
 }

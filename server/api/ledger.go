@@ -18,13 +18,23 @@ import (
 )
 
 // events names what a method decides, for the audit log. A method that is not here is called by the
-// name of its service and method.
+// name of its service and method, which is how those come out that are not served yet.
 var events = map[string]string{
 	"/spire.api.server.agent.v1.Agent/AttestAgent":                  "agent.attest",
 	"/spire.api.server.agent.v1.Agent/RenewAgent":                   "agent.renew",
 	"/spire.api.server.agent.v1.Agent/BanAgent":                     "agent.ban",
 	"/spire.api.server.agent.v1.Agent/DeleteAgent":                  "agent.evict",
 	"/spire.api.server.agent.v1.Agent/CreateJoinToken":              "token.create",
+	"/spire.api.server.agent.v1.Agent/PostStatus":                   "agent.status",
+	"/spire.api.server.agent.v1.Agent/CountAgents":                  "agent.count",
+	"/spire.api.server.agent.v1.Agent/ListAgents":                   "agent.list",
+	"/spire.api.server.agent.v1.Agent/GetAgent":                     "agent.get",
+	"/spire.api.server.entry.v1.Entry/CountEntries":                 "entry.count",
+	"/spire.api.server.entry.v1.Entry/ListEntries":                  "entry.list",
+	"/spire.api.server.entry.v1.Entry/GetEntry":                     "entry.get",
+	"/spire.api.server.entry.v1.Entry/GetAuthorizedEntries":         "entry.authorized",
+	"/spire.api.server.entry.v1.Entry/SyncAuthorizedEntries":        "entry.sync",
+	"/assay.feed.v1.Feed/Follow":                                    "feed.follow",
 	"/spire.api.server.entry.v1.Entry/BatchCreateEntry":             "entry.create",
 	"/spire.api.server.entry.v1.Entry/BatchUpdateEntry":             "entry.update",
 	"/spire.api.server.entry.v1.Entry/BatchDeleteEntry":             "entry.delete",
@@ -32,11 +42,17 @@ var events = map[string]string{
 	"/spire.api.server.svid.v1.SVID/NewJWTSVID":                     "svid.jwt.new",
 	"/spire.api.server.svid.v1.SVID/MintX509SVID":                   "svid.x509.mint",
 	"/spire.api.server.svid.v1.SVID/MintJWTSVID":                    "svid.jwt.mint",
+	"/spire.api.server.bundle.v1.Bundle/CountBundles":               "bundle.count",
+	"/spire.api.server.bundle.v1.Bundle/GetBundle":                  "bundle.get",
+	"/spire.api.server.bundle.v1.Bundle/GetFederatedBundle":         "bundle.get",
+	"/spire.api.server.bundle.v1.Bundle/ListFederatedBundles":       "bundle.list",
 	"/spire.api.server.bundle.v1.Bundle/AppendBundle":               "bundle.append",
 	"/spire.api.server.bundle.v1.Bundle/BatchCreateFederatedBundle": "bundle.create",
 	"/spire.api.server.bundle.v1.Bundle/BatchUpdateFederatedBundle": "bundle.update",
 	"/spire.api.server.bundle.v1.Bundle/BatchSetFederatedBundle":    "bundle.set",
 	"/spire.api.server.bundle.v1.Bundle/BatchDeleteFederatedBundle": "bundle.delete",
+	"/spire.api.server.debug.v1.Debug/GetInfo":                      "debug.get",
+	"/spire.api.server.logger.v1.Logger/GetLogger":                  "log.get",
 	"/spire.api.server.logger.v1.Logger/SetLogLevel":                "log.level",
 	"/spire.api.server.logger.v1.Logger/ResetLogLevel":              "log.level",
 }
@@ -172,7 +188,8 @@ func (o *Ledgers) open(ctx context.Context, method string) (*ledger, error) {
 	who := caller.FromContext(ctx)
 	event, ok := events[method]
 	if !ok {
-		event = strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(method, "/"), "/", "."))
+		event = method[strings.LastIndexByte(method, '.')+1:] // Service/Method
+		event = strings.ToLower(strings.Replace(event, "/", ".", 1))
 	}
 	base := audit.Line{Event: event, Method: method, Caller: who.Name(), Peer: who.Peer()}
 	if who.Kind&caller.Agent != 0 {
