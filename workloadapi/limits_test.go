@@ -8,11 +8,13 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"strconv"
 	"sync"
 	"syscall"
 	"testing"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
 	"github.com/assay-id/assay/attestor"
@@ -200,6 +202,67 @@ func openStreams(t testing.TB, w *world, connections, perConnection int) []x509S
 		t.FailNow()
 	}
 	return streams
+}
+
+// playManyWorkloads opens streams, says so, and stays until its input ends. With WORKLOAD_SHARE set
+// they share a connection.
+func playManyWorkloads() {
+	n, err := strconv.Atoi(os.Getenv("WORKLOAD_STREAMS"))
+	if err != nil {
+		panic(err)
+	}
+	var conn *grpc.ClientConn
+	for range n {
+		if conn == nil || os.Getenv("WORKLOAD_SHARE") == "" {
+			if conn, err = dial(os.Getenv("WORKLOAD_SOCKET")); err != nil {
+				panic(err)
+			}
+		}
+		s, err := workload.NewSpiffeWorkloadAPIClient(conn).
+			FetchX509SVID(workloadapitest.Header(context.Background()), &workload.X509SVIDRequest{})
+		if err == nil {
+			_, err = s.Recv()
+		}
+		if err != nil {
+			panic(err)
+		}
+	}
+	fmt.Println("open")
+	_, _ = io.Copy(io.Discard, os.Stdin)
+}
+
+// TestMemoryOfAStream keeps the promise of 20 KiB for each open stream. A connection costs about as
+// much again, nearly all of it the stacks of gRPC's own two goroutines for it.
+func TestMemoryOfAStream(t *testing.T) {
+	const streams = 500
+	for _, c := range []struct {
+		name, share string
+		limit       uint64 // bytes
+	}{
+		{"on a connection it shares", "1", 20 << 10},
+		{"with a connection of its own", "", 48 << 10},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := serve(t, workloadapi.Config{}, newFake(say("a:b")))
+			w.put("/one", "a:b")
+			used := func() uint64 {
+				for range 4 { // stacks shrink by half each time
+					runtime.GC()
+				}
+				var m runtime.MemStats
+				runtime.ReadMemStats(&m)
+				return m.HeapAlloc + m.StackInuse
+			}
+			w.workload(t, nil, "WORKLOAD_STREAMS=1").line(t) // what is made once
+			before := used()
+			w.workload(t, nil, "WORKLOAD_STREAMS="+strconv.Itoa(streams), "WORKLOAD_SHARE="+c.share).line(t)
+			each := (used() - before) / streams
+			t.Logf("%d bytes for each stream", each)
+			if each > c.limit {
+				t.Errorf("%d bytes for each stream, the limit is %d", each, c.limit)
+			}
+		})
+	}
 }
 
 // BenchmarkUpdate is one change sent to 5,000 open streams. ns/stream is the time, client included,

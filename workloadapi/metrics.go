@@ -43,9 +43,7 @@ func register[C prometheus.Collector](to prometheus.Registerer, c C) C {
 	if to == nil {
 		return c
 	}
-	err := to.Register(c)
-	var again prometheus.AlreadyRegisteredError
-	if errors.As(err, &again) {
+	if again, ok := errors.AsType[prometheus.AlreadyRegisteredError](to.Register(c)); ok {
 		if known, ok := again.ExistingCollector.(C); ok {
 			return known
 		}

@@ -297,7 +297,6 @@ func (s *Server) grpcServer() (*grpc.Server, *health.Server) {
 		grpc.ForceServerCodecV2(codec{}),
 		grpc.ReadBufferSize(0),
 		grpc.WriteBufferSize(4<<10),
-		grpc.SharedWriteBuffer(true),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxHeaderListSize(16<<10),
 		grpc.MaxConcurrentStreams(uint32(min(s.cfg.Limits.Streams, 1<<16))), //nolint:gosec // bounded

@@ -266,7 +266,7 @@ func (p *page) wrapped(lead, paragraph string) {
 		line = indent
 	}
 	add := func(words string) {
-		for _, word := range strings.FieldsSeq(words) {
+		for word := range strings.FieldsSeq(words) {
 			if len(line)+len(word) > width && strings.TrimSpace(line) != "" {
 				flush()
 			}

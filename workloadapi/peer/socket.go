@@ -52,15 +52,15 @@ func Listen(path string, mode, dirMode os.FileMode) (*Socket, error) {
 	}
 	l.SetUnlinkOnClose(false) // the name it was bound to is gone by then, and the new one may be another's
 	s := &Socket{UnixListener: l, path: path}
-	if err = os.Chmod(hidden, mode); err == nil {
+	if err = os.Chmod(hidden, mode); err == nil { //nolint:gosec // the path is the operator's
 		s.ino, err = identityOf(hidden)
 	}
 	if err == nil {
-		err = os.Rename(hidden, path)
+		err = os.Rename(hidden, path) //nolint:gosec // the path is the operator's
 	}
 	if err != nil {
 		_ = l.Close()
-		_ = os.Remove(hidden)
+		_ = os.Remove(hidden) //nolint:gosec // the path is the operator's
 		return nil, fmt.Errorf("put socket in place at %s: %w", path, err)
 	}
 	return s, nil
@@ -87,16 +87,16 @@ func (s *Socket) Close() error {
 // makeDir makes the directory and what is missing above it; the mode is the last one's and holds
 // whatever the umask is. Directories above it are made so that everybody can pass.
 func makeDir(dir string, mode os.FileMode) error {
-	if _, err := os.Stat(dir); err == nil || !errors.Is(err, os.ErrNotExist) {
+	if _, err := os.Stat(dir); err == nil || !errors.Is(err, os.ErrNotExist) { //nolint:gosec // the path is the operator's
 		return err
 	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil { //nolint:gosec // workloads of other users must reach the socket
 		return err
 	}
-	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, os.ErrExist) { //nolint:gosec // the path is the operator's
 		return err
 	}
-	return os.Chmod(dir, mode)
+	return os.Chmod(dir, mode) //nolint:gosec // the path is the operator's
 }
 
 // vacant says why the path cannot be taken, or nil.
@@ -111,7 +111,7 @@ func vacant(path string) error {
 	if st.Mode().Type() != os.ModeSocket {
 		return fmt.Errorf("listen on %s: there is a file which is not a socket", path)
 	}
-	c, err := net.DialTimeout("unix", path, time.Second)
+	c, err := net.DialTimeout("unix", path, time.Second) //nolint:gosec // the path is the operator's
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
 		return nil // nobody listens: left behind by a process that was killed
 	}

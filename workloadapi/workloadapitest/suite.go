@@ -108,7 +108,7 @@ func mutualTLS(t *testing.T, ctx context.Context, x Target) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer source.Close()
+	defer func() { _ = source.Close() }()
 	svid, err := source.GetX509SVID()
 	if err != nil || svid.ID != x.id(t, "/peer") {
 		t.Fatalf("got %v, %v", svid, err)
@@ -204,7 +204,7 @@ func jwtSVID(t *testing.T, ctx context.Context, x Target) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer source.Close()
+	defer func() { _ = source.Close() }()
 	if _, err := jwtsvid.ParseAndValidate(one.Marshal(), source, []string{"bank"}); err != nil {
 		t.Errorf("the fetched bundle does not verify the fetched token: %v", err)
 	}
