@@ -13,10 +13,12 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/assay-id/assay/agent/admin"
 	"github.com/assay-id/assay/agent/issue"
 	"github.com/assay-id/assay/agent/join"
 	"github.com/assay-id/assay/agent/keep"
@@ -50,13 +52,18 @@ type agent struct {
 	issue   *issue.Issuer
 	attest  *workloadapi.Attestation
 	serve   *workloadapi.Server
+	admin   *admin.Server // nil: no private socket
+	started time.Time
 	listens chan struct{} // closed when the Workload API accepts callers
 	running atomic.Bool
 }
 
 // open builds the parts and takes over what is kept from before.
 func open(cfg Config) (*agent, error) {
-	a := &agent{cfg: cfg, log: cfg.Log.WithField("component", "agent"), view: view.New(), listens: make(chan struct{})}
+	a := &agent{
+		cfg: cfg, log: cfg.Log.WithField("component", "agent"), view: view.New(),
+		started: cfg.Now(), listens: make(chan struct{}),
+	}
 	if err := a.openKeep(); err != nil {
 		return nil, err
 	}
@@ -115,6 +122,7 @@ func open(cfg Config) (*agent, error) {
 		return nil, fmt.Errorf("open issue: %w", err)
 	}
 	a.openWorkloadAPI()
+	a.openAdmin()
 	return a, nil
 }
 
@@ -181,6 +189,14 @@ func (a *agent) run(ctx context.Context) error {
 		}
 		return nil
 	})
+	if a.admin != nil {
+		g.Go(func() error {
+			if err := a.admin.Run(ctx); err != nil {
+				return fmt.Errorf("serve admin socket: %w", err)
+			}
+			return nil
+		})
+	}
 	g.Go(func() error { a.announce(ctx); return nil })
 	return g.Wait()
 }
@@ -282,8 +298,10 @@ func (s *sink) save(p *view.Picture) {
 func (s *sink) wipe() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if err := s.view.Apply(view.Update{Full: true}); err != nil {
-		s.log.WithError(err).Error("picture of the banned agent cannot be emptied")
+	if s.view.Picture().Held() {
+		if err := s.view.Apply(view.Update{Full: true}); err != nil {
+			s.log.WithError(err).Error("picture of the banned agent cannot be emptied")
+		}
 	}
 	if err := s.keep.Wipe(); err != nil {
 		s.log.WithError(err).Error("kept state of the banned agent cannot be removed from disk")

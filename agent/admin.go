@@ -1,0 +1,75 @@
+package agent
+
+import (
+	"errors"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/assay-id/assay/agent/admin"
+	"github.com/assay-id/assay/agent/uplink"
+)
+
+// openAdmin makes the private socket, if there is to be one.
+func (a *agent) openAdmin() {
+	if a.cfg.AdminSocketPath == "" {
+		return
+	}
+	a.admin = admin.New(a.view, a.attest, admin.Config{
+		SocketPath: a.cfg.AdminSocketPath,
+		Status:     a.status,
+		Level:      leveler(a.cfg.Log),
+		Log:        a.cfg.Log.WithField("component", "admin"),
+		Now:        a.cfg.Now,
+	})
+}
+
+// leveler returns whose level can be changed, or nil.
+func leveler(log logrus.FieldLogger) admin.Leveler {
+	switch l := log.(type) {
+	case *logrus.Logger:
+		return l
+	case *logrus.Entry:
+		return l.Logger
+	}
+	return nil
+}
+
+var errNoSVID = errors.New("the agent has no SVID of its own yet")
+
+// status is how the agent is, for explain and debug.
+func (a *agent) status() admin.Status {
+	up := a.uplink.Status()
+	s := admin.Status{
+		Version:   a.cfg.Version,
+		Server:    a.cfg.serverTarget(),
+		StartedAt: a.started,
+		Heard:     up.Synced,
+		PictureAt: up.MadeAt,
+		ServerRev: up.Rev,
+		Banned:    a.join.Banned(),
+	}
+	switch up.State {
+	case uplink.StateFeed:
+		s.Uplink, s.Connected = "feed", true
+	case uplink.StatePolling:
+		s.Uplink, s.Connected = "sync", true
+	case uplink.StateConnecting:
+		s.Uplink, s.Err, s.ErrAt = "connecting", up.Err, up.Since
+		if up.Err != nil {
+			s.Uplink = "disconnected"
+		}
+	default:
+		s.Uplink, s.Err, s.ErrAt = "disconnected", a.join.Err(), up.Since
+		if s.Err == nil {
+			s.Err = errNoSVID
+		}
+	}
+	if own, _ := a.join.Own(); own != nil {
+		s.Chain = own.Chain
+		if id, err := own.ID(); err == nil {
+			s.AgentID = id
+		}
+	}
+	s.X509Held, s.JWTHeld = a.issue.Counts()
+	return s
+}
