@@ -111,6 +111,8 @@ type Store struct {
 	queue   []*request    // commits that wait for the next group
 	leading bool          // somebody is on the way to the disk or appointed to go next
 
+	looked atomic.Int64 // bytes, see touched
+
 	// broken is set once when the file can no longer be trusted; nothing is done after that.
 	broken atomic.Pointer[brokenError]
 
@@ -249,7 +251,9 @@ func (s *Store) open(cfg Config, fresh bool) error {
 	})
 	if err == nil {
 		s.db = db
-		if err = s.prepare(); err != nil {
+		if err = s.prepare(); err == nil {
+			s.touchedBy(touchBytes) // the checks looked at everything
+		} else {
 			err = errors.Join(err, db.Close())
 		}
 	}

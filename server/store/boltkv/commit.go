@@ -201,6 +201,10 @@ func (s *Store) write(group []*request) {
 	}
 	start := time.Now()
 	var last kv.Rev
+	ops := 0
+	for _, r := range group {
+		ops += len(r.txn.Ops)
+	}
 	err := s.guard(func() error {
 		var err error
 		last, err = s.apply(group)
@@ -216,6 +220,7 @@ func (s *Store) write(group []*request) {
 		s.durable = last
 		s.mu.Unlock()
 		s.broadcast()
+		s.touchedBy(ops * pageGuess)
 		s.commitSeconds.Observe(time.Since(start).Seconds())
 		s.groupSize.Observe(float64(len(group)))
 	}

@@ -22,8 +22,10 @@ const (
 func (s *Store) Range(ctx context.Context, start, end string, limit int) ([]kv.Item, kv.Rev, error) {
 	var list []kv.Item
 	var rev kv.Rev
+	size := 0
 	err := s.view(ctx, func(tx *bbolt.Tx, at kv.Rev) error {
 		rev = at
+		defer func() { s.touched(max(size, pageGuess)) }()
 		stop := []byte(end)
 		cursor := tx.Bucket(itemsBucket).Cursor()
 		for k, v := cursor.Seek([]byte(start)); k != nil; k, v = cursor.Next() {
@@ -34,6 +36,7 @@ func (s *Store) Range(ctx context.Context, start, end string, limit int) ([]kv.I
 			if err != nil {
 				return fmt.Errorf("%w: key %q: %w", ErrDamaged, k, err)
 			}
+			size += itemHeader + len(k) + len(value)
 			list = append(list, kv.Item{Key: string(k), Value: bytes.Clone(value), Rev: itemRev})
 			if len(list) == limit {
 				return nil
