@@ -1,0 +1,147 @@
+package arch
+
+// The floors: arrows only point down. Floor 0 also knows floor 0.
+const (
+	words  = iota // what everybody may speak of
+	tools         // one thing each
+	flows         // what a change or a request runs through
+	wiring        // a daemon
+	doors         // a command
+	tests         // anything; nothing but tests imports it
+)
+
+// rule gives a package its place. A pattern is a path within the module, in which * is any one part and
+// ... at the end is whatever follows, itself included. The first rule that fits counts.
+type rule struct {
+	pattern string
+	floor   int
+	// also names what may be imported besides the floors below, and why is the reason.
+	also []string
+	why  string
+}
+
+var rules = []rule{
+	{pattern: "attestor", floor: words},
+	{pattern: "workloadapi/identity", floor: words},
+	{pattern: "server/wire/...", floor: words},
+	{pattern: "agent/admin/wire/...", floor: words, why: "the wire of the agent's own socket, spoken by its command too"},
+	{pattern: "server/store/kv", floor: words},
+	{pattern: "conf", floor: words},
+
+	{pattern: "attestor/attestortest", floor: tools},
+	{pattern: "attestor/*", floor: tools},
+	{pattern: "attestor/*/node", floor: tools, also: []string{"attestor/*"}, why: "an attestor's two sides share its names"},
+	{pattern: "attestor/*/server", floor: tools, also: []string{"attestor/*"}, why: "likewise"},
+	{pattern: "attestor/*/workload", floor: tools, also: []string{"attestor/*"}, why: "likewise"},
+	{pattern: "workloadapi/peer", floor: tools},
+	{pattern: "server/store/*", floor: tools},
+	{pattern: "server/records/stored", floor: words, why: "generated: what records stores"},
+	{pattern: "server/records", floor: tools},
+	{pattern: "server/ca/keys", floor: tools},
+	{pattern: "server/ca/upstream", floor: tools, also: []string{"server/ca/keys"}, why: "an upstream signs with keys"},
+	{pattern: "server/ca", floor: tools, also: []string{"server/ca/...", "server/records"}, why: "the journal is records' type"},
+	{pattern: "server/audit", floor: tools},
+	{pattern: "agent/keep", floor: tools},
+	{pattern: "server/verdict/report", floor: tools, why: "parsers of reports, which nothing else of verdict needs"},
+
+	{pattern: "server/view/viewtest", floor: flows},
+	{pattern: "server/view", floor: flows},
+	{pattern: "server/api/caller", floor: flows, also: []string{"server/view"}, why: "who calls is looked up in the view"},
+	{pattern: "server/feed", floor: flows, also: []string{"server/view", "server/api/caller"}, why: "streams differences of pictures to who calls"},
+	{pattern: "server/admit", floor: flows, also: []string{"server/view", "server/api/caller"}, why: "is this node banned?"},
+	{
+		pattern: "server/api", floor: flows,
+		also: []string{"server/api/caller", "server/admit", "server/view", "server/feed", "server/verdict"},
+		why:  "the services hand over to the flows, and feed answers SPIRE's sync calls",
+	},
+	{pattern: "server/trust", floor: flows, also: []string{"server/view"}, why: "publishes the bundle of the picture"},
+	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/report"}, why: "verdicts are about what the picture shows"},
+	{pattern: "agent/issue", floor: flows, also: []string{"agent/view"}, why: "signs what the picture shows"},
+	{pattern: "agent/admin", floor: flows, also: []string{"agent/view", "workloadapi"}, why: "explains what they decided"},
+	{pattern: "agent/join", floor: flows},
+	{pattern: "agent/uplink", floor: flows, also: []string{"agent/view"}, why: "feeds the picture"},
+	{pattern: "agent/view", floor: flows},
+	{pattern: "workloadapi/sds", floor: flows, also: []string{"workloadapi"}, why: "the same streams in Envoy's words"},
+	{pattern: "workloadapi/workloadapitest", floor: flows},
+	{pattern: "workloadapi", floor: flows},
+
+	{pattern: "server", floor: wiring},
+	{pattern: "agent", floor: wiring},
+
+	{pattern: "cmd/...", floor: doors, also: []string{"cmd/..."}, why: "commands share flags and signals"},
+
+	{pattern: "test/...", floor: tests, also: []string{"test/..."}, why: "harnesses stand on harnesses"},
+}
+
+// sides keep the two daemons apart, whatever the floors allow: from may import nothing that fits not,
+// but for what fits but.
+var sides = []struct {
+	from, not, but string
+}{
+	{"agent/...", "server/...", "server/wire/..."},
+	{"workloadapi/...", "server/...", "server/wire/..."},
+	{"server/...", "agent/...", ""},
+	{"server/...", "workloadapi/...", "workloadapi/identity"},
+	{"attestor/...", "server/...", "server/wire/..."},
+	{"attestor/...", "agent/...", ""},
+	{"attestor/...", "workloadapi/...", ""},
+	{"conf", "server/...", ""},
+	{"conf", "agent/...", ""},
+}
+
+// homes are where heavy libraries live; nothing else imports them. Tests may.
+var homes = []struct {
+	library string
+	at      []string
+}{
+	{"k8s.io", []string{"attestor/k8s.../...", "server/trust", "test/..."}},
+	{"sigs.k8s.io", []string{"attestor/k8s.../...", "test/..."}},
+	{"github.com/moby/moby", []string{"attestor/docker/...", "test/..."}},
+	{"go.etcd.io/etcd", []string{"server/store/etcdkv", "test/..."}},
+	{"go.etcd.io/bbolt", []string{"server/store/boltkv", "test/..."}},
+	{"github.com/sigstore", []string{"server/verdict/...", "test/..."}},
+	{"github.com/aws", []string{"attestor/...", "server/ca/keys/...", "server/ca/upstream/..."}},
+	{"cloud.google.com", []string{"attestor/...", "server/ca/keys/...", "server/ca/upstream/..."}},
+	{"github.com/Azure", []string{"attestor/...", "server/ca/keys/...", "server/ca/upstream/..."}},
+	{"github.com/vmware/govmomi", []string{"attestor/vsphere/...", "test/..."}},
+	{"github.com/google/go-tpm", []string{"attestor/tpm/...", "agent/keep", "test/..."}},
+	{"github.com/godbus/dbus", []string{"attestor/systemd/...", "test/..."}},
+	{"github.com/envoyproxy", []string{"workloadapi/sds", "test/..."}},
+	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "test/..."}},
+	{"github.com/hashicorp/hcl", []string{"conf", "attestor/attestortest", "cmd/...", "test/..."}},
+	{"github.com/spf13/cobra", []string{"cmd/...", "test/..."}},
+}
+
+// closures are what a binary must not contain, with whatever it imports, and why.
+var closures = []struct {
+	binary string
+	not    []string // import paths; a leading ./ stands for this module
+	but    []string
+	why    string
+}{
+	{
+		"cmd/assay-agent",
+		[]string{
+			"./server/...", "./attestor/*/server", "./test/...",
+			"go.etcd.io/...", "k8s.io/client-go/...", "sigs.k8s.io/...", "github.com/sigstore/...", "github.com/aws/aws-sdk-go-v2/service/kms/...",
+			"cloud.google.com/go/kms/...", "github.com/Azure/azure-sdk-for-go/...",
+			"github.com/mattn/go-sqlite3", "modernc.org/...", "github.com/jackc/...", "github.com/go-sql-driver/...", "github.com/lib/pq", "gorm.io/...",
+			"testing",
+		},
+		[]string{"./server/wire/..."},
+		"it runs on every node, and its size and memory are promised numbers",
+	},
+	{
+		"cmd/assay-server",
+		[]string{"./agent/...", "./attestor/*/node", "./attestor/*/workload", "./test/...", "github.com/moby/moby/...", "testing"},
+		[]string{"./agent/admin/wire/..."},
+		"it attests no workloads, and the less it contains the less can be wrong with it",
+	},
+	{"cmd/assay", []string{"./test/...", "testing"}, nil, "tests are not shipped"},
+}
+
+// badNames say nothing about what a package is.
+var badNames = []string{"util", "utils", "common", "helper", "helpers", "types", "models", "misc", "base", "lib", "pkg", "internal", "shared"}
+
+// kvWriters may make transactions: one road for every change.
+var kvWriters = []string{"server/records", "server/store/..."}
