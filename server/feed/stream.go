@@ -300,7 +300,7 @@ func (st *stream) wrote(e sent) error {
 	}
 	st.s.m.bytes.Add(float64(e.bytes))
 	st.s.mu.Lock()
-	st.status.Bytes += uint64(max(0, e.bytes)) //nolint:gosec // not negative
+	st.status.Bytes += uint64(max(0, e.bytes))
 	st.s.mu.Unlock()
 	if e.last {
 		st.written = true

@@ -121,7 +121,6 @@ func (g *graph) apply(c records.Change) int {
 }
 
 func (g *graph) addEntry(e *identity.Entry) {
-	e = g.share(e)
 	g.entries.put(e)
 	if !e.ExpiresAt.IsZero() {
 		g.expiring.put(e)
@@ -151,27 +150,6 @@ func (g *graph) removeEntry(e *identity.Entry) {
 	if g.alias(e) {
 		g.removeAlias(e)
 	}
-}
-
-// share returns the entry with its parent ID and trust domains in the memory where they already are:
-// a hundred thousand entries below a few parents need not hold a hundred thousand names.
-func (g *graph) share(e *identity.Entry) *identity.Entry {
-	c := *e
-	if x := g.vertices[e.ParentID]; x != nil {
-		c.ParentID = x.id
-	}
-	if x := g.vertices[e.SPIFFEID]; x != nil {
-		c.SPIFFEID = x.id
-	}
-	if len(e.FederatesWith) > 0 {
-		c.FederatesWith = slices.Clone(e.FederatesWith)
-		for i, td := range c.FederatesWith {
-			if b := g.bundles[td]; b != nil {
-				c.FederatesWith[i] = b.TrustDomain
-			}
-		}
-	}
-	return &c
 }
 
 func (g *graph) vertex(id spiffeid.ID) *vertex {

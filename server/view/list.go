@@ -90,7 +90,7 @@ const stretch = 4096
 // to others meanwhile.
 func (v *View) ListEntries(f EntryFilter, after string, limit int) (entries []*identity.Entry, next string) {
 	for {
-		done := false
+		var done bool
 		entries, after, done = v.listSome(&f, after, limit, entries)
 		if done {
 			return entries, after

@@ -220,22 +220,18 @@ func (g *graph) compute(a *agent) *body {
 	return g.complete(union(own, shared.entries, byID), union(namedBy(own), shared.named, spiffeid.TrustDomain.Compare))
 }
 
-// union merges two sorted lists without duplicates into one.
-func union[T any](a, b []T, compare func(a, b T) int) []T {
-	both := make([]T, 0, len(a)+len(b))
-	for len(a) > 0 && len(b) > 0 {
-		order := compare(a[0], b[0])
-		if order <= 0 {
-			both = append(both, a[0])
-			a = a[1:]
-		} else {
-			both = append(both, b[0])
+// union merges two sorted lists without duplicates into one. The first is the short one.
+func union[T any](few, many []T, compare func(a, b T) int) []T {
+	both := make([]T, 0, len(few)+len(many))
+	for _, e := range few {
+		at, found := slices.BinarySearchFunc(many, e, compare)
+		both = append(append(both, many[:at]...), e)
+		if found {
+			at++
 		}
-		if order >= 0 {
-			b = b[1:]
-		}
+		many = many[at:]
 	}
-	return append(append(both, a...), b...)
+	return append(both, many...)
 }
 
 // aliasesOf returns the SPIFFE IDs of the live aliases of a node with these selectors, sorted.

@@ -16,6 +16,7 @@
 // cost of a change grows with the agents it may concern and with nothing else (BenchmarkChange).
 // Pictures are computed when somebody asks and kept until a change concerns them; agents with the
 // same aliases and no entries of their own, which is what a thousand equal nodes are, share one.
+// Entries, IDs and selectors are those that server/records hands out, which share their strings.
 package view
 
 import (
@@ -113,29 +114,32 @@ func (v *View) Run(ctx context.Context) error {
 }
 
 func (v *View) follow(ctx context.Context) error {
-	for {
-		storeID, err := v.resync(ctx)
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return fmt.Errorf("take snapshot: %w", err)
-		}
-		err = v.src.Follow(ctx, v.Rev(), func(c records.Change) error {
-			v.apply(storeID, c)
-			return nil
-		})
+	for ctx.Err() == nil {
+		err := v.followOnce(ctx)
 		switch {
-		case ctx.Err() != nil:
-			return nil
 		case errors.Is(err, kv.ErrCompacted):
 			v.cfg.Log.WithField("rev", v.Rev()).Info("Fell behind the log of commits; taking a fresh snapshot")
-		case err != nil:
-			return fmt.Errorf("follow records: %w", err)
-		default:
-			return errors.New("follow records: ended without an error")
+		case ctx.Err() == nil:
+			return err
 		}
 	}
+	return nil
+}
+
+// followOnce takes a snapshot and follows from there. It returns never without an error.
+func (v *View) followOnce(ctx context.Context) error {
+	storeID, err := v.resync(ctx)
+	if err != nil {
+		return fmt.Errorf("take snapshot: %w", err)
+	}
+	err = v.src.Follow(ctx, v.Rev(), func(c records.Change) error {
+		v.apply(storeID, c)
+		return nil
+	})
+	if err == nil {
+		err = errors.New("ended without an error")
+	}
+	return fmt.Errorf("follow records: %w", err)
 }
 
 // resync takes a snapshot, applies what differs from it, and returns the ID of its store.
