@@ -201,9 +201,9 @@ func (s *Store) write(group []*request) {
 	}
 	start := time.Now()
 	var last kv.Rev
-	ops := 0
+	size := 0
 	for _, r := range group {
-		ops += len(r.txn.Ops)
+		size += r.size + len(r.txn.Ops)*pageGuess
 	}
 	err := s.guard(func() error {
 		var err error
@@ -220,7 +220,7 @@ func (s *Store) write(group []*request) {
 		s.durable = last
 		s.mu.Unlock()
 		s.broadcast()
-		s.touchedBy(ops * pageGuess)
+		s.touchedBy(size)
 		s.commitSeconds.Observe(time.Since(start).Seconds())
 		s.groupSize.Observe(float64(len(group)))
 	}

@@ -13,7 +13,9 @@ import (
 // cache; looking at one again costs half a microsecond.
 const (
 	touchBytes = 16 << 20
-	pageGuess  = 4 << 10 // what one random look touches
+	// One look at a page maps up to 16 around it that are in the page cache (fault-around), as those
+	// that were written lately are.
+	pageGuess = 32 << 10
 )
 
 // touched counts bytes that were read from the map. It must be called in a read transaction, which

@@ -39,7 +39,7 @@ func TestResident(t *testing.T) {
 	t.Run("a store that was written, read and opened does not count as memory", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "store.db")
 		s := open(t, path)
-		for i := range 60 {
+		for i := range 120 {
 			var ops []kv.Op
 			for j := range 50 {
 				ops = append(ops, kv.Put(fmt.Sprintf("k/%d/%d", j, i), make([]byte, 10_000)))
@@ -48,11 +48,11 @@ func TestResident(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		const limit = 24 << 10 // of about 70 MB
+		const limit = 48 << 10 // of about 140 MB
 		if n := resident(t, path); n > limit {
 			t.Errorf("%d kB are resident after writing", n)
 		}
-		if n := count(t, s); n != 3000 {
+		if n := count(t, s); n != 6000 {
 			t.Errorf("%d items", n)
 		}
 		if n := resident(t, path); n > limit {
@@ -65,7 +65,7 @@ func TestResident(t *testing.T) {
 		if n := resident(t, path); n > limit {
 			t.Errorf("%d kB are resident after opening", n)
 		}
-		if n := count(t, s); n != 3000 {
+		if n := count(t, s); n != 6000 {
 			t.Errorf("%d items", n)
 		}
 	})
