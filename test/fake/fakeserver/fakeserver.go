@@ -505,3 +505,15 @@ func caller(ctx context.Context) (*x509.Certificate, error) {
 	}
 	return info.State.PeerCertificates[0], nil
 }
+
+// Banned reports whether an agent is banned.
+func (s *Server) Banned() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.agents {
+		if a.banned {
+			return true
+		}
+	}
+	return false
+}
