@@ -68,8 +68,8 @@ func checkConfig(t *testing.T, name string, config func() any, body string) {
 func checkKeysDocumented(t *testing.T, config any) {
 	t.Helper()
 	kind := reflect.TypeOf(config).Elem()
-	for i := range kind.NumField() {
-		if field := kind.Field(i); field.IsExported() && field.Tag.Get("hcl") == "" {
+	for field := range kind.Fields() {
+		if field.IsExported() && field.Tag.Get("hcl") == "" {
 			t.Errorf("field %s has no hcl tag", field.Name)
 		}
 	}

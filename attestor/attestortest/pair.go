@@ -66,7 +66,7 @@ func Run(t *testing.T, p Pair) {
 	t.Run("evidence that is not what it should be is refused", p.badPayloads)
 	t.Run("answers that are not what they should be are refused", p.badAnswers)
 	t.Run("evidence is not good twice", p.replay)
-	t.Run("a cancelled context is obeyed", p.cancelled)
+	t.Run("a canceled context is obeyed", p.canceled)
 	t.Run("a broken stream is not the node's fault", p.broken)
 }
 
@@ -242,17 +242,17 @@ func (p Pair) replay(t *testing.T) {
 	}
 }
 
-func (p Pair) cancelled(t *testing.T) {
+func (p Pair) canceled(t *testing.T) {
 	node, judge := p.open(t)
 	payload, answer := evidence(t, node)
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, _, err := node.Evidence(gone); !errors.Is(err, context.Canceled) {
-		t.Errorf("the node's evidence under a cancelled context: %v", err)
+		t.Errorf("the node's evidence under a canceled context: %v", err)
 	}
 	_, err := within(t, func() (attestor.Proof, error) { return judge.Judge(gone, payload, ask(answer)) })
 	if !errors.Is(err, context.Canceled) {
-		t.Errorf("the judge under a cancelled context: %v", err)
+		t.Errorf("the judge under a canceled context: %v", err)
 	}
 	if answer == nil {
 		return
@@ -266,7 +266,7 @@ func (p Pair) cancelled(t *testing.T) {
 		})
 	})
 	if !errors.Is(err, context.Canceled) || errors.Is(err, attestor.ErrEvidence) {
-		t.Errorf("the judge whose question is cancelled: %v", err)
+		t.Errorf("the judge whose question is canceled: %v", err)
 	}
 }
 

@@ -65,7 +65,7 @@ func RunWorkload(t *testing.T, w Workload) {
 			t.Errorf("selectors %q, error %v", texts(got), err)
 		}
 	})
-	t.Run("a cancelled context is obeyed", func(t *testing.T) {
+	t.Run("a canceled context is obeyed", func(t *testing.T) {
 		gone, cancel := context.WithCancel(t.Context())
 		cancel()
 		for why, c := range w.Cases {

@@ -150,11 +150,9 @@ func (l *locator) match(path string) (id, prefix string, pod bool) {
 		}
 	}
 	for i, part := range parts {
-		found := ""
+		found := builtIn(part)
 		if len(l.matchers) > 0 {
 			found = l.matched(parts, i)
-		} else {
-			found = builtIn(part)
 		}
 		if found != "" {
 			return found, "/" + strings.Join(parts[:i+1], "/"), false

@@ -41,7 +41,6 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 			}
 			if missed {
 				changed()
-				missed = false
 			}
 			since, err = w.follow(ctx, opened, changed, since)
 			opened.close()
@@ -59,7 +58,7 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 		}
 		pause = min(2*pause, maxPause)
 	}
-	return nil
+	return nil //nolint:nilerr // the end of its context is how it ends, not a fault
 }
 
 // follow reads an open stream until it ends, and returns the moment to go on from.
