@@ -201,22 +201,22 @@ func (a *agent) run(ctx context.Context) error {
 	return g.Wait()
 }
 
-// announce calls Ready when there is something to serve, and says what is waited for till then.
+// announce calls Ready, and says what is waited for and when it has come.
 func (a *agent) announce(ctx context.Context) {
 	select {
 	case <-a.listens:
 	case <-ctx.Done():
 		return
 	}
-	if !a.view.Picture().Held() {
-		a.log.WithField("server", a.cfg.serverTarget()).Info("waiting for the server's first picture; workloads get no identity until then")
-	}
-	if a.view.Wait(ctx) != nil {
-		return
-	}
-	a.log.WithField("rev", a.view.Rev()).Info("agent is ready")
 	if a.cfg.Ready != nil {
 		a.cfg.Ready()
+	}
+	if a.view.Picture().Held() {
+		return
+	}
+	a.log.WithField("server", a.cfg.serverTarget()).Info("waiting for the server's first picture; workloads get no identity until then")
+	if a.view.Wait(ctx) == nil {
+		a.log.WithField("rev", a.view.Rev()).Info("the server's first picture is in force")
 	}
 }
 

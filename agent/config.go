@@ -128,8 +128,8 @@ type Config struct {
 	// Now is the clock for decisions; nil means time.Now.
 	Now func() time.Time
 
-	// Ready is called once, when the Workload API listens and there is a picture to serve from,
-	// be it the server's or one kept from before; nil is fine. It must not block.
+	// Ready is called once, when the Workload API accepts callers; nil is fine. It must not block. The
+	// server may still be away: whether there is something to serve, Health says.
 	Ready func()
 	// Health, if set, says at any time how the agent is.
 	Health *Health

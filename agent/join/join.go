@@ -336,7 +336,7 @@ func (j *Joiner) Run(ctx context.Context) error {
 			j.last = err
 		}
 		j.mu.Unlock()
-		if !j.Banned() && notice.due(err, j.now()) {
+		if !j.Banned() && notice.due(how, err, j.now()) {
 			j.complain(how, err, wait)
 		}
 		j.sleep(ctx, wait, false)
@@ -426,11 +426,12 @@ type notice struct {
 	at   time.Time
 }
 
-func (n *notice) due(err error, now time.Time) bool {
+func (n *notice) due(how action, err error, now time.Time) bool {
 	text := err.Error()
 	if s := summary(err); s != "" {
 		text = s
 	}
+	text = how.String() + ": " + text
 	if text == n.text && now.Sub(n.at) < remindEvery {
 		return false
 	}
