@@ -70,18 +70,16 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 	}, nil
 }
 
-// Attest returns what is proved about the process. Beside an error it still returns the selectors
-// that were found: an executable that cannot be read does not make the user less certain.
+// Attest returns what is proved about the process. As in SPIRE, an executable that was asked for and
+// cannot be read is an error: who turned discover_workload_path on relies on it.
 func (w *workload) Attest(ctx context.Context, p attestor.Process) ([]attestor.Selector, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	groups, err := supplementaryGroups(p)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("read process: %w", err) // it is gone: say nothing of whoever gets its PID
+	if err != nil {
+		return nil, fmt.Errorf("read groups of process: %w", err)
 	}
-	problems := []error{err}
-
 	var found []attestor.Selector
 	add := func(key, value string) {
 		s := attestor.Selector{Type: unix.Type, Value: key + ":" + value}
@@ -104,9 +102,11 @@ func (w *workload) Attest(ctx context.Context, p attestor.Process) ([]attestor.S
 		}
 	}
 	if w.config.DiscoverWorkloadPath {
-		problems = append(problems, w.executable(ctx, p, add))
+		if err := w.executable(ctx, p, add); err != nil {
+			return nil, err
+		}
 	}
-	return attestor.NewSet(found...).All(), errors.Join(problems...)
+	return attestor.NewSet(found...).All(), nil
 }
 
 // executable adds the selectors of the file that the process runs. The file is opened once, through
@@ -198,16 +198,16 @@ func parseGroups(status string) ([]uint32, error) {
 		for field := range strings.FieldsSeq(list) {
 			gid, err := strconv.ParseUint(field, 10, 32)
 			if err != nil {
-				return nil, errors.New("read groups of process: a group is not a number")
+				return nil, errors.New("a group is not a number")
 			}
 			if len(groups) == maxGroups {
-				return groups, fmt.Errorf("read groups of process: more than %d supplementary groups", maxGroups)
+				return nil, fmt.Errorf("more than %d supplementary groups", maxGroups)
 			}
 			groups = append(groups, uint32(gid))
 		}
 		return groups, nil
 	}
-	return nil, errors.New("read groups of process: status has no line of groups")
+	return nil, errors.New("status has no line of groups")
 }
 
 func decimal(id uint32) string { return strconv.FormatUint(uint64(id), 10) }

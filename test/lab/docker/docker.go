@@ -183,9 +183,15 @@ func (e *Engine) Close() error {
 	var problems []error
 	if e.daemon != nil {
 		if all, err := e.client.ContainerList(ctx, client.ContainerListOptions{All: true}); err == nil {
+			ended := make(chan error)
 			for _, c := range all.Items {
-				_, err := e.client.ContainerRemove(ctx, c.ID, client.ContainerRemoveOptions{Force: true})
-				problems = append(problems, err)
+				go func() {
+					_, err := e.client.ContainerRemove(ctx, c.ID, client.ContainerRemoveOptions{Force: true})
+					ended <- err
+				}()
+			}
+			for range all.Items {
+				problems = append(problems, <-ended)
 			}
 		}
 	}
