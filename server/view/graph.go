@@ -198,7 +198,7 @@ func (g *graph) applyBundle(c records.BundleChange, rev kv.Rev) int {
 	touched := 0
 	for a := range g.nodes.all() {
 		if a.picture == nil || a.picture.body.names(c.TrustDomain) {
-			g.touch(a, rev, sharedPart)
+			g.touch(a, rev, true)
 			touched++
 		}
 	}
@@ -281,7 +281,7 @@ func (w *walker) from(e *identity.Entry) {
 			continue
 		}
 		if x.agent != nil {
-			w.g.touch(x.agent, w.rev, ownPart)
+			w.g.touch(x.agent, w.rev, false)
 			w.touched++
 		}
 		if w.g.reserved(id) {
@@ -302,7 +302,7 @@ func (w *walker) above(e *identity.Entry) {
 		return
 	}
 	for a := range w.g.nodesWith(e.Selectors) {
-		w.g.touch(a, w.rev, sharedPart)
+		w.g.touch(a, w.rev, true)
 		w.touched++
 	}
 }

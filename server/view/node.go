@@ -120,7 +120,7 @@ func (g *graph) applyNode(c records.NodeChange, rev kv.Rev) int {
 		a.node = c.Node
 		return 0
 	}
-	g.touch(a, rev, groupLeft)
+	g.touch(a, rev, true)
 	g.unpost(a)
 	if c.Node == nil {
 		g.nodes.remove(a)
@@ -146,21 +146,13 @@ func (g *graph) addNode(n *records.Node, rev kv.Rev) {
 	g.stranger.wakeAll()
 }
 
-// part says what of a picture is out of date.
-type part int
-
-const (
-	ownPart    part = iota // what hangs on the agent's own ID
-	groupLeft              // which aliases the agent has; what these lead to is as it was
-	sharedPart             // what its aliases lead to, or all of it
-)
-
-// touch marks an agent's picture as out of date and wakes those who follow it.
-func (g *graph) touch(a *agent, rev kv.Rev, what part) {
+// touch marks an agent's picture as out of date and wakes those who follow it. Shared is false if
+// only what hangs on the agent's own ID has changed, not its aliases or what they lead to.
+func (g *graph) touch(a *agent, rev kv.Rev, shared bool) {
 	a.rev = rev
 	a.picture = nil
-	if what != ownPart && a.group != nil {
-		g.groups.leave(a.group, what == sharedPart)
+	if shared && a.group != nil {
+		g.groups.leave(a.group)
 		a.group = nil
 	}
 	if a.wake != nil {
@@ -171,7 +163,7 @@ func (g *graph) touch(a *agent, rev kv.Rev, what part) {
 
 func (g *graph) touchAll(rev kv.Rev) int {
 	for a := range g.nodes.all() {
-		g.touch(a, rev, sharedPart)
+		g.touch(a, rev, true)
 	}
 	g.stranger.wakeAll()
 	return g.nodes.size

@@ -69,9 +69,8 @@ func (p *AgentPicture) Checksum() []byte {
 }
 
 // groups are the sets of aliases that agents have, each with what they lead to. A group is there as
-// long as an agent belongs to it. Every change to what its aliases lead to, or to which aliases lead
-// there, touches at least one of these agents, and that takes the group out: nobody finds one that
-// is out of date.
+// long as an agent belongs to it. A change to what its aliases lead to concerns, and so touches, each
+// of these agents: the group is gone before anybody could find it out of date.
 type groups struct {
 	mu sync.Mutex // guards all of it among readers
 	of map[string]*group
@@ -98,14 +97,11 @@ func (s *groups) join(key string) *group {
 	return p
 }
 
-// leave takes one member out, and the whole group with it if that was the last or if what the group
-// leads to has changed. Other members may keep theirs: if it was out of date for them, they would be
-// touched themselves.
-func (s *groups) leave(p *group, outdated bool) {
+// leave takes one member out, and the group with the last.
+func (s *groups) leave(p *group) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p.members--
-	if (outdated || p.members == 0) && s.of[p.key] == p {
+	if p.members--; p.members == 0 {
 		delete(s.of, p.key)
 	}
 }

@@ -192,6 +192,7 @@ func TestOnlyTheConcernedAreWoken(t *testing.T) {
 		src.PutEntries(
 			newEntry("alias1", server, id("/one"), "n:1", "n:all"), newEntry("alias2", server, id("/two"), "n:2", "n:all"),
 			newEntry("own", id("/spire/agent/a"), id("/own")),
+			newEntry("claim", id("/spire/agent/c"), id("/spire/agent/b")), // to no avail
 			&identity.Entry{ID: "gone", ParentID: id("/spire/agent/b"), SPIFFEID: id("/gone"), Selectors: set("u:1"), ExpiresAt: time.Unix(1, 0)},
 		)
 		return src, start(t, src, Config{})
