@@ -82,15 +82,38 @@ node_attestor "join_token" {}
 #node_attestor "x509pop" {
   #private_key_path = "/etc/assay/node.key"
   #certificate_path = "/etc/assay/node.pem"
+  # Intermediates that are not in certificate_path.
+  #intermediates_path = "/etc/assay/node-ca.pem"
 #}
 
 # What the agent can prove about the processes that call it: a block for each way.
 
 # User, group, and the program's path and hash.
-workload_attestor "unix" {}
+workload_attestor "unix" {
+  # The selectors unix:path and unix:sha256, for which the agent must be root or the workload's user,
+  # and the largest program in bytes that is hashed; 0 is any.
+  #discover_workload_path = false
+  #workload_size_limit    = 0
+}
 
 # Labels, environment and image of the process's container, asked of the Docker Engine.
-#workload_attestor "docker" {}
+#workload_attestor "docker" {
+  # Where the engine listens. Podman: "/run/podman/podman.sock"; rootless: "/run/user/1000/docker.sock".
+  #docker_socket_path = "unix:///var/run/docker.sock"
+  # In place of it an address on the loopback interface, and an API version in place of the newest that
+  # both know.
+  #docker_host    = "tcp://127.0.0.1:2375"
+  #docker_version = "1.41"
+  # How long one answer of the engine may take.
+  #engine_timeout = "2s"
+  # Variables often hold secrets: no docker:env selectors; and variables that become claim:env.
+  #disable_env_selectors = false
+  #claim_env             = ["SERVICE"]
+  # Cgroup paths in which one part is <id> and * is any one part, in place of the known layouts.
+  #container_id_cgroup_matchers = ["/custom/*/<id>"]
+  # Attest containers of Kubernetes pods as well.
+  #kubernetes_pods = false
+#}
 
 # Where the agent's own key lives: "disk", or "memory", with which nothing survives a restart.
 key_manager "disk" {

@@ -53,7 +53,7 @@ func TestServerSample(t *testing.T) {
 		t.Errorf("the sample loads as %+v", s)
 	}
 	t.Run("its commented keys load as well", func(t *testing.T) {
-		s, err := LoadServer(write(t, "all.hcl", uncommented(t, "server.hcl", "ca_bundle_path")), judges, Options{})
+		s, err := LoadServer(write(t, "all.hcl", uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths")), judges, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -86,7 +86,9 @@ node_attestor "join_token" {}
 
 # A certificate that the node already has, from an authority you name.
 #node_attestor "x509pop" {
-  #ca_bundle_path = "/etc/assay/node-ca.pem"
+  # The roots that nodes' certificates come from: one file, or several.
+  #ca_bundle_path  = "/etc/assay/node-ca.pem"
+  #ca_bundle_paths = ["/etc/assay/node-ca.pem", "/etc/assay/old-node-ca.pem"]
 #}
 
 # Where signing keys live: "disk", or "memory", with which a restart begins with new authorities.

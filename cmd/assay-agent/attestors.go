@@ -2,6 +2,7 @@ package main
 
 import (
 	"github.com/assay-id/assay/attestor"
+	docker "github.com/assay-id/assay/attestor/docker/workload"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
@@ -19,5 +20,6 @@ func nodes() []attestor.NodeKind {
 func workloads() []attestor.WorkloadKind {
 	return []attestor.WorkloadKind{
 		unix.Kind(),
+		docker.Kind(),
 	}
 }

@@ -141,8 +141,8 @@ func entryCreate() *cobra.Command {
 		}
 		results := make([]entryResult, len(resp.Results))
 		for i, result := range resp.Results {
-			// An entry that was refused is shown as it was given.
-			if result.Status.GetCode() != int32(codes.OK) && i < len(entries) {
+			// An entry that was refused is shown as it was given, but for one that exists already.
+			if result.Status.GetCode() != int32(codes.OK) && result.Entry == nil && i < len(entries) {
 				result.Entry = entries[i]
 			}
 			results[i] = entryResult{result.Status, result.Entry}
