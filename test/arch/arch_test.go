@@ -10,12 +10,14 @@ import (
 	"go/parser"
 	"go/token"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -30,9 +32,23 @@ type pkg struct {
 
 func (p pkg) path() string { return strings.TrimPrefix(strings.TrimPrefix(p.ImportPath, module), "/") }
 
+// look opens every folder of the module. The go command remembers the result of a test together with
+// what the test itself looked at, and knows nothing of what its children read.
+var look = sync.OnceValue(func() error {
+	return filepath.WalkDir("../..", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.IsDir() && (d.Name() == ".git" || d.Name() == "bin" || d.Name() == ".cache") {
+			return filepath.SkipDir
+		}
+		return err
+	})
+})
+
 // list returns the packages of the module and, with deps, all that they need.
 func list(t *testing.T, args ...string) []pkg {
 	t.Helper()
+	if err := look(); err != nil && !errors.Is(err, fs.ErrNotExist) { // somebody may be cleaning up
+		t.Fatal(err)
+	}
 	cmd := exec.CommandContext(t.Context(), "go", append([]string{"list", "-json=ImportPath,Dir,Name,Doc,GoFiles,TestGoFiles,Imports"}, args...)...)
 	cmd.Dir = "../.."
 	var said strings.Builder
