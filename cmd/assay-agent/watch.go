@@ -30,7 +30,7 @@ func apiWatch() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			defer conn.Close()
+			defer func() { _ = conn.Close() }()
 			return watch(c, conn, &output)
 		},
 	}

@@ -68,7 +68,7 @@ stays in the one that -dataDir names.`,
 				return err
 			}
 			if !d.kept {
-				defer os.RemoveAll(d.dir)
+				defer d.remove()
 			}
 			ctx, stop := signal.NotifyContext(c.Context(), syscall.SIGINT, syscall.SIGTERM)
 			defer stop()
@@ -160,10 +160,17 @@ func (d *developer) run(ctx context.Context, stop func()) error {
 
 // unless returns err, or nil if it is only that the whole is being stopped.
 func (d *developer) unless(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
+	if stopped := ctx.Err(); stopped == nil {
+		return err
 	}
-	return err
+	return nil
+}
+
+// remove removes the temporary folder.
+func (d *developer) remove() {
+	if err := os.RemoveAll(d.dir); err != nil {
+		d.log.WithError(err).Warn("cannot remove the folder")
+	}
 }
 
 func named(part string, err error) error {
@@ -198,7 +205,7 @@ func (d *developer) prepare(ctx context.Context) (agent.Config, error) {
 	if err != nil {
 		return c, err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	node := &types.SPIFFEID{TrustDomain: d.td.Name(), Path: "/node"}
 	token, err := agentv1.NewAgentClient(conn).CreateJoinToken(ctx, &agentv1.CreateJoinTokenRequest{Ttl: 600, AgentId: node})
 	if err != nil {

@@ -144,7 +144,7 @@ func WriteFile(path string, content []byte, secret bool) error {
 	if err != nil {
 		return fmt.Errorf("write %s: %w", path, reason(err))
 	}
-	defer os.Remove(temp.Name()) // fails once it is renamed
+	defer func() { _ = os.Remove(temp.Name()) }() // fails once it is renamed
 	_, err = temp.Write(content)
 	if err == nil {
 		err = temp.Chmod(mode)

@@ -166,7 +166,7 @@ func (s *Socket) With(c *cobra.Command, do func(ctx context.Context, conn *grpc.
 	if err != nil {
 		return err
 	}
-	defer conn.Close()
+	defer func() { _ = conn.Close() }()
 	path, _ := s.Path()
 	done := Patience(c.ErrOrStderr(), fmt.Sprintf("waiting for %s at %s", s.Program, path))
 	defer done()

@@ -231,9 +231,11 @@ func serve(l net.Listener, handler http.Handler, ended <-chan struct{}) error {
 	case err := <-failed:
 		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	case <-ended:
-		_ = server.Close()
-		<-failed
-		return nil
+		closed := server.Close()
+		if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve %s: %w", l.Addr(), err)
+		}
+		return closed
 	}
 }
 

@@ -49,7 +49,7 @@ func testMain(m *testing.M) int {
 	if raceDetector {
 		args = append(args, "-race")
 	}
-	build := exec.Command("go", append(args, "./cmd/assay-server", "./cmd/assay-agent", "./cmd/assay")...) //nolint:gosec // fixed arguments
+	build := exec.Command("go", append(args, "./cmd/assay-server", "./cmd/assay-agent", "./cmd/assay")...)
 	build.Dir = filepath.Join("..", "..")
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
 	if err := build.Run(); err != nil {
@@ -85,8 +85,8 @@ func setup(env *testscript.Env) error {
 		if err != nil {
 			return err
 		}
-		defer l.Close()                                              // held until all are chosen, so that they differ
-		env.Setenv(name, strconv.Itoa(l.Addr().(*net.TCPAddr).Port)) //nolint:errcheck,forcetypeassert // a TCP listener's
+		defer l.Close() // held until all are chosen, so that they differ
+		env.Setenv(name, strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
 	}
 	env.Setenv("PATH", binaries+string(os.PathListSeparator)+env.Getenv("PATH"))
 	env.Setenv("PID", strconv.Itoa(os.Getpid()))
@@ -126,7 +126,7 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 	defer tick.Stop()
 	for {
 		// The script's own Exec logs each try; only the last one is worth reading.
-		cmd := exec.Command(args[0], args[1:]...) //nolint:gosec // the script says what to run
+		cmd := exec.Command(args[0], args[1:]...)
 		cmd.Dir, cmd.Env = ts.MkAbs("."), environ(ts)
 		var o, e strings.Builder
 		cmd.Stdout, cmd.Stderr = &o, &e
@@ -190,7 +190,7 @@ func helps(ts *testscript.TestScript, neg bool, args []string) {
 	}
 	var walk func(words []string)
 	walk = func(words []string) {
-		cmd := exec.Command(filepath.Join(binaries, words[0]), append(slices.Clone(words[1:]), "--help")...) //nolint:gosec // our commands
+		cmd := exec.Command(filepath.Join(binaries, words[0]), append(slices.Clone(words[1:]), "--help")...)
 		text, err := cmd.Output()
 		ts.Check(err)
 		fmt.Fprintf(ts.Stdout(), "# %s\n%s\n", strings.Join(words, " "), text)

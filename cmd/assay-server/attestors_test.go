@@ -1,0 +1,15 @@
+package main
+
+import (
+	"testing"
+
+	"github.com/assay-id/assay/cmd/cli/samplestest"
+)
+
+func TestSample(t *testing.T) {
+	kinds := map[string]func() any{}
+	for _, k := range judges() {
+		kinds[k.Type] = k.Config
+	}
+	samplestest.Run(t, "../../conf/server.hcl", "node_attestor", kinds)
+}
