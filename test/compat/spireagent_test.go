@@ -96,24 +96,6 @@ plugins {
 	return a
 }
 
-// waitForLog waits until the agent has logged the text.
-func (a *spireAgent) waitForLog(t *testing.T, text string) {
-	t.Helper()
-	err := a.WaitFor(patiently(t), fmt.Sprintf("%q in its log", text), func() error {
-		log, err := os.ReadFile(a.log)
-		if err != nil {
-			return err
-		}
-		if !strings.Contains(string(log), text) {
-			return fmt.Errorf("not logged yet")
-		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // ends waits for the agent's process to end by itself.
 func (a *spireAgent) ends(t *testing.T, why string) {
 	t.Helper()
@@ -171,7 +153,12 @@ func TestSPIREAgentByJoinToken(t *testing.T) {
 		if _, err := s.ServerCLI(t.Context(), "agent", "evict", "-spiffeID", "spiffe://"+site.TrustDomain+"/spire/agent/join_token/"+token); err != nil {
 			t.Fatal(err)
 		}
-		agent.waitForLog(t, "NotAttested")
+		// It acts on PermissionDeniedDetails NOT_ATTESTED: it cannot re-attest with a spent token, says so and ends.
+		agent.ends(t, "when evicted")
+		log, err := os.ReadFile(agent.log)
+		if err != nil || !strings.Contains(string(log), "needs to re-attest") {
+			t.Fatalf("it ended without having been told to re-attest: %v", err)
+		}
 	})
 }
 
