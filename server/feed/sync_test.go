@@ -131,7 +131,7 @@ func TestSync(t *testing.T) {
 		if len(got) != 1 || len(got[0].GetEntries()) != 500 || len(got[0].GetEntryRevisions()) != 0 {
 			t.Errorf("got %d messages", len(got))
 		}
-		want := &types.Entry{Id: "e0007", SpiffeId: &types.SPIFFEID{TrustDomain: "example.org", Path: "/workload/e0007"}, RevisionNumber: 7}
+		want := &types.Entry{Id: "e0007", SpiffeId: &types.SPIFFEID{TrustDomain: "example.org", Path: "/workload/xe0007"}, RevisionNumber: 7}
 		if diff := cmp.Diff(want, got[0].GetEntries()[7], protocmp.Transform()); diff != "" {
 			t.Errorf("masked entry (-want +got):\n%s", diff)
 		}

@@ -338,13 +338,13 @@ func FuzzView(f *testing.F) {
 	for seed := range uint64(4) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		var b []byte
-		for range 100 {
+		for range 25 {
 			b = binary.BigEndian.AppendUint64(b, r.Uint64())
 		}
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		if len(b) > 4096 {
+		if len(b) > 1024 {
 			return
 		}
 		steps := len(b) / 12
