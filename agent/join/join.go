@@ -414,8 +414,10 @@ func (j *Joiner) complain(how action, err error, wait time.Duration) {
 			"workloads are served from what is held meanwhile")
 	case isRefusal(err):
 		log.Error("server refuses the agent; workloads are served from what is held meanwhile")
-	default:
+	case summary(err) != "":
 		log.Warn("waiting for the server to " + how.String() + " the agent; workloads are served from what is held meanwhile")
+	default:
+		log.Error("agent cannot " + how.String() + " and tries again; workloads are served from what is held meanwhile")
 	}
 }
 

@@ -198,7 +198,7 @@ func TestAttest(t *testing.T) {
 		n := prepare(t, server)
 		n.cfg.Node = token("")
 		n.start()
-		n.wait("a word", func() bool { return n.heard(logrus.WarnLevel, "no token was given") })
+		n.wait("a word", func() bool { return n.heard(logrus.ErrorLevel, "no token was given") })
 	})
 	t.Run("state of another trust domain is refused", func(t *testing.T) {
 		server := fakeserver.New(t, fakeserver.Config{})
