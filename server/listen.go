@@ -192,10 +192,27 @@ func tlsConfig(
 	return config
 }
 
+// makeDir makes the directory with the given mode, and what is missing above it so that everybody can
+// pass: an agent's public socket may lie beside. Modes hold whatever the umask is.
+func makeDir(dir string, mode fs.FileMode) error {
+	if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := makeDir(filepath.Dir(dir), 0o755); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, mode); errors.Is(err, fs.ErrExist) {
+		return nil // somebody else made it meanwhile, and chose its mode
+	} else if err != nil {
+		return err
+	}
+	return os.Chmod(dir, mode)
+}
+
 // listenUnix opens the private socket. A socket that nobody listens at is what a killed server left
 // behind and is replaced; anything else at the path is not ours to remove.
 func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+	if err := makeDir(filepath.Dir(path), 0o750); err != nil {
 		return nil, fmt.Errorf("make socket directory: %w", err)
 	}
 	info, err := os.Lstat(path)

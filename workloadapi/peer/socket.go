@@ -84,16 +84,18 @@ func (s *Socket) Close() error {
 	return s.UnixListener.Close()
 }
 
-// makeDir makes the directory and what is missing above it; the mode is the last one's and holds
-// whatever the umask is. Directories above it are made so that everybody can pass.
+// makeDir makes the directory with the given mode, and what is missing above it so that everybody can
+// pass: workloads of other users must reach the socket. Modes hold whatever the umask is.
 func makeDir(dir string, mode os.FileMode) error {
 	if _, err := os.Stat(dir); err == nil || !errors.Is(err, os.ErrNotExist) { //nolint:gosec // the path is the operator's
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil { //nolint:gosec // workloads of other users must reach the socket
+	if err := makeDir(filepath.Dir(dir), 0o755); err != nil {
 		return err
 	}
-	if err := os.Mkdir(dir, mode); err != nil && !errors.Is(err, os.ErrExist) { //nolint:gosec // the path is the operator's
+	if err := os.Mkdir(dir, mode); errors.Is(err, os.ErrExist) { //nolint:gosec // the path is the operator's
+		return nil // somebody else made it meanwhile, and chose its mode
+	} else if err != nil {
 		return err
 	}
 	return os.Chmod(dir, mode) //nolint:gosec // the path is the operator's
