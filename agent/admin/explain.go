@@ -49,8 +49,14 @@ func (s *Server) explain(ctx context.Context, req *wire.ExplainRequest) (*wire.E
 	about.Exited = !p.Alive()
 
 	now := s.now()
-	entries := s.held.Entries()
+	entries := slices.DeleteFunc(slices.Clone(s.held.Entries()), forNodes)
 	return respond(weigh(findings, entries, now), findings, about, s.cfg.Status(), s.held.Rev(), len(entries), now), nil
+}
+
+// forNodes reports whether an entry is one that no workload is meant to match: the alias that a join
+// token was given asks for the agent's own SPIFFE ID.
+func forNodes(e *identity.Entry) bool {
+	return !slices.ContainsFunc(e.Selectors.All(), func(s attestor.Selector) bool { return s.Type != "spiffe_id" })
 }
 
 // respond puts the answer together.

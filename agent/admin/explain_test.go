@@ -238,3 +238,11 @@ func TestQuote(t *testing.T) {
 		}
 	}
 }
+
+func TestAliasesOfNodesAreNotExplained(t *testing.T) {
+	alias := &identity.Entry{Selectors: attestor.NewSet(attestor.Selector{Type: "spiffe_id", Value: "spiffe://example.org/spire/agent/join_token/x"})}
+	workload := &identity.Entry{Selectors: attestor.NewSet(attestor.Selector{Type: "unix", Value: "uid:0"})}
+	if !forNodes(alias) || forNodes(workload) {
+		t.Fatal("the wrong one is left out")
+	}
+}
