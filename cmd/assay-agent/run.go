@@ -76,7 +76,7 @@ func run() *cobra.Command {
 			return err
 		}
 		d, err := daemon.Start(daemon.Config{
-			Name: "assay_agent", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics,
+			Name: "assay_agent", Version: cli.VersionText(), DataDir: from.DataDir, Log: from.Log, Health: from.Health, Metrics: from.Metrics,
 			Reload: func() (conf.Log, error) {
 				// A join token file may be gone by now, and with it the file would be refused.
 				now, err := load(s)

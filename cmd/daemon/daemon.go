@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -36,6 +37,9 @@ type Config struct {
 	// Name is the program's, for the metrics: "assay_server" or "assay_agent".
 	Name    string
 	Version string
+	// DataDir is the data directory. Its parents are made as the process's own umask says, for a
+	// socket that everybody is to reach may be below them too.
+	DataDir string
 	Log     conf.Log
 	Health  conf.Health
 	// Metrics is the address of the metrics listener; empty means none.
@@ -71,6 +75,11 @@ type state struct{ live, ready func() error }
 // Start opens the log and binds the listeners. Files that the process makes from here on are for its
 // owner only, unless the code that makes them says otherwise.
 func Start(c Config) (*Daemon, error) {
+	if c.DataDir != "" {
+		if err := os.MkdirAll(filepath.Dir(c.DataDir), 0o755); err != nil { //nolint:gosec // see DataDir
+			return nil, fmt.Errorf("make the parent of data_dir: %w", err)
+		}
+	}
 	syscall.Umask(0o077)
 	limitMemory(os.DirFS("/"))
 	d := &Daemon{Log: logrus.New(), Registry: prometheus.NewRegistry(), config: c, reopen: map[string]func() error{}}
@@ -139,7 +148,7 @@ func (d *Daemon) Close() error {
 // systemd hears READY=1.
 func (d *Daemon) Up(live, ready func() error) {
 	if d.up.Swap(&state{live: live, ready: ready}) == nil {
-		d.notify("READY=1")
+		d.notify("READY=1\nSTATUS=ready")
 	}
 }
 
@@ -176,6 +185,7 @@ func (d *Daemon) Run(ctx context.Context, part func(ctx context.Context) error) 
 		return nil
 	})
 	group.Go(func() error { d.reloads(ended); return nil })
+	group.Go(func() error { d.starting(ended); return nil })
 	group.Go(func() error { return serve(d.health, d.probes(), ended) })
 	group.Go(func() error {
 		return serve(d.metrics, promhttp.HandlerFor(d.Registry, promhttp.HandlerOpts{ErrorLog: d.Log}), ended)
@@ -236,6 +246,31 @@ func serve(l net.Listener, handler http.Handler, ended <-chan struct{}) error {
 			return fmt.Errorf("serve %s: %w", l.Addr(), err)
 		}
 		return closed
+	}
+}
+
+// startPause is how often systemd is told that a start still goes on, and startMore for how long it
+// is to be patient then; a unit's default is 90 seconds.
+const (
+	startPause = 20 * time.Second
+	startMore  = 60 * time.Second
+)
+
+// starting keeps systemd from taking a long start for a failed one: an agent that was never admitted
+// waits for its server however long that is away. It returns when the daemon is up or ended is closed.
+func (d *Daemon) starting(ended <-chan struct{}) {
+	if !notified() {
+		return
+	}
+	tick := time.NewTicker(startPause)
+	defer tick.Stop()
+	for d.up.Load() == nil {
+		d.notify(fmt.Sprintf("STATUS=starting, not ready yet\nEXTEND_TIMEOUT_USEC=%d", startMore.Microseconds()))
+		select {
+		case <-ended:
+			return
+		case <-tick.C:
+		}
 	}
 }
 

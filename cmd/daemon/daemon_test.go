@@ -191,9 +191,12 @@ func TestNotify(t *testing.T) {
 	}
 	d, stop := started(t, Config{Name: "assay_test", Log: conf.Log{Level: logrus.PanicLevel}})
 	nothing := func() error { return nil }
+	if got := hear(); got != "STATUS=starting, not ready yet\nEXTEND_TIMEOUT_USEC=60000000" {
+		t.Errorf("got %q", got)
+	}
 	d.Up(nothing, nothing)
 	d.Up(nothing, nothing)
-	if got := hear(); got != "READY=1" {
+	if got := hear(); got != "READY=1\nSTATUS=ready" {
 		t.Errorf("got %q", got)
 	}
 	if err := stop(); err != nil {

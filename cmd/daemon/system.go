@@ -11,6 +11,9 @@ import (
 	"strings"
 )
 
+// notified reports whether systemd asked to be told.
+func notified() bool { return os.Getenv("NOTIFY_SOCKET") != "" }
+
 // notify tells systemd about a change of state, if it asked to be told (sd_notify(3)): one datagram
 // to the socket in NOTIFY_SOCKET, whose first byte is @ if it is abstract.
 func (d *Daemon) notify(state string) {

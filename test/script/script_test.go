@@ -89,6 +89,7 @@ func setup(env *testscript.Env) error {
 		env.Setenv(name, strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
 	}
 	env.Setenv("PATH", binaries+string(os.PathListSeparator)+env.Getenv("PATH"))
+	env.Setenv("GORACE", "atexit_sleep_ms=0 halt_on_error=1") // else each command ends a second late
 	env.Setenv("PID", strconv.Itoa(os.Getpid()))
 	env.Setenv("UID", strconv.Itoa(os.Getuid()))
 	samples, err := filepath.Abs(filepath.Join("..", "..", "conf"))
@@ -159,7 +160,7 @@ func lookup(cmd *exec.Cmd) error {
 
 func environ(ts *testscript.TestScript) []string {
 	env := os.Environ()
-	for _, name := range []string{"ASSAY_SERVER_PRIVATE_SOCKET", "ASSAY_AGENT_PUBLIC_SOCKET", "ASSAY_AGENT_ADMIN_SOCKET", "SPIFFE_ENDPOINT_SOCKET"} {
+	for _, name := range []string{"GORACE", "ASSAY_SERVER_PRIVATE_SOCKET", "ASSAY_AGENT_PUBLIC_SOCKET", "ASSAY_AGENT_ADMIN_SOCKET", "SPIFFE_ENDPOINT_SOCKET"} {
 		if value := ts.Getenv(name); value != "" {
 			env = append(env, name+"="+value)
 		}
