@@ -64,7 +64,7 @@ func run() *cobra.Command {
 			return err
 		}
 		d, err := daemon.Start(daemon.Config{
-			Name: "assay_server", Version: cli.VersionText(), DataDir: from.DataDir, Log: from.Log, Health: from.Health, Metrics: from.Metrics,
+			Name: "assay_server", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics,
 			Reload: func() (conf.Log, error) {
 				now, err := load(s)
 				if err != nil {
