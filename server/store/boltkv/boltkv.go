@@ -60,6 +60,8 @@ var (
 	ErrLocked = errors.New("store is in use")
 	// ErrDamaged says that the file is not what this package once wrote.
 	ErrDamaged = errors.New("store is damaged")
+	// ErrReadOnly says that the store was opened for reading alone.
+	ErrReadOnly = errors.New("store is open for reading only")
 )
 
 var (
@@ -87,6 +89,9 @@ type Config struct {
 	MaxBytes int
 	// Metrics gets the histograms of commit time and group size. nil: they are kept to ourselves.
 	Metrics prometheus.Registerer
+	// ReadOnly opens a store that is there, for reading alone: nothing about the file is changed, and
+	// Commit and Compact return ErrReadOnly.
+	ReadOnly bool
 }
 
 // Store is a kv.Store in one file. It is safe for concurrent use.
@@ -111,7 +116,9 @@ type Store struct {
 	queue   []*request    // commits that wait for the next group
 	leading bool          // somebody is on the way to the disk or appointed to go next
 
-	looked atomic.Int64 // bytes, see touched
+	looked   atomic.Int64 // bytes, see touched
+	readOnly bool
+	room     room
 
 	// broken is set once when the file can no longer be trusted; nothing is done after that.
 	broken atomic.Pointer[brokenError]
@@ -133,18 +140,20 @@ func Open(path string, cfg Config) (*Store, error) {
 		cfg.LockTimeout = 2 * time.Second
 	}
 	dir := filepath.Dir(path)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("open store %s: make directory: %w", path, err)
-	}
-	if err := checkDirectory(dir); err != nil {
-		return nil, fmt.Errorf("open store %s: %w", path, err)
-	}
-	if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
-		if err := create(path, cfg); err != nil {
-			return nil, fmt.Errorf("make store %s: %w", path, err)
+	if !cfg.ReadOnly {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, fmt.Errorf("open store %s: make directory: %w", path, err)
+		}
+		if err := checkDirectory(dir); err != nil {
+			return nil, fmt.Errorf("open store %s: %w", path, err)
+		}
+		if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+			if err := create(path, cfg); err != nil {
+				return nil, fmt.Errorf("make store %s: %w", path, err)
+			}
 		}
 	}
-	s := &Store{path: path, wake: make(chan struct{})}
+	s := &Store{path: path, readOnly: cfg.ReadOnly, wake: make(chan struct{})}
 	metrics := promauto.With(cfg.Metrics)
 	s.commitSeconds = metrics.NewHistogram(prometheus.HistogramOpts{
 		Name:    "assay_store_commit_seconds",
@@ -163,6 +172,7 @@ func Open(path string, cfg Config) (*Store, error) {
 		size, _ := s.Size() // 0 when it was moved away under us
 		return float64(size)
 	})
+	s.room.register(metrics, dir)
 	if err := s.guard(func() error { return s.open(cfg, false) }); err != nil {
 		_ = s.letGo()
 		return nil, err
@@ -233,12 +243,16 @@ func (s *Store) open(cfg Config, fresh bool) error {
 	if strconv.IntSize == 64 {
 		mapSize = mapSize64
 	}
+	if cfg.ReadOnly {
+		mapSize = 0
+	}
 	db, err := bbolt.Open(s.path, 0o600, &bbolt.Options{
 		NoFreelistSync:  true,
 		FreelistType:    bbolt.FreelistMapType,
 		InitialMmapSize: int(mapSize),
 		MaxSize:         cfg.MaxBytes,
 		NoStatistics:    true,
+		ReadOnly:        cfg.ReadOnly,
 		// bbolt locks the file after this; as it is the same open file, it already has the lock.
 		OpenFile: func(path string, flag int, mode os.FileMode) (*os.File, error) {
 			file, err := os.OpenFile(path, flag|syscall.O_NOFOLLOW, mode)
@@ -282,7 +296,7 @@ func (s *Store) admit(timeout time.Duration, fresh bool) error {
 	if info, err = s.file.Stat(); err != nil { // who had the lock may have written
 		return fmt.Errorf("open store: %w", err)
 	}
-	if info.Mode().Perm()&^0o600 != 0 {
+	if info.Mode().Perm()&^0o600 != 0 && !s.readOnly {
 		// A restored copy often is readable by all.
 		if err := s.file.Chmod(0o600); err != nil {
 			return fmt.Errorf("open store: restrict permissions: %w", err)
@@ -330,7 +344,7 @@ func syncDirectory(dir string) error {
 // prepare makes the buckets of a new store, and reads identity and revision.
 func (s *Store) prepare() error {
 	err := s.db.View(func(tx *bbolt.Tx) error { return s.load(tx) })
-	if !errors.Is(err, errEmpty) {
+	if !errors.Is(err, errEmpty) || s.readOnly {
 		return err
 	}
 	return s.db.Update(func(tx *bbolt.Tx) error {

@@ -43,17 +43,56 @@ type checker struct {
 	pageSize int64
 	pages    uint64 // high water mark: all pages are below it
 	seen     []bool
+	// damages are what was found, at most limit of them.
+	damages []error
+	limit   int
+}
+
+// errEnough ends a walk that found as many damages as it may.
+var errEnough = errors.New("enough damage")
+
+// found takes down one damage, and returns errEnough if the walk is to end.
+func (c *checker) found(err error) error {
+	if errors.Is(err, errEnough) {
+		return err
+	}
+	if c.damages = append(c.damages, err); len(c.damages) < c.limit {
+		return nil
+	}
+	return errEnough
 }
 
 // checkFile returns the first damage in the file, or nil.
 func checkFile(file io.ReaderAt, size int64) error {
-	c := &checker{file: file, size: size}
+	c := &checker{file: file, size: size, limit: 1}
+	c.walk()
+	return errors.Join(c.damages...)
+}
+
+// maxDamages is how many damages are told of one file.
+const maxDamages = 100
+
+// inspectFile returns everything that is damaged in the file.
+func inspectFile(file io.ReaderAt, size int64) []error {
+	c := &checker{file: file, size: size, limit: maxDamages}
+	c.walk()
+	return c.damages
+}
+
+// walk goes through all pages that are in use.
+func (c *checker) walk() {
+	if err := c.pageTree(); err != nil {
+		_ = c.found(err) // there is nothing left to end
+	}
+}
+
+func (c *checker) pageTree() error {
 	root, err := c.meta()
 	if err != nil {
 		return err
 	}
-	if need := c.pages; need > uint64(size/c.pageSize) { //nolint:gosec // neither is negative
-		return fmt.Errorf("the file has %d bytes where %d pages of %d bytes should be: it was cut short", size, need, c.pageSize)
+	if need := c.pages; need > uint64(c.size/c.pageSize) { //nolint:gosec // neither is negative
+		return fmt.Errorf("the file has %d bytes where %d pages of %d bytes should be: it was cut short", c.size, need, c.pageSize)
 	}
 	c.seen = make([]bool, c.pages)
 	return c.tree(root, nil, nil, 0)
@@ -210,10 +249,31 @@ func (c *checker) tree(id uint64, low, high []byte, depth int, path ...string) e
 			next = children[i+1].key
 		}
 		if err := c.tree(ch.id, ch.key, next, depth+1, path...); err != nil {
-			return err
+			if err := c.found(lostKeys(err, path, ch.key, next)); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
+}
+
+// lostKeys says which keys of which bucket a page that cannot be read takes with it.
+func lostKeys(err error, path []string, low, high []byte) error {
+	if len(path) == 0 || errors.Is(err, errEnough) {
+		return err
+	}
+	until := "to the end"
+	if high != nil {
+		until = "up to " + keyText(path, high)
+	}
+	return fmt.Errorf("%w: %s from %s %s cannot be read", err, path[0], keyText(path, low), until)
+}
+
+func keyText(path []string, key []byte) string {
+	if path[0] == string(logBucket) && len(key) == 8 {
+		return fmt.Sprintf("revision %d", binary.BigEndian.Uint64(key))
+	}
+	return fmt.Sprintf("%q", key)
 }
 
 // inOrder checks that key is not below the previous one (or the bound), equal only to a bound, and
@@ -249,14 +309,18 @@ func (c *checker) leaf(p *page, low, high []byte, path []string) error {
 		low = key
 		switch flags {
 		case 0:
-			err = content(path, key, value)
+			if err = content(path, key, value); err != nil {
+				err = fmt.Errorf("page %d: %w", p.id, err)
+			}
 		case flagBucket:
 			err = c.bucket(p, value, append(slices.Clip(path), string(key)))
 		default:
-			err = fmt.Errorf("key %d has unknown flags %#x", i, flags)
+			err = fmt.Errorf("page %d: key %d has unknown flags %#x", p.id, i, flags)
 		}
 		if err != nil {
-			return fmt.Errorf("page %d: %w", p.id, err)
+			if err := c.found(err); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -266,20 +330,20 @@ func (c *checker) leaf(p *page, low, high []byte, path []string) error {
 // its one page in the value.
 func (c *checker) bucket(p *page, value []byte, path []string) error {
 	if len(value) < bucketHeader || len(path) > maxNesting {
-		return fmt.Errorf("bucket %q cannot be read", path)
+		return fmt.Errorf("page %d: bucket %q cannot be read", p.id, path)
 	}
 	if root := order.Uint64(value); root != 0 {
 		return c.tree(root, nil, nil, 0, path...)
 	}
 	if len(value) < bucketHeader+pageHeader {
-		return fmt.Errorf("bucket %q cannot be read", path)
+		return fmt.Errorf("page %d: bucket %q cannot be read", p.id, path)
 	}
 	inline := &page{id: p.id, bytes: value[bucketHeader:]}
 	if err := inline.header(); err != nil {
 		return err
 	}
 	if inline.flags != flagLeaf {
-		return fmt.Errorf("bucket %q cannot be read", path)
+		return fmt.Errorf("page %d: bucket %q cannot be read", p.id, path)
 	}
 	return c.leaf(inline, nil, nil, path)
 }

@@ -43,6 +43,9 @@ func (s *Store) Commit(ctx context.Context, t kv.Txn) (kv.Rev, error) {
 	if len(t.Ops) == 0 {
 		return s.verify(ctx, t.If)
 	}
+	if s.readOnly {
+		return 0, ErrReadOnly
+	}
 	r := &request{txn: t, size: t.Size(), lead: make(chan struct{}), done: make(chan struct{})}
 	s.mu.Lock()
 	s.queue = append(s.queue, r)
@@ -216,6 +219,7 @@ func (s *Store) write(group []*request) {
 		return
 	}
 	if last > 0 {
+		s.room.found()
 		s.mu.Lock()
 		s.durable = last
 		s.mu.Unlock()
@@ -292,6 +296,7 @@ func (s *Store) settle(err error) error {
 		return s.breakDown(fmt.Errorf("write store %s: %w; it is not known what is on the disk: restart the server", s.path, err))
 	}
 	if full := asFull(err); full != nil {
+		s.room.missed(full)
 		return full
 	}
 	return err

@@ -312,9 +312,17 @@ func TestFull(t *testing.T) {
 		if got := len(watchAll(t, s, len(written))); got != len(written) {
 			t.Errorf("watched %d changes", got)
 		}
+		if err := s.Room(); !errors.Is(err, kv.ErrFull) {
+			t.Errorf("room: %v", err)
+		}
+		has(t, s, written) // trying wrote nothing that counts
 		if err := os.Remove(ballast); err != nil {
 			t.Fatal(err)
 		}
+		for s.Room() != nil { // nobody writes, and all the same it comes to know
+			runtime.Gosched()
+		}
+		has(t, s, written)
 		key := "k/after"
 		put(t, s, key, strings.Repeat("v", 10_000))
 		written[key] = true

@@ -33,6 +33,9 @@ func (s *Store) Compact(ctx context.Context, upTo kv.Rev) error {
 }
 
 func (s *Store) compactSome(upTo kv.Rev) (done bool, err error) {
+	if s.readOnly {
+		return false, ErrReadOnly
+	}
 	if err := s.enter(); err != nil {
 		return false, err
 	}

@@ -263,6 +263,41 @@ func TestDamage(t *testing.T) {
 			}
 		})
 	}
+	t.Run("an inspection finds all of the damage, says what is lost, and changes nothing", func(t *testing.T) {
+		b := flip(bytes.Clone(whole), bytes.Repeat([]byte{7}, 100))
+		zeroed := clearLeaf(t, b, "key/20/")
+		path := filepath.Join(t.TempDir(), "store.db")
+		if err := os.WriteFile(path, b, 0o400); err != nil {
+			t.Fatal(err)
+		}
+		damages, err := Inspect(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := errors.Join(damages...).Error()
+		if !strings.Contains(text, `item "key/07/`) || !strings.Contains(text, fmt.Sprintf("page %d", zeroed)) ||
+			!strings.Contains(text, `items from "key/`) || len(damages) < 3 {
+			t.Errorf("found:\n%s", text)
+		}
+		if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, b) {
+			t.Errorf("the file was changed: %v", err)
+		}
+	})
+	t.Run("an inspection of a whole file finds nothing, and waits for no server", func(t *testing.T) {
+		path, s, err := openBytes(t, bytes.Clone(whole))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Inspect(path); !errors.Is(err, ErrLocked) {
+			t.Errorf("in use: %v", err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if damages, err := Inspect(path); len(damages) > 0 || err != nil {
+			t.Errorf("%v, %v", damages, err)
+		}
+	})
 	t.Run("a file of another program is refused", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "store.db")
 		db, err := bbolt.Open(path, 0o600, nil)
@@ -334,13 +369,21 @@ func TestDamage(t *testing.T) {
 	})
 }
 
-// flip changes one bit in the middle of the first place that holds the pattern.
+// flip changes one bit in the middle of each place that holds the pattern: the first may be on a page
+// that is free by now.
 func flip(b, pattern []byte) []byte {
-	at := bytes.Index(b, pattern)
-	if at < 0 {
+	found := false
+	for at := 0; ; {
+		next := bytes.Index(b[at:], pattern)
+		if next < 0 {
+			break
+		}
+		b[at+next+len(pattern)/2] ^= 4
+		at, found = at+next+len(pattern), true
+	}
+	if !found {
 		panic("pattern is not in the file")
 	}
-	b[at+len(pattern)/2] ^= 4
 	return b
 }
 
@@ -390,4 +433,69 @@ func FuzzDecodeLog(f *testing.F) {
 
 func order32(sum uint32, b []byte) []byte {
 	return append(bytes.Clone(b), byte(sum>>24), byte(sum>>16), byte(sum>>8), byte(sum))
+}
+
+// clearLeaf overwrites with zeros the live leaf page that begins with a key of the prefix, and returns
+// its number.
+func clearLeaf(t *testing.T, b []byte, prefix string) int {
+	t.Helper()
+	c := &checker{file: bytes.NewReader(b), size: int64(len(b)), limit: maxDamages}
+	c.walk()
+	for id := 2; id < len(c.seen); id++ {
+		page := b[id*int(c.pageSize) : (id+1)*int(c.pageSize)]
+		if c.seen[id] && order.Uint16(page[8:]) == flagLeaf && bytes.Contains(page, []byte(prefix)) && !bytes.Contains(page, []byte("key/07/")) {
+			clear(page)
+			return id
+		}
+	}
+	t.Fatal("no such page")
+	return 0
+}
+
+func TestReadOnly(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "store.db")
+	s := open(t, path)
+	put(t, s, "a", "1")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Run("a store that is opened for reading can be read, and nothing about its file changes", func(t *testing.T) {
+		r, err := Open(path, Config{ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := count(t, r); n != 1 || r.ID() != s.ID() {
+			t.Errorf("%d items, identity %q", n, r.ID())
+		}
+		if _, err := r.Commit(t.Context(), kv.Txn{Ops: []kv.Op{kv.Put("b", nil)}}); !errors.Is(err, ErrReadOnly) {
+			t.Errorf("commit: %v", err)
+		}
+		if err := r.Compact(t.Context(), 1); !errors.Is(err, ErrReadOnly) {
+			t.Errorf("compact: %v", err)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+		after, err := os.ReadFile(path)
+		info, statErr := os.Stat(path)
+		if err != nil || statErr != nil || !bytes.Equal(before, after) || info.Mode().Perm() != 0o444 {
+			t.Errorf("changed: %v, %v, mode %v", err, statErr, info.Mode())
+		}
+	})
+	t.Run("one that is not there is not made", func(t *testing.T) {
+		none := filepath.Join(t.TempDir(), "none", "store.db")
+		if _, err := Open(none, Config{ReadOnly: true}); !errors.Is(err, os.ErrNotExist) {
+			t.Error(err)
+		}
+		if _, err := os.Stat(filepath.Dir(none)); err == nil {
+			t.Error("its folder was made")
+		}
+	})
 }
