@@ -70,40 +70,12 @@ func open(t testing.TB) (*Records, *clock) {
 // checkTree checks what keys.go says about keys that go together.
 func checkTree(t testing.TB, store kv.Store) {
 	t.Helper()
-	items, _, err := store.Range(context.Background(), "", "", 0)
+	c, err := Check(context.Background(), store)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want, got := map[string]string{}, map[string]string{}
-	r := &Records{td: domain}
-	for _, it := range items {
-		switch {
-		case strings.HasPrefix(it.Key, entryPrefix):
-			e, err := r.decodeEntry(it.Key[len(entryPrefix):], it.Value)
-			if err != nil {
-				t.Errorf("%s: %v", it.Key, err)
-				continue
-			}
-			for k, v := range indexKeys(e) {
-				want[k] = string(v)
-			}
-		case strings.HasPrefix(it.Key, "i/"):
-			got[it.Key] = string(it.Value)
-		case strings.HasPrefix(it.Key, expiryPrefix):
-			_, kind, _, err := parseExpiryKey(it.Key)
-			if err != nil {
-				t.Error(err)
-			} else if kind == kindEntry { // those of tokens may be alone
-				got[it.Key] = string(it.Value)
-			}
-		case it.Key == schemaKey, strings.HasPrefix(it.Key, nodePrefix), strings.HasPrefix(it.Key, bundlePrefix),
-			strings.HasPrefix(it.Key, journalKeys), strings.HasPrefix(it.Key, tokenPrefix):
-		default:
-			t.Errorf("key %q is not in the schema", it.Key)
-		}
-	}
-	if diff := cmp.Diff(want, got); diff != "" {
-		t.Errorf("indexes do not fit the entries (-want +got):\n%s", diff)
+	for _, f := range c.Findings {
+		t.Error(f)
 	}
 }
 
