@@ -360,7 +360,7 @@ func ms(nanoseconds int64) float64 { return float64(nanoseconds) / 1e6 }
 // buildWorkload builds the application that knows nothing but a socket, static as it must be to run
 // in a container built FROM scratch.
 func buildWorkload(ctx context.Context, to string) error {
-	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", to,
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", to,
 		"github.com/assay-id/assay/test/demo/workload")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
