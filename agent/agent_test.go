@@ -56,7 +56,7 @@ type node struct {
 
 func newNode(t *testing.T, server *fakeserver.Server) *node {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "a") // a socket's path must be short
+	dir, err := os.MkdirTemp("", "a") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +88,7 @@ func (n *node) start() *node {
 	n.cfg.Health = n.health
 	ready := make(chan struct{})
 	n.cfg.Ready = func() { close(ready) }
-	ctx, cancel := context.WithCancel(context.Background()) //nolint:usetesting // the cleanup waits for the end
+	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- agent.Run(ctx, n.cfg) }()
 	n.stop = sync.OnceValue(func() error { cancel(); return <-done })
@@ -335,6 +335,23 @@ func TestWithoutTheServer(t *testing.T) {
 		}
 		if named != 4 {
 			t.Errorf("%d files were named", named)
+		}
+	})
+	t.Run("a lost bundle is had again from the bootstrap source", func(t *testing.T) {
+		server := fakeserver.New(t, fakeserver.Config{})
+		server.Put(fakeserver.Entry("e", "/shop", mine))
+		n := newNode(t, server).start()
+		n.process().follow().until("/shop")
+		if err := errors.Join(n.stop(), os.Remove(filepath.Join(n.cfg.DataDir, "bundle.sealed"))); err != nil {
+			t.Fatal(err)
+		}
+		second := fakeserver.Entry("f", "/second", mine)
+		second.CreatedAt++
+		server.Put(second)
+		n.start()
+		n.process().follow().until("/shop", "/second")
+		if server.Calls("AttestAgent") != 1 {
+			t.Error("attested for it")
 		}
 	})
 	t.Run("keys in memory leave nothing behind", func(t *testing.T) {

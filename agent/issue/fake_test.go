@@ -205,7 +205,7 @@ func (w *world) start(cfg issue.Config) {
 	if w.issuer, err = issue.New(w.view, w.signer, w.store, cfg); err != nil {
 		w.t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background()) //nolint:usetesting // outlives no test: stop waits
+	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -229,7 +229,7 @@ func (i *Issuer) match(s *subject, now time.Time) {
 			continue
 		}
 		sl := i.slot(s, e)
-		if s.followedX509(now) && !(sl.usable(now) && sl.current()) && i.request(sl, now) != nil {
+		if (!sl.usable(now) || !sl.current()) && s.followedX509(now) && i.request(sl, now) != nil {
 			pending = true
 		}
 	}

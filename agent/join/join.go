@@ -303,45 +303,59 @@ const (
 // Run keeps the agent known until ctx ends; it never returns before, and always returns nil.
 func (j *Joiner) Run(ctx context.Context) error {
 	var failures int
-	var notice notice
+	var said notice
 	for ctx.Err() == nil {
 		how, wait := j.next()
 		if how == nothing {
+			// The connection of others hangs on this too: a bundle that was lost or has missed a
+			// rotation must not wait for the SVID's turn.
+			if err := j.bootstrap(ctx); err != nil && said.due(how, err, j.now()) {
+				j.log.WithError(err).Error("server cannot be verified: the bundle that is held is of no use, and there is no other")
+			}
 			j.sleep(ctx, wait, true)
 			continue
 		}
-		j.setBusy(true)
-		var err error
-		if how == renewing {
-			err = j.renew(ctx)
+		if j.try(ctx, how, failures, &said) {
+			failures = 0
 		} else {
-			err = j.attest(ctx)
+			failures++
 		}
-		j.setBusy(false)
-		if ctx.Err() != nil {
-			break
-		}
-		j.count(how, err)
-		if err == nil {
-			if failures > 0 {
-				j.log.WithField("attempts", failures+1).Info("agent is known to the server again")
-			}
-			failures, notice = 0, notice.reset()
-			continue
-		}
-		failures++
-		wait = j.failed(how, err, failures)
-		j.mu.Lock()
-		if j.own == nil || j.expired(j.own) || j.refused {
-			j.last = err
-		}
-		j.mu.Unlock()
-		if !j.Banned() && notice.due(how, err, j.now()) {
-			j.complain(how, err, wait)
-		}
-		j.sleep(ctx, wait, false)
 	}
 	return nil
+}
+
+// try attests or renews once. If that fails, it says so where it is due, waits, and returns false.
+func (j *Joiner) try(ctx context.Context, how action, failures int, said *notice) bool {
+	j.setBusy(true)
+	var err error
+	if how == renewing {
+		err = j.renew(ctx)
+	} else {
+		err = j.attest(ctx)
+	}
+	j.setBusy(false)
+	if ctx.Err() != nil {
+		return false
+	}
+	j.count(how, err)
+	if err == nil {
+		if failures > 0 {
+			j.log.WithField("attempts", failures+1).Info("agent is known to the server again")
+		}
+		*said = notice{}
+		return true
+	}
+	wait := j.failed(how, err, failures+1)
+	j.mu.Lock()
+	if j.own == nil || j.expired(j.own) || j.refused {
+		j.last = err
+	}
+	j.mu.Unlock()
+	if !j.Banned() && said.due(how, err, j.now()) {
+		j.complain(how, err, wait)
+	}
+	j.sleep(ctx, wait, false)
+	return false
 }
 
 // What Run does next.
@@ -354,10 +368,7 @@ const (
 )
 
 func (a action) String() string {
-	if a == renewing {
-		return "renew"
-	}
-	return "attest"
+	return [...]string{"wait", "attest", "renew"}[a]
 }
 
 func (j *Joiner) next() (action, time.Duration) {
@@ -440,8 +451,6 @@ func (n *notice) due(how action, err error, now time.Time) bool {
 	n.text, n.at = text, now
 	return true
 }
-
-func (n *notice) reset() notice { return notice{} }
 
 func (j *Joiner) count(how action, err error) {
 	result := "ok"

@@ -74,7 +74,7 @@ func (n *node) start() *node {
 	if n.join, err = join.New(k, n.cfg); err != nil {
 		n.t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background()) //nolint:usetesting // the cleanup waits for the end
+	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { _ = n.join.Run(ctx) })
 	n.stop = sync.OnceFunc(func() { cancel(); work.Wait() })

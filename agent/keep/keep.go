@@ -29,6 +29,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -64,7 +65,7 @@ type Keep struct {
 	aead cipher.AEAD
 	log  logrus.FieldLogger
 
-	// fileMu serialises writes to the directory; taken before mu where both are.
+	// fileMu serializes writes to the directory; taken before mu where both are.
 	fileMu sync.Mutex
 	// mu guards the two below.
 	mu    sync.Mutex
@@ -165,10 +166,7 @@ func (k *Keep) flush() {
 	k.fileMu.Lock()
 	defer k.fileMu.Unlock()
 	k.mu.Lock()
-	todo := make(map[string]func() (any, error), len(k.later))
-	for name, content := range k.later {
-		todo[name] = content
-	}
+	todo := maps.Clone(k.later)
 	clear(k.later)
 	k.mu.Unlock()
 	for name, content := range todo {
@@ -251,7 +249,7 @@ func (k *Keep) read(path, name string, v any) error {
 	if !info.Mode().IsRegular() || info.Size() > maxFile {
 		return fmt.Errorf("read: no regular file of at most %d bytes", maxFile)
 	}
-	raw, err := os.ReadFile(path) //nolint:gosec // the operator names the directory
+	raw, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}

@@ -42,7 +42,7 @@ func DiskKeys(dir string) (*Keys, error) {
 		return nil, fmt.Errorf("make key directory: %w", err)
 	}
 	path := filepath.Join(dir, keysFile)
-	raw, err := os.ReadFile(path) //nolint:gosec // the operator names the directory
+	raw, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		k := MemoryKeys()
 		k.persistent = true
@@ -102,7 +102,7 @@ func writeFile(path string, content []byte) (err error) {
 }
 
 func syncDir(dir string) error {
-	d, err := os.Open(dir) //nolint:gosec // the operator names the directory
+	d, err := os.Open(dir)
 	if err != nil {
 		return err
 	}

@@ -163,18 +163,16 @@ func (u *Uplink) syncEntries(ctx context.Context, conn *grpc.ClientConn, held ma
 	if err != nil {
 		return nil, nil, fmt.Errorf("sync authorized entries: %w", err)
 	}
-	fail := func(err error) ([]*types.Entry, map[string]bool, error) {
-		return nil, nil, fmt.Errorf("sync authorized entries: %w", err)
-	}
+	fail := func(err error) error { return fmt.Errorf("sync authorized entries: %w", err) }
 	// Send fails with io.EOF when the server has ended the stream; why, Recv says.
 	_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{OutputMask: entryMask()})
 	resp, err := stream.Recv()
 	if err != nil {
-		return fail(err)
+		return nil, nil, fail(err)
 	}
 	if len(resp.GetEntryRevisions()) == 0 {
 		if resp.GetMore() {
-			return fail(errors.New("server sent part of the entries where it must send all or none"))
+			return nil, nil, fail(errors.New("server sent part of the entries where it must send all or none"))
 		}
 		_ = stream.CloseSend()
 		return resp.GetEntries(), nil, nil
@@ -193,13 +191,13 @@ func (u *Uplink) syncEntries(ctx context.Context, conn *grpc.ClientConn, held ma
 			}
 		}
 		if len(need)+len(same) > maxEntries {
-			return fail(fmt.Errorf("server sent more than %d entries", maxEntries))
+			return nil, nil, fail(fmt.Errorf("server sent more than %d entries", maxEntries))
 		}
 		if !resp.GetMore() {
 			break
 		}
 		if resp, err = stream.Recv(); err != nil {
-			return fail(err)
+			return nil, nil, fail(err)
 		}
 	}
 	var entries []*types.Entry
@@ -207,11 +205,11 @@ func (u *Uplink) syncEntries(ctx context.Context, conn *grpc.ClientConn, held ma
 		_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{Ids: ids})
 		for more := true; more; more = resp.GetMore() {
 			if resp, err = stream.Recv(); err != nil {
-				return fail(err)
+				return nil, nil, fail(err)
 			}
 			entries = append(entries, resp.GetEntries()...)
 			if len(entries) > maxEntries {
-				return fail(fmt.Errorf("server sent more than %d entries", maxEntries))
+				return nil, nil, fail(fmt.Errorf("server sent more than %d entries", maxEntries))
 			}
 		}
 	}

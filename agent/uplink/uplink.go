@@ -312,21 +312,18 @@ func (u *Uplink) session(ctx context.Context, own *keep.Own, changed <-chan stru
 		return err
 	}
 	u.replace(conn, own)
+	var work sync.WaitGroup
+	defer work.Wait()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	stop := make(chan struct{})
-	var watch sync.WaitGroup
-	watch.Go(func() {
+	work.Go(func() {
 		select {
 		case <-changed:
 			cancel(errReplaced)
-		case <-stop:
+		case <-ctx.Done():
 		}
 	})
-	defer watch.Wait()
-	defer close(stop)
-
-	u.postStatus(ctx, conn)
+	work.Go(func() { u.postStatus(ctx, conn) })
 	for {
 		err := u.follow(ctx, conn, own)
 		if errors.Is(err, errNoFeed) {

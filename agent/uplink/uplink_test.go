@@ -97,7 +97,7 @@ func start(t *testing.T, server *fakeserver.Server) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(context.Background()) //nolint:usetesting // the cleanup waits for the end
+	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { _ = n.join.Run(ctx) })
 	work.Go(func() { _ = n.link.Run(ctx) })

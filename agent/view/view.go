@@ -135,7 +135,7 @@ func (p *Picture) Nearest(facts attestor.Set, n int) []Near {
 // View holds the picture in force. Use New.
 type View struct {
 	state atomic.Pointer[state]
-	mu    sync.Mutex // serialises Apply
+	mu    sync.Mutex // serializes Apply
 }
 
 type state struct {

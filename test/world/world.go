@@ -125,7 +125,7 @@ func (w *World) Entry(parent, path string, selectors ...*types.Selector) *types.
 		w.t.Fatal(err)
 	}
 	result := resp.GetResults()[0]
-	if codes.Code(result.GetStatus().GetCode()) != codes.OK { //nolint:gosec // unknown codes stay unknown
+	if codes.Code(result.GetStatus().GetCode()) != codes.OK {
 		w.t.Fatalf("create entry %s: %v", path, result.GetStatus())
 	}
 	return result.GetEntry()
@@ -195,31 +195,36 @@ func (w *World) Agent(name string, change ...func(*agent.Config)) *Agent {
 	w.t.Helper()
 	dir := shortDir(w.t)
 	a := &Agent{w: w, cfg: agent.Defaults(), ID: "/node/" + name}
-	token, err := w.Agents().CreateJoinToken(w.Context(), &agentv1.CreateJoinTokenRequest{Ttl: 600, AgentId: ID(a.ID)})
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	needs := attestor.Needs{TrustDomain: TrustDomain, Log: silent(), Now: time.Now, JoinToken: token.GetValue()}
-	node := jointokennode.Kind()
-	opened, err := node.Open(node.Config(), needs)
-	if err != nil {
-		w.t.Fatal(err)
-	}
+	a.NewToken()
 	kind := unixworkload.Kind()
-	workloads, err := kind.Open(kind.Config(), needs)
+	workloads, err := kind.Open(kind.Config(), attestor.Needs{TrustDomain: TrustDomain, Log: silent(), Now: time.Now})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	a.cfg.TrustDomain, a.cfg.ServerAddress, a.cfg.ServerPort = TrustDomain, "127.0.0.1", w.cfg.BindPort
 	a.cfg.DataDir, a.cfg.SocketPath = filepath.Join(dir, "data"), filepath.Join(dir, "api.sock")
 	a.cfg.InsecureBootstrap = true
-	a.cfg.NodeAttestor = agent.NodeAttestor{Type: jointoken.Type, Node: opened}
 	a.cfg.WorkloadAttestors = []agent.WorkloadAttestor{{Type: unix.Type, Workload: workloads}}
 	a.cfg.Log = silent()
 	for _, f := range change {
 		f(&a.cfg)
 	}
 	return a
+}
+
+// NewToken gives the agent a new join token, for its next start.
+func (a *Agent) NewToken() {
+	a.w.t.Helper()
+	token, err := a.w.Agents().CreateJoinToken(a.w.Context(), &agentv1.CreateJoinTokenRequest{Ttl: 600, AgentId: ID(a.ID)})
+	if err != nil {
+		a.w.t.Fatal(err)
+	}
+	kind := jointokennode.Kind()
+	opened, err := kind.Open(kind.Config(), attestor.Needs{TrustDomain: TrustDomain, Log: silent(), Now: time.Now, JoinToken: token.GetValue()})
+	if err != nil {
+		a.w.t.Fatal(err)
+	}
+	a.cfg.NodeAttestor = agent.NodeAttestor{Type: jointoken.Type, Node: opened}
 }
 
 // Start runs the agent and returns when its socket accepts callers.
@@ -265,7 +270,7 @@ func (a *Agent) Workload() (context.Context, workload.SpiffeWorkloadAPIClient) {
 // shortDir is t.TempDir with a name short enough for a socket below it.
 func shortDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "w")
+	dir, err := os.MkdirTemp("", "w") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -231,23 +231,26 @@ func TestBanAndEviction(t *testing.T) {
 		}
 		follow(t, a).ends(codes.PermissionDenied)
 	})
-	t.Run("an evicted agent whose token is spent serves nothing, and stays", func(t *testing.T) {
+	t.Run("an evicted agent whose token is spent stays, and comes back with a new one", func(t *testing.T) {
 		w := world.New(t)
-		a := w.Agent("one", func(c *agent.Config) { c.WorkloadHold = -1 }).Start()
-		w.Entry(a.ID, "/shop")
-		var s *stream
-		eventually(t, "served", func() bool {
-			s = follow(t, a)
-			_, err := s.Recv()
-			return err == nil
-		})
+		a := w.Agent("one").Start()
+		e := w.Entry(a.ID, "/shop")
+		follow(t, a).until("/shop")
 		if _, err := w.Agents().DeleteAgent(w.Context(), &agentv1.DeleteAgentRequest{Id: agentID(t, w)}); err != nil {
 			t.Fatal(err)
 		}
-		s.ends(codes.PermissionDenied)
 		if a.Health.Live() != nil {
 			t.Error("it ended")
 		}
+		a.Stop()
+		a.NewToken()
+		e.Hint = "again" // only an agent that is known hears of it
+		w.Update(e)
+		a.Start()
+		eventually(t, "the new picture", func() bool {
+			resp, err := follow(t, a).Recv()
+			return err == nil && resp.GetSvids()[0].GetHint() == "again"
+		})
 	})
 }
 

@@ -334,7 +334,7 @@ func (v *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	for _, p := range req.GetParams() {
 		svid, err := v.x509(p)
 		resp.Results = append(resp.Results, &svidv1.BatchNewX509SVIDResponse_Result{
-			Status: &types.Status{Code: int32(status.Code(err)), Message: status.Convert(err).Message()}, //nolint:gosec // a small number
+			Status: &types.Status{Code: int32(status.Code(err)), Message: status.Convert(err).Message()},
 			Svid:   svid,
 		})
 	}
