@@ -16,10 +16,11 @@ help: ## show this list
 
 build: ## build the three binaries into bin/
 	@mkdir -p $(BIN)
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/assay-server ./cmd/assay-agent ./cmd/assay
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/assay-server ./cmd/assay-agent ./cmd/assay
 
 demo: build ## the main job, end to end, in under a minute
-	@$(GO) run ./test/demo -bin $(BIN)
+	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)/demo/ ./test/demo ./test/demo/workload
+	@$(BIN)/demo/demo -bin $(BIN)
 
 check: fmt vet lint arch unit script gen-check ## format, vet, lint, arch, unit tests with -race, scripts, generated code
 
