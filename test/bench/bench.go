@@ -85,8 +85,8 @@ func (b *bench) startAgent(ctx context.Context, blocks string) error {
 func (b *bench) later(f func()) { b.cleanup = append(b.cleanup, f) }
 
 func (b *bench) close() {
-	for i := len(b.cleanup) - 1; i >= 0; i-- {
-		b.cleanup[i]()
+	for _, undo := range slices.Backward(b.cleanup) {
+		undo()
 	}
 }
 
@@ -277,8 +277,11 @@ func parallel(workers, count int, f func(i int) error) error {
 // cpu returns the CPU time that the live threads of a process have used.
 func cpu(pid int) (time.Duration, error) {
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
-	if err != nil || len(tasks) == 0 {
-		return 0, fmt.Errorf("read the CPU time of process %d: %v", pid, err)
+	if err != nil {
+		return 0, err
+	}
+	if len(tasks) == 0 {
+		return 0, fmt.Errorf("read the CPU time of process %d: it has ended", pid)
 	}
 	var total time.Duration
 	for _, path := range tasks {

@@ -147,7 +147,7 @@ func writeJSON(path string, results []result) error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(path, append(text, '\n'), 0o644) //nolint:gosec // figures are for everybody
+	return os.WriteFile(path, append(text, '\n'), 0o644)
 }
 
 func printRatios(paths []string) error {

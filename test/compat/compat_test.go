@@ -45,7 +45,7 @@ func patiently(t *testing.T) context.Context {
 func newSite(t *testing.T, change func(*site.Site)) *site.Site {
 	t.Helper()
 	// Not t.TempDir: its path holds the test's name, and a socket's path may have 107 bytes.
-	dir, err := os.MkdirTemp("", "compat")
+	dir, err := os.MkdirTemp("", "compat") //nolint:usetesting // as above
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,7 +124,7 @@ func createEntry(t *testing.T, client entryv1.EntryClient, e *types.Entry) *type
 		t.Fatal(err)
 	}
 	result := resp.GetResults()[0]
-	if codes.Code(result.GetStatus().GetCode()) != codes.OK { //nolint:gosec // codes are small
+	if codes.Code(result.GetStatus().GetCode()) != codes.OK {
 		t.Fatalf("create entry: %v", result.GetStatus())
 	}
 	return result.GetEntry()
@@ -136,7 +136,7 @@ func deleteEntry(t *testing.T, client entryv1.EntryClient, id string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if code := codes.Code(resp.GetResults()[0].GetStatus().GetCode()); code != codes.OK { //nolint:gosec // codes are small
+	if code := codes.Code(resp.GetResults()[0].GetStatus().GetCode()); code != codes.OK {
 		t.Fatalf("delete entry: %v", resp.GetResults()[0].GetStatus())
 	}
 }

@@ -7,7 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha1" //nolint:gosec // SPIRE names x509pop agents by SHA-1
+	"crypto/sha1"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
@@ -228,7 +228,7 @@ func TestSPIREAgentByX509PoP(t *testing.T) {
 			})
 			agent := startSPIREAgent(t, s, fmt.Sprintf(
 				`"x509pop" { plugin_data { private_key_path = %q certificate_path = %q } }`, pki.key, pki.cert))
-			sum := sha1.Sum(pki.leaf.Raw) //nolint:gosec // SPIRE's naming
+			sum := sha1.Sum(pki.leaf.Raw)
 			if got, want := onlyAgent(t, s), "/spire/agent/x509pop/"+hex.EncodeToString(sum[:]); got != want {
 				t.Fatalf("the agent is %s, want %s", got, want)
 			}

@@ -288,7 +288,7 @@ func TestHostileAgent(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c := codes.Code(got.GetStatus().GetCode()); c != codes.NotFound || got.GetSvid() != nil { //nolint:gosec // codes are small
+		if c := codes.Code(got.GetStatus().GetCode()); c != codes.NotFound || got.GetSvid() != nil {
 			t.Fatal(got)
 		}
 		_, err = signer.NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: other.GetId(), Audience: []string{"a"}})
@@ -300,7 +300,7 @@ func TestHostileAgent(t *testing.T) {
 		broken := bytes.Clone(csr)
 		broken[len(broken)-1] ^= 1
 		got, err := one(t, mine.GetId(), broken)
-		if err != nil || codes.Code(got.GetStatus().GetCode()) != codes.InvalidArgument { //nolint:gosec // codes are small
+		if err != nil || codes.Code(got.GetStatus().GetCode()) != codes.InvalidArgument {
 			t.Fatal(got, err)
 		}
 	})

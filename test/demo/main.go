@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -67,8 +68,8 @@ func run(ctx context.Context, bin string) (err error) {
 	d := &demo{start: time.Now()}
 	d.later(func() { os.RemoveAll(dir) })
 	defer func() {
-		for i := len(d.cleanup) - 1; i >= 0; i-- {
-			d.cleanup[i]()
+		for _, undo := range slices.Backward(d.cleanup) {
+			undo()
 		}
 	}()
 	if d.Site, err = site.New(dir, bin); err != nil {
@@ -152,10 +153,10 @@ func (d *demo) runWorkloads(ctx context.Context) error {
 		return err
 	}
 	shared := filepath.Join(d.Dir, "shared")
-	if err := os.MkdirAll(shared, 0o777); err != nil { //nolint:gosec // two users meet here, in a temporary folder
+	if err := os.MkdirAll(shared, 0o777); err != nil {
 		return err
 	}
-	if err := os.Chmod(shared, 0o777); err != nil { //nolint:gosec // as above; MkdirAll minds the umask
+	if err := os.Chmod(shared, 0o777); err != nil {
 		return err
 	}
 
@@ -363,7 +364,7 @@ func copyProgram(from, to string) error {
 	if err != nil {
 		return fmt.Errorf("find the demo's workload: %w (make demo builds it)", err)
 	}
-	return os.WriteFile(to, text, 0o755) //nolint:gosec // another user runs it
+	return os.WriteFile(to, text, 0o755)
 }
 
 // event is what the workload prints; see test/demo/workload.

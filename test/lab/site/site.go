@@ -60,7 +60,7 @@ func New(dir, bin string) (*Site, error) {
 		return nil, err
 	}
 	// The demo's workloads run as other users and in containers, and must reach the agent's socket.
-	if err := os.Chmod(dir, 0o755); err != nil { //nolint:gosec // what is private in it has its own mode
+	if err := os.Chmod(dir, 0o755); err != nil {
 		return nil, err
 	}
 	return &Site{Dir: dir, Bin: bin, Port: port}, nil
@@ -199,7 +199,7 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
 		return nil, err
 	}
 	dir := filepath.Join(s.Dir, name)
-	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // workloads of other users must reach the socket
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
 	a := &Agent{
@@ -352,12 +352,20 @@ func (p *Process) WaitFor(ctx context.Context, what string, ready func() error) 
 		}
 		select {
 		case <-p.done:
-			return fmt.Errorf("wait for %s: %s ended (%v): %s", what, p.name, p.err, Tail(p.log, 10))
+			return fmt.Errorf("wait for %s: %w: %s", what, p.end(), Tail(p.log, 10))
 		case <-ctx.Done():
 			return fmt.Errorf("wait for %s: %w: last %w: %s", what, context.Cause(ctx), err, Tail(p.log, 10))
 		case <-ticker.C:
 		}
 	}
+}
+
+// end says how the process ended; valid after done is closed.
+func (p *Process) end() error {
+	if p.err != nil {
+		return fmt.Errorf("%s ended: %w", p.name, p.err)
+	}
+	return fmt.Errorf("%s ended", p.name)
 }
 
 // Tail returns the last lines of a file, for an error message.
