@@ -171,6 +171,11 @@ func (st *stream) run(ctx context.Context, recordChanged <-chan struct{}) error 
 		if st.flight == nil && outdated == nil {
 			picture, wake := st.s.view.Follow(st.agent)
 			if u := st.next(picture); u != nil {
+				// An agent that was evicted or banned meanwhile is told so, and acts on it. It must not
+				// take the empty picture it has now for entries that were deleted.
+				if err := st.authorize(ctx); err != nil {
+					return err
+				}
 				st.launch(u)
 				patience.Reset(cfg.AckTimeout)
 			} else {
