@@ -64,6 +64,13 @@ func (a *authority) with(state string, now time.Time) *authority {
 
 func (a *authority) expired(now time.Time) bool { return !now.Before(a.line.NotAfter) }
 
+// early says that the clock was set back to before the authority was made: nobody with the right time
+// accepts yet what it signs.
+func (a *authority) early(now time.Time) bool { return now.Before(a.line.NotBefore) }
+
+// valid says that what the authority signs now is accepted.
+func (a *authority) valid(now time.Time) bool { return !a.expired(now) && !a.early(now) }
+
 // lifetime is what the schedule divides.
 func (a *authority) lifetime() time.Duration { return a.line.NotAfter.Sub(a.line.CreatedAt) }
 

@@ -21,8 +21,13 @@
 // A store that cannot be read stops Open: an empty answer is never made of an error, because a new
 // authority made over an existing one breaks every agent that was away. A store that cannot be
 // written delays the next step, and the active authority goes on. A journal whose active authority
-// has no key any more stops Open too if the keys were meant to last, unless the operator consents
-// (Config.NewAuthorityOnLostKey). With keys in memory it is the normal course of a restart.
+// has no key any more stops Open too if the keys were meant to last, unless its prepared successor
+// has one or the operator consents to another (Config.NewAuthorityOnLostKey). With keys in memory it
+// is the normal course of a restart.
+//
+// A clock that is set ahead makes authorities expire before their time, and one that is set back again
+// leaves an active authority that nobody accepts yet. Either way there is another within seconds, what
+// was signed before stays verifiable, and nothing is ever signed that is not valid yet.
 //
 // # What leaves
 //
@@ -67,8 +72,8 @@ var (
 	// ErrAudience says that a JWT-SVID was asked for without a usable audience.
 	ErrAudience = errors.New("invalid audience")
 
-	// ErrNoAuthority says that there is no authority that has not expired. Run keeps trying to
-	// make one.
+	// ErrNoAuthority says that there is no authority that is valid now. Run keeps trying to make
+	// one.
 	ErrNoAuthority = errors.New("no valid authority to sign with")
 	// ErrLint says that a certificate broke a rule of its profile after it was signed. It was
 	// thrown away.

@@ -110,6 +110,10 @@ func (c *CA) retire(ctx context.Context) error {
 				log.Warn("Private key of the prepared authority is lost: another one will be prepared")
 			case a.expired(now):
 				log.Warn("Private key of the active authority is lost, but it has expired anyway")
+			case prepared != nil && prepared.signer != nil && prepared.valid(now):
+				// As after a restored backup from before the successor took over. The bundle names it.
+				log.WithField("successor", prepared.line.AuthorityID).
+					Error("Private key of the active authority is lost: its prepared successor takes over")
 			case c.cfg.NewAuthorityOnLostKey:
 				log.Error("Private key of the active authority is lost: a new one is made because new_authority_on_lost_key says so")
 			default:
@@ -150,18 +154,19 @@ func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
 	active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
 	var changed []*authority
 	if prepared != nil {
-		if !prepared.expired(now) {
+		if prepared.valid(now) {
 			return nil
 		}
-		changed = append(changed, prepared.with(StateOld, now)) // the server was down all its life
-	} else if active != nil && !active.shouldPrepare(now) {
+		// The server was down all its life, or it was made while the clock was ahead.
+		changed = append(changed, prepared.with(StateOld, now))
+	} else if active != nil && !active.early(now) && !active.shouldPrepare(now) {
 		return nil
 	}
 	// An authority that could not be journaled is tried again as it is: a store that is away for an
 	// hour costs one key, and one that said no but wrote the line is not left with a line without
 	// a key.
 	next := c.pending[kind]
-	if next == nil || next.shouldActivate(now) {
+	if next == nil || next.early(now) || next.shouldActivate(now) {
 		c.dropPending(ctx, kind)
 		var err error
 		if next, err = c.makeAuthority(ctx, kind); err != nil {
@@ -188,7 +193,11 @@ func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 	if prepared == nil {
 		return nil
 	}
-	if active != nil && !active.expired(now) {
+	if active != nil && active.early(now) {
+		c.log.WithFields(active.fields()).
+			Error("The clock was set back to before the active authority was made: what it signs is not accepted yet, another one takes over")
+	}
+	if active != nil && active.valid(now) {
 		grace := min(maxGrace, active.lifetime()/60)
 		if !active.shouldActivate(now) || now.Before(prepared.line.CreatedAt.Add(grace)) {
 			return nil
@@ -380,7 +389,7 @@ func (c *CA) slot(kind string) *atomic.Pointer[authority] {
 // current returns the authority that signs, or nil.
 func (c *CA) current(kind string) *authority {
 	a := c.slot(kind).Load()
-	if a == nil || a.expired(c.cfg.Now()) {
+	if a == nil || !a.valid(c.cfg.Now()) {
 		return nil
 	}
 	return a

@@ -108,6 +108,9 @@ func TestServerCertificate(t *testing.T) {
 		now := &clock{now: epoch}
 		c, _ := open(t, Config{Now: now.Now})
 		now.pass(-time.Hour)
+		if err := c.step(t.Context()); err != nil { // an authority that is valid now, too
+			t.Fatal(err)
+		}
 		cert, err := c.ServerCertificate()(nil)
 		if err != nil {
 			t.Fatal(err)

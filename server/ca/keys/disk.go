@@ -45,7 +45,7 @@ type OnDisk struct {
 var _ Manager = (*OnDisk)(nil)
 
 // OpenDisk reads the keys of the file, which need not exist yet; its folder must. It refuses a file
-// that others may read. A file that is damaged is replaced, with an error in the log, by what
+// that others may read. A file that is damaged or gone is replaced, with an error in the log, by what
 // <path>.prev holds, and refused if that is damaged too: keys are never thrown away in silence.
 func OpenDisk(path string, log logrus.FieldLogger) (*OnDisk, error) {
 	d := &OnDisk{path: path, log: log}
@@ -143,40 +143,72 @@ func (d *OnDisk) write(next map[string]*signer) error {
 	return nil
 }
 
-// load fills keys from the file, or from the one beside it if the file is damaged.
+// load fills keys from the file, or from the one beside it if the file is damaged or gone. A rename
+// leaves no gap, so a file that is gone while its twin is there was removed, or a crash came between
+// the two at the very first write.
 func (d *OnDisk) load() error {
 	var err error
 	d.keys, err = readKeys(d.path)
 	var damaged *damageError
+	gone := errors.Is(err, fs.ErrNotExist)
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, fs.ErrNotExist):
-		// A rename never leaves a gap, so a file that is gone while its twin is there was removed
-		// by somebody, who may not have meant to.
-		if _, err := os.Lstat(d.path + ".prev"); err == nil {
-			return fmt.Errorf("key file %s is missing but %s.prev is there: move it back, or remove it to start without keys", d.path, d.path)
-		}
-		d.keys = map[string]*signer{}
-		return nil
-	case !errors.As(err, &damaged):
+	case !gone && !errors.As(err, &damaged):
 		return err
 	}
 	previous, prevErr := readKeys(d.path + ".prev")
+	if gone && errors.Is(prevErr, fs.ErrNotExist) {
+		d.keys = map[string]*signer{}
+		return nil
+	}
 	if prevErr != nil {
 		return fmt.Errorf("%w; %s.prev cannot stand in for it: %w", err, d.path, prevErr)
 	}
-	kept := d.path + ".damaged"
-	if err := os.Rename(d.path, kept); err != nil {
-		return fmt.Errorf("set damaged key file aside: %w", err)
+	log := d.log.WithError(err).WithFields(logrus.Fields{"path": d.path, "keys": len(previous)})
+	if !gone {
+		kept := d.path + ".damaged"
+		if err := os.Rename(d.path, kept); err != nil {
+			return fmt.Errorf("set damaged key file aside: %w", err)
+		}
+		log = log.WithField("kept", kept)
 	}
 	if err := d.write(previous); err != nil {
 		return fmt.Errorf("restore key file: %w", err)
 	}
-	d.log.WithError(err).WithFields(logrus.Fields{"path": d.path, "kept": kept, "keys": len(previous)}).
-		Error("Key file is damaged: the copy in .prev took its place")
+	if gone {
+		log.Error("Key file is missing: the copy in .prev took its place")
+	} else {
+		log.Error("Key file is damaged: the copy in .prev took its place")
+	}
 	return nil
 }
+
+// ReadDisk returns the keys of the file at path, as OpenDisk would have them, without changing or
+// locking anything. What is generated or deleted in the Manager stays in memory. note says, if it is
+// not empty, what OpenDisk would say loudly.
+func ReadDisk(path string) (m Manager, note string, err error) {
+	held, err := readKeys(path)
+	var damaged *damageError
+	if errors.Is(err, fs.ErrNotExist) || errors.As(err, &damaged) {
+		previous, prevErr := readKeys(path + ".prev")
+		switch {
+		case prevErr == nil:
+			held, note, err = previous, fmt.Sprintf("%v; the copy in %s.prev is whole and takes its place at the next start", err, path), nil
+		case damaged != nil || !errors.Is(prevErr, fs.ErrNotExist):
+			err = fmt.Errorf("%w; %s.prev cannot stand in for it: %w", err, path, prevErr)
+		}
+	}
+	if err != nil {
+		return nil, "", err
+	}
+	return persistent{&InMemory{keys: held}}, note, nil
+}
+
+// persistent is a copy of keys that are meant to last.
+type persistent struct{ *InMemory }
+
+func (persistent) Persistent() bool { return true }
 
 // damageError marks a file that was read but makes no sense.
 type damageError struct {
@@ -278,8 +310,8 @@ func readKeys(path string) (map[string]*signer, error) {
 		return nil, fmt.Errorf("key file %s can be read or written by others (mode %04o): its keys may be known to them; if not, run chmod 600 on it", path, stat.Mode().Perm())
 	}
 	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, fmt.Errorf("read key file: %w", err)
+	if err != nil { // it was opened: the disk cannot give it back
+		return nil, &damageError{path, err}
 	}
 	if len(text) > maxFile {
 		return nil, &damageError{path, fmt.Errorf("over %d bytes", maxFile)}

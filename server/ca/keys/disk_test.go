@@ -163,12 +163,91 @@ func TestDisk(t *testing.T) {
 		}
 	})
 
-	t.Run("a file that was removed while its twin is there is not taken for a new one", func(t *testing.T) {
+	t.Run("a file that was removed is replaced by its twin, loudly", func(t *testing.T) {
+		path, a := made(t)
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		log := logrus.New()
+		log.SetOutput(&out)
+		d, err := OpenDisk(path, log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		if got, err := d.Get(ctx, "a"); err != nil || !equal(got.Public(), a) {
+			t.Errorf("got another key back: %v", err)
+		}
+		if !strings.Contains(out.String(), "level=error") || !strings.Contains(out.String(), "missing") {
+			t.Errorf("logged %q", out.String())
+		}
+		if keys, err := readKeys(path); err != nil || len(keys) != 2 {
+			t.Errorf("file was not restored: %v", err)
+		}
+	})
+	t.Run("a file that was removed and whose twin is damaged is refused", func(t *testing.T) {
 		path, _ := made(t)
 		if err := os.Remove(path); err != nil {
 			t.Fatal(err)
 		}
-		refused(t, path, "missing")
+		spoil(t, path+".prev", func([]byte) []byte { return nil })
+		refused(t, path, "cannot stand in for it")
+	})
+
+	t.Run("reading alone gives what opening would, and changes nothing", func(t *testing.T) {
+		gone := func(t *testing.T, path string) {
+			t.Helper()
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, c := range []struct {
+			name   string
+			harm   func(t *testing.T, path string)
+			note   string
+			refuse string
+		}{
+			{"whole", func(*testing.T, string) {}, "", ""},
+			{"damaged", func(t *testing.T, path string) { t.Helper(); spoil(t, path, damage["truncated"]) }, "is damaged", ""},
+			{"removed", gone, "no such file", ""},
+			{"removed with its twin", func(t *testing.T, path string) { t.Helper(); gone(t, path); gone(t, path+".prev") }, "", "no such file"},
+			{"damaged with its twin", func(t *testing.T, path string) {
+				t.Helper()
+				spoil(t, path, damage["empty"])
+				spoil(t, path+".prev", damage["empty"])
+			}, "", "cannot stand in"},
+			{"readable by others", func(t *testing.T, path string) {
+				t.Helper()
+				if err := os.Chmod(path, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}, "", "by others"},
+		} {
+			t.Run(c.name, func(t *testing.T) {
+				path, a := made(t)
+				d := openDisk(t, path) // a server may be running
+				defer d.Close()
+				c.harm(t, path)
+				before := folder(t, filepath.Dir(path))
+				m, note, err := ReadDisk(path)
+				if after := folder(t, filepath.Dir(path)); after != before {
+					t.Errorf("was:\n%s\nis:\n%s", before, after)
+				}
+				if c.refuse != "" {
+					if err == nil || !strings.Contains(err.Error(), c.refuse) {
+						t.Errorf("error %v", err)
+					}
+					return
+				}
+				if err != nil || !strings.Contains(note, c.note) || (c.note == "") != (note == "") {
+					t.Fatalf("note %q, error %v", note, err)
+				}
+				if got, err := m.Get(ctx, "a"); err != nil || !equal(got.Public(), a) || !m.Persistent() {
+					t.Errorf("got another key back: %v", err)
+				}
+			})
+		}
 	})
 
 	t.Run("a second process is refused until the first one ends", func(t *testing.T) {
@@ -223,6 +302,24 @@ func TestDisk(t *testing.T) {
 			t.Errorf("did not recover: %v", err)
 		}
 	})
+}
+
+// folder returns what is in a folder, contents and all.
+func folder(t *testing.T, dir string) string {
+	t.Helper()
+	found, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all strings.Builder
+	for _, f := range found {
+		text, err := os.ReadFile(filepath.Join(dir, f.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(&all, "%s %s\n", f.Name(), text)
+	}
+	return all.String()
 }
 
 func spoil(t *testing.T, path string, harm func([]byte) []byte) {
