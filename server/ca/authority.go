@@ -44,10 +44,12 @@ type authority struct {
 	public crypto.PublicKey
 	signer crypto.Signer // nil unless prepared or active
 
-	cert *x509.Certificate // X.509 only
+	hash crypto.Hash // what is signed is a digest of this kind
 
-	header string      // JWT only: the encoded header of its tokens
-	hash   crypto.Hash // JWT only: what is signed is a digest of this kind
+	cert      *x509.Certificate // X.509 only
+	algorithm []byte            // X.509 only: the AlgorithmIdentifier of its signatures
+
+	header string // JWT only: the encoded header of its tokens
 }
 
 // with returns a copy in another state.
@@ -179,6 +181,9 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 		case !a.cert.IsCA || !a.cert.BasicConstraintsValid:
 			return broken("certificate is no CA certificate")
 		}
+		if err := a.prepareX509(); err != nil {
+			return broken("%w", err)
+		}
 	case KindJWT:
 		if line.AuthorityID == "" {
 			return broken("no key ID")
@@ -188,6 +193,11 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 		}
 	default:
 		return broken("kind is unknown: was it written by a newer version?")
+	}
+	if signer != nil {
+		if err := a.prove(); err != nil {
+			return broken("%w", err)
+		}
 	}
 	return a, nil
 }

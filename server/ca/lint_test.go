@@ -74,7 +74,7 @@ func forge(t *testing.T, c *CA, profile string, change func(f *forgery)) (*x509.
 		f.template.Subject = pkix.Name{Country: []string{"US"}, Organization: []string{"SPIFFE"}, SerialNumber: f.template.SerialNumber.String()}
 	}
 	f.want = &want{
-		profile: profile, issuer: a.cert, id: id, dnsNames: slices.Clone(f.template.DNSNames), subject: f.template.Subject,
+		profile: profile, issuer: a.cert, id: id, dnsNames: slices.Clone(f.template.DNSNames), subject: nameDER(t, f.template.Subject),
 		spki: spki, keyID: keyID, notBefore: f.template.NotBefore, notAfter: f.template.NotAfter, now: epoch,
 	}
 	if change != nil {
@@ -92,6 +92,15 @@ func forge(t *testing.T, c *CA, profile string, change func(f *forgery)) (*x509.
 		t.Fatal(err)
 	}
 	return cert, f.want
+}
+
+func nameDER(t testing.TB, name pkix.Name) []byte {
+	t.Helper()
+	der, err := encodeName(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
 }
 
 func TestLint(t *testing.T) {
@@ -173,15 +182,15 @@ func TestLint(t *testing.T) {
 		{"another subject", profileWorkload, "subject", func(f *forgery) { f.template.Subject.Organization = []string{"Evil"} }},
 		{"no common name", profileWorkload, "common name", func(f *forgery) {
 			f.template.Subject.CommonName = ""
-			f.want.subject = f.template.Subject
+			f.want.subject = nameDER(t, f.template.Subject)
 		}},
 		{"a common name that is another DNS name", profileMint, "common name", func(f *forgery) {
 			f.template.Subject.CommonName = "*.shop.example.org"
-			f.want.subject = f.template.Subject
+			f.want.subject = nameDER(t, f.template.Subject)
 		}},
 		{"a name that other authorities have", profileAuthority, "authority name", func(f *forgery) {
 			f.template.Subject.SerialNumber = ""
-			f.want.subject = f.template.Subject
+			f.want.subject = nameDER(t, f.template.Subject)
 		}},
 		{"another's key", profileWorkload, "public key", func(f *forgery) { f.key = newKey(t).Public() }},
 		{"RSA-1024", profileWorkload, "key strength", usingKey(weak.Public())},

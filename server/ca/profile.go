@@ -7,7 +7,7 @@ import (
 	"crypto/sha1" //nolint:gosec // RFC 5280 4.2.1.2 method 1 names it; it is an identifier, not a signature
 	"crypto/x509"
 	"crypto/x509/pkix"
-	"encoding/asn1"
+	"errors"
 	"fmt"
 	"math/big"
 	"net/url"
@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/crypto/cryptobyte"
+	casn1 "golang.org/x/crypto/cryptobyte/asn1"
 
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -123,30 +125,20 @@ func (c *CA) signChecked(ctx context.Context, profile string, p MintParams) ([]*
 	if a == nil {
 		return nil, ErrNoAuthority
 	}
-	if len(p.Subject.ToRDNSequence()) == 0 {
-		p.Subject = pkix.Name{Country: []string{"US"}, Organization: []string{"SPIRE"}}
-	}
-	if len(p.DNSNames) > 0 {
-		p.Subject.CommonName = p.DNSNames[0]
-	}
 	now := c.cfg.Now()
 	w := &want{
-		profile: profile, issuer: a.cert, id: p.ID, dnsNames: p.DNSNames, subject: p.Subject, now: now,
+		profile: profile, issuer: a.cert, id: p.ID, dnsNames: p.DNSNames, now: now,
 		notBefore: now.Add(-c.cfg.Backdate).Truncate(time.Second),
 		notAfter:  earlier(now.Add(p.TTL), a.cert.NotAfter).Truncate(time.Second),
 	}
 	var err error
+	if w.subject, err = svidSubject(p.Subject, p.DNSNames); err != nil {
+		return nil, fmt.Errorf("encode subject: %w", err)
+	}
 	if w.spki, w.keyID, err = keyIdentifier(p.PublicKey); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrKey, err)
 	}
-	leaf, err := issue(&x509.Certificate{
-		SerialNumber: randomSerial(), Subject: p.Subject, NotBefore: w.notBefore, NotAfter: w.notAfter,
-		URIs: []*url.URL{p.ID.URL()}, DNSNames: p.DNSNames,
-		KeyUsage:              leafUsage,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-		SubjectKeyId:          w.keyID,
-	}, a.cert, p.PublicKey, a.signer, w)
+	leaf, err := a.issue(w)
 	if err != nil {
 		return nil, err
 	}
@@ -163,8 +155,11 @@ func (c *CA) selfSign(signer crypto.Signer, notBefore, notAfter time.Time) (*x50
 	subject := c.cfg.Subject
 	subject.SerialNumber = serial.String()
 	w := &want{
-		profile: profileAuthority, id: c.td.ID(), subject: subject, now: c.cfg.Now(),
+		profile: profileAuthority, id: c.td.ID(), now: c.cfg.Now(),
 		notBefore: notBefore, notAfter: notAfter, spki: spki, keyID: keyID,
+	}
+	if w.subject, err = encodeName(subject); err != nil {
+		return nil, fmt.Errorf("encode subject: %w", err)
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: subject, NotBefore: notBefore, NotAfter: notAfter,
@@ -174,7 +169,12 @@ func (c *CA) selfSign(signer crypto.Signer, notBefore, notAfter time.Time) (*x50
 		IsCA:                  true,
 		SubjectKeyId:          keyID,
 	}
-	return issue(template, template, signer.Public(), signer, w)
+	// CreateCertificate verifies what the signer returned.
+	der, err := x509.CreateCertificate(rand.Reader, template, template, signer.Public(), signer)
+	if err != nil {
+		return nil, fmt.Errorf("create certificate: %w", err)
+	}
+	return readBack(der, w)
 }
 
 const (
@@ -182,13 +182,8 @@ const (
 	authorityUsage = x509.KeyUsageCertSign | x509.KeyUsageCRLSign
 )
 
-// issue signs the template, reads back what became of it and checks that. x509.CreateCertificate
-// has verified the signature.
-func issue(template, parent *x509.Certificate, key crypto.PublicKey, signer crypto.Signer, w *want) (*x509.Certificate, error) {
-	der, err := x509.CreateCertificate(rand.Reader, template, parent, key, signer)
-	if err != nil {
-		return nil, fmt.Errorf("create certificate: %w", err)
-	}
+// readBack parses what was made and checks that against what was wanted.
+func readBack(der []byte, w *want) (*x509.Certificate, error) {
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
 		return nil, fmt.Errorf("%w: parse: %w", ErrLint, err)
@@ -264,13 +259,11 @@ func keyIdentifier(key crypto.PublicKey) (spki, id []byte, err error) {
 	if spki, err = x509.MarshalPKIXPublicKey(key); err != nil {
 		return nil, nil, err
 	}
-	var parsed struct {
-		Algorithm pkix.AlgorithmIdentifier
-		Bits      asn1.BitString
+	in := cryptobyte.String(spki)
+	var bits []byte
+	if !in.ReadASN1(&in, casn1.SEQUENCE) || !in.SkipASN1(casn1.SEQUENCE) || !in.ReadASN1BitStringAsBytes(&bits) || !in.Empty() {
+		return nil, nil, errors.New("encoded public key cannot be read")
 	}
-	if _, err := asn1.Unmarshal(spki, &parsed); err != nil {
-		return nil, nil, err
-	}
-	sum := sha1.Sum(parsed.Bits.RightAlign()) //nolint:gosec // an identifier, see the import
+	sum := sha1.Sum(bits) //nolint:gosec // an identifier, see the import
 	return spki, sum[:], nil
 }

@@ -500,7 +500,7 @@ func BenchmarkLint(b *testing.B) {
 	}
 	cert := chain[0]
 	w := &want{
-		profile: profileWorkload, issuer: c.x509.Load().cert, id: workload, subject: pkix.Name{Country: []string{"US"}, Organization: []string{"SPIRE"}},
+		profile: profileWorkload, issuer: c.x509.Load().cert, id: workload, subject: plainSubject,
 		notBefore: cert.NotBefore, notAfter: cert.NotAfter, now: epoch,
 	}
 	w.spki, w.keyID, _ = keyIdentifier(cert.PublicKey)

@@ -103,6 +103,14 @@ func (s *signer) Format(f fmt.State, _ rune) { _, _ = io.WriteString(f, "private
 // MarshalText keeps encoders from looking inside.
 func (s *signer) MarshalText() ([]byte, error) { return []byte("private key " + s.name), nil }
 
+// InProcess reports whether the key is held in this process's memory and signs with Go's own code, as
+// those of the Managers here do. What any other signer returns has crossed a border and is to be
+// verified.
+func InProcess(key crypto.Signer) bool {
+	_, ours := key.(*signer)
+	return ours
+}
+
 func checkName(name string) error {
 	if name == "" {
 		return errors.New("key without a name")
