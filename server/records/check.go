@@ -22,7 +22,7 @@ type Checked struct {
 	TrustDomain spiffeid.TrustDomain
 	Rev         kv.Rev
 	// How many records of each kind can be read.
-	Entries, Nodes, Bundles, Tokens int
+	Entries, Nodes, Bundles, Verdicts, Tokens int
 	// Journal and Bundle are the authorities as server/ca wrote them down and as the own trust domain's
 	// bundle names them; Bundle is nil if there is none.
 	Journal []Journal
@@ -115,6 +115,10 @@ func (c *check) record(key string, value []byte) {
 		err = c.node(rest, value)
 	case bundlePrefix:
 		err = c.bundle(rest, value)
+	case verdictKeys:
+		if _, err = c.words.decodeVerdict(rest, value); err == nil {
+			c.out.Verdicts++
+		}
 	case journalKeys:
 		var j Journal
 		if j, err = decodeJournal(rest, value); err == nil {
@@ -140,7 +144,7 @@ func split(key string) (kind, rest string) {
 	if key == schemaKey {
 		return schemaKey, ""
 	}
-	for _, prefix := range []string{entryPrefix, nodePrefix, bundlePrefix, similarIndex, aliasIndex, journalKeys, tokenPrefix, expiryPrefix} {
+	for _, prefix := range []string{entryPrefix, nodePrefix, bundlePrefix, verdictKeys, similarIndex, aliasIndex, journalKeys, tokenPrefix, expiryPrefix} {
 		if rest, ok := strings.CutPrefix(key, prefix); ok {
 			return prefix, rest
 		}

@@ -21,7 +21,8 @@ import (
 //	p/                              the picture: all that server/view is made of
 //	├── b/<trust domain>            Bundle
 //	├── e/<entry ID>                Entry
-//	└── n/<path>                    Node; its SPIFFE ID's path, without the first slash
+//	├── n/<path>                    Node; its SPIFFE ID's path, without the first slash
+//	└── v/<digest>                  Verdict; the image's config digest, "sha256:" and 64 hex digits
 //	i/                              indexes
 //	├── s/<hash>                    ID of the one entry with this SPIFFE ID, parent and selectors
 //	└── a/<token hash>/<entry ID>   (empty) an alias: an entry that a join token's node was given
@@ -45,6 +46,7 @@ const (
 	bundlePrefix = "p/b/"
 	entryPrefix  = "p/e/"
 	nodePrefix   = "p/n/"
+	verdictKeys  = "p/v/"
 	similarIndex = "i/s/"
 	aliasIndex   = "i/a/"
 	journalKeys  = "j/"
@@ -67,6 +69,8 @@ func entryKey(id string) string { return entryPrefix + id }
 func bundleKey(td spiffeid.TrustDomain) string { return bundlePrefix + td.Name() }
 
 func nodeKey(id spiffeid.ID) string { return nodePrefix + strings.TrimPrefix(id.Path(), "/") }
+
+func verdictKey(digest string) string { return verdictKeys + digest }
 
 func journalKey(authorityID string) string { return journalKeys + authorityID }
 

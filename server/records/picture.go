@@ -11,7 +11,7 @@ import (
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
-// Snapshot returns all entries, nodes and bundles as of one revision. Follow goes on from there.
+// Snapshot returns all entries, nodes, bundles and verdicts as of one revision. Follow goes on from there.
 func (r *Records) Snapshot(ctx context.Context) (*Snapshot, error) {
 	items, rev, err := r.store.Range(ctx, picture, kv.PrefixEnd(picture), 0)
 	if err != nil {
@@ -31,13 +31,15 @@ func (r *Records) Snapshot(ctx context.Context) (*Snapshot, error) {
 			s.Nodes = append(s.Nodes, v.Node)
 		case BundleChange:
 			s.Bundles = append(s.Bundles, v.Bundle)
+		case VerdictChange:
+			s.Verdicts = append(s.Verdicts, v.Verdict)
 		}
 	}
 	return s, nil
 }
 
-// Follow calls fn for every commit after the given revision that changes an entry, node or bundle,
-// in order, once each, until ctx ends or fn returns an error, which it returns. It returns
+// Follow calls fn for every commit after the given revision that changes an entry, node, bundle
+// or verdict, in order, once each, until ctx ends or fn returns an error, which it returns. It returns
 // kv.ErrCompacted if it cannot go on from that revision: then the reader needs a new Snapshot.
 func (r *Records) Follow(ctx context.Context, after kv.Rev, fn func(Change) error) error {
 	return r.store.Watch(ctx, picture, after, func(c kv.Change) error {
@@ -54,14 +56,16 @@ func (r *Records) Follow(ctx context.Context, after kv.Rev, fn func(Change) erro
 				change.Nodes = append(change.Nodes, v)
 			case BundleChange:
 				change.Bundles = append(change.Bundles, v)
+			case VerdictChange:
+				change.Verdicts = append(change.Verdicts, v)
 			}
 		}
 		return fn(change)
 	})
 }
 
-// part reads one key of the picture: an EntryChange, NodeChange or BundleChange. A kind of record
-// that a later version added is nil: it is none of this version's business.
+// part reads one key of the picture: an EntryChange, NodeChange, BundleChange or VerdictChange. A
+// kind of record that a later version added is nil: it is none of this version's business.
 func (r *Records) part(key string, value []byte, deleted bool) (any, error) {
 	var err error
 	switch {
@@ -83,6 +87,13 @@ func (r *Records) part(key string, value []byte, deleted bool) (any, error) {
 		c.TrustDomain, err = spiffeid.TrustDomainFromString(key[len(bundlePrefix):])
 		if err == nil && !deleted {
 			c.Bundle, err = decodeBundle(c.TrustDomain, value)
+		}
+		return c, wrapDamage(key, err)
+	case strings.HasPrefix(key, verdictKeys):
+		c := VerdictChange{Digest: strings.Clone(key[len(verdictKeys):])}
+		err = checkDigest(c.Digest)
+		if err == nil && !deleted {
+			c.Verdict, err = r.words.decodeVerdict(c.Digest, value)
 		}
 		return c, wrapDamage(key, err)
 	}

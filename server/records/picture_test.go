@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"math/big"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -324,6 +325,57 @@ func TestRun(t *testing.T) {
 			cancel()
 			if err := <-done; err != nil {
 				t.Error(err)
+			}
+		})
+	})
+	// ahead starts Run over an entry that expires in an hour, and returns a way to set the clock.
+	ahead := func(t *testing.T) (r *Records, e *identity.Entry, set func(time.Duration)) {
+		t.Helper()
+		var offset atomic.Int64
+		now := func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
+		r, err := Open(t.Context(), openStore(t), domain, Config{Now: now})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e = entry("a", "a:1")
+		e.ExpiresAt = time.Now().Add(time.Hour)
+		e = create(t, r, e)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- r.Run(ctx) }()
+		t.Cleanup(func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+		return r, e, func(d time.Duration) { offset.Store(int64(d)) }
+	}
+	t.Run("a clock that is set a day ahead and back within minutes deletes nothing", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			r, e, set := ahead(t)
+			<-time.After(90 * time.Second)
+			set(24 * time.Hour)
+			<-time.After(10 * time.Minute)
+			set(0)
+			<-time.After(10 * time.Minute)
+			if _, err := r.Entry(t.Context(), e.ID); err != nil {
+				t.Errorf("it was deleted: %v", err)
+			}
+			<-time.After(40 * time.Minute)
+			if _, err := r.Entry(t.Context(), e.ID); !errors.Is(err, ErrNotFound) {
+				t.Errorf("its time is over now: %v", err)
+			}
+		})
+	})
+	t.Run("a clock that stays ahead is believed after a while", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			r, e, set := ahead(t)
+			<-time.After(90 * time.Second)
+			set(24 * time.Hour)
+			<-time.After(18 * time.Minute)
+			if _, err := r.Entry(t.Context(), e.ID); !errors.Is(err, ErrNotFound) {
+				t.Errorf("still there: %v", err)
 			}
 		})
 	})

@@ -1,5 +1,5 @@
-// Package records keeps what the server knows: entries, nodes, join tokens, bundles and the journal
-// of its authorities, each as one versioned protobuf message under one key of a kv.Store.
+// Package records keeps what the server knows: entries, nodes, join tokens, bundles, verdicts on
+// images and the journal of its authorities, each as one versioned protobuf message under one key of a kv.Store.
 //
 // It is the only writer of keys: whatever changes the state of the server is a method here, so that
 // the rules which hold between keys (no two similar entries, a token burnt once, no alias without
@@ -109,14 +109,17 @@ type Snapshot struct {
 	Entries []*identity.Entry // sorted by ID
 	Nodes   []*Node           // sorted by ID
 	Bundles []*identity.Bundle
+	// Verdicts are sorted by digest.
+	Verdicts []*Verdict
 }
 
 // Change is one commit that concerns the picture. Its values are immutable.
 type Change struct {
-	Rev     kv.Rev
-	Entries []EntryChange
-	Nodes   []NodeChange
-	Bundles []BundleChange
+	Rev      kv.Rev
+	Entries  []EntryChange
+	Nodes    []NodeChange
+	Bundles  []BundleChange
+	Verdicts []VerdictChange
 }
 
 // EntryChange says what an entry is now; Entry is nil if it was deleted.

@@ -13,7 +13,39 @@ import (
 const (
 	sweepEvery = time.Minute
 	sweepPage  = 500 // expiry keys looked at in one go
+	// A clock that goes this much further than time has passed was set, or the machine slept. Deleting
+	// cannot be undone, so there is this long to set a clock right that was set wrong; nobody gets what
+	// has expired meanwhile.
+	jumpAhead  = 2 * time.Minute
+	sweepAfter = 15 * time.Minute
 )
+
+// jumps notices a wall clock that is set. Its zero value has seen nothing yet.
+type jumps struct {
+	wall  time.Time // when it last looked
+	timer time.Time // the same moment, with a monotonic reading
+	until time.Time // monotonic; the hold after a jump ahead
+}
+
+// hold reports whether the clock was set ahead lately and not back since. by is how far it jumped
+// since the last look, 0 if it did not.
+func (j *jumps) hold(wall time.Time) (held bool, by time.Duration) {
+	wall = wall.Round(0) // without its monotonic reading
+	timer := time.Now()
+	if !j.wall.IsZero() {
+		by = wall.Sub(j.wall) - timer.Sub(j.timer)
+	}
+	j.wall, j.timer = wall, timer
+	switch {
+	case by >= jumpAhead:
+		j.until = timer.Add(sweepAfter)
+	case by <= -jumpAhead:
+		j.until = time.Time{}
+	default:
+		by = 0
+	}
+	return timer.Before(j.until), by
+}
 
 // Run sweeps, and compacts the store's log, every minute until ctx ends. What goes wrong is logged
 // and tried again the next time.
@@ -21,10 +53,18 @@ func (r *Records) Run(ctx context.Context) error {
 	ticker := time.NewTicker(sweepEvery)
 	defer ticker.Stop()
 	var marks []mark
+	var clock jumps
 	for {
 		now := r.cfg.Now()
-		if err := r.Sweep(ctx, now); err != nil && ctx.Err() == nil {
-			r.cfg.Log.WithError(err).Warn("cannot delete what has expired, will try again")
+		held, by := clock.hold(now)
+		if by != 0 {
+			r.cfg.Log.WithField("by", by.Round(time.Second).String()).
+				Warn("the clock was set, or the machine slept; after a jump ahead nothing that has expired is deleted for a while")
+		}
+		if !held {
+			if err := r.Sweep(ctx, now); err != nil && ctx.Err() == nil {
+				r.cfg.Log.WithError(err).Warn("cannot delete what has expired, will try again")
+			}
 		}
 		var err error
 		if marks, err = r.compact(ctx, marks, now); err != nil && ctx.Err() == nil {

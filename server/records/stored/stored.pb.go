@@ -609,6 +609,184 @@ func (x *JWTAuthority) GetTainted() bool {
 	return false
 }
 
+// p/v/…
+type Verdict struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Sequence  uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Selectors []*Selector            `protobuf:"bytes,2,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	// Seconds; 0: no cap.
+	Ttl           uint32           `protobuf:"varint,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	JwtTtl        uint32           `protobuf:"varint,4,opt,name=jwt_ttl,json=jwtTtl,proto3" json:"jwt_ttl,omitempty"`
+	NotAfter      int64            `protobuf:"varint,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	Revoke        bool             `protobuf:"varint,6,opt,name=revoke,proto3" json:"revoke,omitempty"`
+	UpdatedAt     int64            `protobuf:"varint,7,opt,name=updated_at,json=updatedAt,proto3" json:"updated_at,omitempty"`
+	Policies      []*PolicyVerdict `protobuf:"bytes,8,rep,name=policies,proto3" json:"policies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Verdict) Reset() {
+	*x = Verdict{}
+	mi := &file_server_records_stored_stored_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Verdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Verdict) ProtoMessage() {}
+
+func (x *Verdict) ProtoReflect() protoreflect.Message {
+	mi := &file_server_records_stored_stored_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
+func (*Verdict) Descriptor() ([]byte, []int) {
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Verdict) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Verdict) GetSelectors() []*Selector {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Verdict) GetTtl() uint32 {
+	if x != nil {
+		return x.Ttl
+	}
+	return 0
+}
+
+func (x *Verdict) GetJwtTtl() uint32 {
+	if x != nil {
+		return x.JwtTtl
+	}
+	return 0
+}
+
+func (x *Verdict) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Verdict) GetRevoke() bool {
+	if x != nil {
+		return x.Revoke
+	}
+	return false
+}
+
+func (x *Verdict) GetUpdatedAt() int64 {
+	if x != nil {
+		return x.UpdatedAt
+	}
+	return 0
+}
+
+func (x *Verdict) GetPolicies() []*PolicyVerdict {
+	if x != nil {
+		return x.Policies
+	}
+	return nil
+}
+
+type PolicyVerdict struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Policy        string                 `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	Mode          string                 `protobuf:"bytes,3,opt,name=mode,proto3" json:"mode,omitempty"`
+	Until         int64                  `protobuf:"varint,4,opt,name=until,proto3" json:"until,omitempty"`
+	Summary       string                 `protobuf:"bytes,5,opt,name=summary,proto3" json:"summary,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyVerdict) Reset() {
+	*x = PolicyVerdict{}
+	mi := &file_server_records_stored_stored_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyVerdict) ProtoMessage() {}
+
+func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_server_records_stored_stored_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyVerdict.ProtoReflect.Descriptor instead.
+func (*PolicyVerdict) Descriptor() ([]byte, []int) {
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *PolicyVerdict) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *PolicyVerdict) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *PolicyVerdict) GetMode() string {
+	if x != nil {
+		return x.Mode
+	}
+	return ""
+}
+
+func (x *PolicyVerdict) GetUntil() int64 {
+	if x != nil {
+		return x.Until
+	}
+	return 0
+}
+
+func (x *PolicyVerdict) GetSummary() string {
+	if x != nil {
+		return x.Summary
+	}
+	return ""
+}
+
 // t/…
 type Token struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -619,7 +797,7 @@ type Token struct {
 
 func (x *Token) Reset() {
 	*x = Token{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[7]
+	mi := &file_server_records_stored_stored_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -631,7 +809,7 @@ func (x *Token) String() string {
 func (*Token) ProtoMessage() {}
 
 func (x *Token) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[7]
+	mi := &file_server_records_stored_stored_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -644,7 +822,7 @@ func (x *Token) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Token.ProtoReflect.Descriptor instead.
 func (*Token) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{7}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Token) GetExpiresAt() int64 {
@@ -672,7 +850,7 @@ type Journal struct {
 
 func (x *Journal) Reset() {
 	*x = Journal{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[8]
+	mi := &file_server_records_stored_stored_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -684,7 +862,7 @@ func (x *Journal) String() string {
 func (*Journal) ProtoMessage() {}
 
 func (x *Journal) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[8]
+	mi := &file_server_records_stored_stored_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -697,7 +875,7 @@ func (x *Journal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Journal.ProtoReflect.Descriptor instead.
 func (*Journal) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{8}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Journal) GetKind() string {
@@ -828,7 +1006,23 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"public_key\x18\x02 \x01(\fR\tpublicKey\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x03 \x01(\x03R\texpiresAt\x12\x18\n" +
-	"\atainted\x18\x04 \x01(\bR\atainted\"&\n" +
+	"\atainted\x18\x04 \x01(\bR\atainted\"\x99\x02\n" +
+	"\aVerdict\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x127\n" +
+	"\tselectors\x18\x02 \x03(\v2\x19.assay.stored.v1.SelectorR\tselectors\x12\x10\n" +
+	"\x03ttl\x18\x03 \x01(\rR\x03ttl\x12\x17\n" +
+	"\ajwt_ttl\x18\x04 \x01(\rR\x06jwtTtl\x12\x1b\n" +
+	"\tnot_after\x18\x05 \x01(\x03R\bnotAfter\x12\x16\n" +
+	"\x06revoke\x18\x06 \x01(\bR\x06revoke\x12\x1d\n" +
+	"\n" +
+	"updated_at\x18\a \x01(\x03R\tupdatedAt\x12:\n" +
+	"\bpolicies\x18\b \x03(\v2\x1e.assay.stored.v1.PolicyVerdictR\bpolicies\"\x83\x01\n" +
+	"\rPolicyVerdict\x12\x16\n" +
+	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x16\n" +
+	"\x06status\x18\x02 \x01(\tR\x06status\x12\x12\n" +
+	"\x04mode\x18\x03 \x01(\tR\x04mode\x12\x14\n" +
+	"\x05until\x18\x04 \x01(\x03R\x05until\x12\x18\n" +
+	"\asummary\x18\x05 \x01(\tR\asummary\"&\n" +
 	"\x05Token\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x01 \x01(\x03R\texpiresAt\"\x89\x02\n" +
@@ -858,7 +1052,7 @@ func file_server_records_stored_stored_proto_rawDescGZIP() []byte {
 	return file_server_records_stored_stored_proto_rawDescData
 }
 
-var file_server_records_stored_stored_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_server_records_stored_stored_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_server_records_stored_stored_proto_goTypes = []any{
 	(*Schema)(nil),        // 0: assay.stored.v1.Schema
 	(*Entry)(nil),         // 1: assay.stored.v1.Entry
@@ -867,19 +1061,23 @@ var file_server_records_stored_stored_proto_goTypes = []any{
 	(*Bundle)(nil),        // 4: assay.stored.v1.Bundle
 	(*X509Authority)(nil), // 5: assay.stored.v1.X509Authority
 	(*JWTAuthority)(nil),  // 6: assay.stored.v1.JWTAuthority
-	(*Token)(nil),         // 7: assay.stored.v1.Token
-	(*Journal)(nil),       // 8: assay.stored.v1.Journal
+	(*Verdict)(nil),       // 7: assay.stored.v1.Verdict
+	(*PolicyVerdict)(nil), // 8: assay.stored.v1.PolicyVerdict
+	(*Token)(nil),         // 9: assay.stored.v1.Token
+	(*Journal)(nil),       // 10: assay.stored.v1.Journal
 }
 var file_server_records_stored_stored_proto_depIdxs = []int32{
 	2, // 0: assay.stored.v1.Entry.selectors:type_name -> assay.stored.v1.Selector
 	2, // 1: assay.stored.v1.Node.selectors:type_name -> assay.stored.v1.Selector
 	5, // 2: assay.stored.v1.Bundle.x509:type_name -> assay.stored.v1.X509Authority
 	6, // 3: assay.stored.v1.Bundle.jwt:type_name -> assay.stored.v1.JWTAuthority
-	4, // [4:4] is the sub-list for method output_type
-	4, // [4:4] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	2, // 4: assay.stored.v1.Verdict.selectors:type_name -> assay.stored.v1.Selector
+	8, // 5: assay.stored.v1.Verdict.policies:type_name -> assay.stored.v1.PolicyVerdict
+	6, // [6:6] is the sub-list for method output_type
+	6, // [6:6] is the sub-list for method input_type
+	6, // [6:6] is the sub-list for extension type_name
+	6, // [6:6] is the sub-list for extension extendee
+	0, // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_server_records_stored_stored_proto_init() }
@@ -893,7 +1091,7 @@ func file_server_records_stored_stored_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_records_stored_stored_proto_rawDesc), len(file_server_records_stored_stored_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
