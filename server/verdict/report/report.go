@@ -7,6 +7,7 @@
 package report
 
 import (
+	"errors"
 	"time"
 )
 
@@ -24,7 +25,67 @@ const (
 	CosignVuln    Format = "cosign-vuln" // in-toto predicate https://cosign.sigstore.dev/attestation/vuln/v1
 	VulnsV01      Format = "vulns-v0.1"  // in-toto predicate https://in-toto.io/attestation/vulns/v0.1
 	VulnsV02      Format = "vulns-v0.2"  // in-toto predicate https://in-toto.io/attestation/vulns/v0.2
+	SLSAV02       Format = "slsa-v0.2"   // in-toto predicate https://slsa.dev/provenance/v0.2
+	SLSAV1        Format = "slsa-v1"     // in-toto predicate https://slsa.dev/provenance/v1
+	CosignSign    Format = "cosign-sign" // in-toto predicate https://sigstore.dev/cosign/sign/v1: a signature, nothing more
 )
+
+// Errors of Parse and ParseStatement that a caller acts on. All others say what is wrong with the
+// document and mean that it is refused.
+var (
+	// ErrTooLarge: over one of the limits, MaxSize or MaxFindings.
+	ErrTooLarge = errors.New("document too large")
+	// ErrFormat: none of the formats that are read.
+	ErrFormat = errors.New("document of no known format")
+	// ErrEnvelope: a signed envelope (DSSE, Sigstore bundle). What it holds is read by ParseStatement
+	// after its signature has been verified, never before.
+	ErrEnvelope = errors.New("signed envelope")
+)
+
+// Document is what one document says. Which of its parts are there depends on the format: a scan fills
+// Report, a VEX document VEX, provenance Provenance, a signature only Subjects. A CycloneDX bill of
+// materials with analyses fills Report and VEX; whether its author may make VEX statements is for trust
+// to decide.
+type Document struct {
+	// Format is what the document was read as: the predicate's for an in-toto statement, while
+	// Report.Format is that of the scanner's report in it.
+	Format Format
+	// Statement says that the document is an in-toto statement.
+	Statement bool
+	// PredicateType is the statement's, empty if the document is not one.
+	PredicateType string
+	// Subjects are the SHA-256 digests that the statement is about, "sha256:…". They are also among the
+	// manifests of Report.Subject. Subjects with digests of other algorithms only are left out: no image
+	// is known by them.
+	Subjects   []string
+	Report     *Report
+	VEX        *VEX
+	Provenance *Provenance
+}
+
+// Provenance is what a SLSA statement says of how its subjects were built. It is the builder's word:
+// worth as much as the signature over the statement.
+type Provenance struct {
+	PredicateType string
+	// BuilderID is builder.id, BuildType the URI that gives the parameters their meaning.
+	BuilderID, BuildType string
+	// SourceURI is the repository that was built, without "git+", without "@ref" or "#ref" and without
+	// credentials; SourceCommit its revision in lower-case hex, Ref the branch or tag ("refs/heads/main"),
+	// Entrypoint the file or job that says how (".github/workflows/release.yml"). For a build type that is
+	// not known they come from the dependencies, if exactly one of these is a git repository, else they
+	// are empty.
+	SourceURI, SourceCommit, Ref, Entrypoint string
+	// InvocationID is the builder's name for the run.
+	InvocationID string
+	// StartedOn and FinishedOn are the build's, zero if not stated.
+	StartedOn, FinishedOn time.Time
+	// Subjects are the statement's.
+	Subjects []string
+	// Fields are single values of the predicate by their path ("buildDefinition.internalParameters.
+	// github.event_name"), of known build types only. Variables, build arguments and environments are
+	// left out, for they may hold secrets, except for what GitHub itself sets.
+	Fields map[string]string
+}
 
 // Severity is a finding's normalised severity. Higher is worse.
 type Severity int
@@ -88,7 +149,8 @@ const (
 	FlawUnknownOS Flaw = "unknown-os"
 	// FlawNoTime: the document does not say when the scan was made.
 	FlawNoTime Flaw = "no-time"
-	// FlawImportOnly: the format is not fit to clear an image (SARIF).
+	// FlawImportOnly: the document is not fit to clear an image: SARIF; or a CycloneDX bill of materials
+	// without a single vulnerability, which looks the same whether anybody scanned or not.
 	FlawImportOnly Flaw = "import-only"
 )
 
@@ -117,6 +179,9 @@ type VEX struct {
 	Timestamp  time.Time
 	Version    int
 	Statements []Statement
+	// Skipped is how many statements named neither an image by digest nor a package: a name or a tag
+	// says nothing here, and without it the statement would speak of every image.
+	Skipped int
 }
 
 // Statement says how one vulnerability stands to one product.
@@ -125,7 +190,8 @@ type Statement struct {
 	Vulnerability string
 	Aliases       []string
 	// Product is "sha256:…" where the statement names an image by digest, else empty; Package is a
-	// purl below it (subcomponent), empty for the whole product.
+	// purl below it (subcomponent), empty for the whole product. Where Product is empty the statement is
+	// about Package wherever it is. One of the two is always there.
 	Product string
 	Package string
 	// Status is one of not_affected, affected, fixed, under_investigation (OpenVEX's words;
