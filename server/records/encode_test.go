@@ -45,6 +45,16 @@ func fullJournal() Journal {
 	}
 }
 
+const digest = "sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
+
+func fullVerdict() *Verdict {
+	return &Verdict{
+		Digest: digest, Seq: 7, Selectors: sel("scan:policy:prod", "prov:policy:ci", "sig:policy:ci"),
+		TTL: 10 * time.Minute, JWTTTL: 2 * time.Minute, NotAfter: noon.Add(15 * time.Minute), Revoke: true, UpdatedAt: noon,
+		Policies: []PolicyVerdict{{Policy: "prod", Status: "grace", Mode: "enforce", Until: noon.Add(time.Hour), Summary: "CVE-2026-1 in zlib"}},
+	}
+}
+
 func fullBundle(t testing.TB) *identity.Bundle {
 	cert, key := certificate(t)
 	return &identity.Bundle{
@@ -58,7 +68,7 @@ func TestRoundTrip(t *testing.T) {
 	var w words
 	t.Run("the test values have every field set", func(t *testing.T) {
 		j := fullJournal()
-		for _, v := range []any{fullEntry(), fullNode(), &j, fullBundle(t)} {
+		for _, v := range []any{fullEntry(), fullNode(), &j, fullBundle(t), fullVerdict(), &fullVerdict().Policies[0]} {
 			s := reflect.ValueOf(v).Elem()
 			for i := range s.NumField() {
 				if s.Field(i).IsZero() {
@@ -124,6 +134,21 @@ func TestRoundTrip(t *testing.T) {
 			}
 			if !reflect.DeepEqual(bundle, got) {
 				t.Errorf("put %+v, got %+v", bundle, got)
+			}
+		}
+	})
+	t.Run("verdict", func(t *testing.T) {
+		for _, v := range []*Verdict{fullVerdict(), {Digest: digest}} {
+			b, err := encodeVerdict(v)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := w.decodeVerdict(digest, b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(v, got, equal); diff != "" {
+				t.Error(diff)
 			}
 		}
 	})
@@ -205,6 +230,15 @@ func TestVersion1(t *testing.T) {
 			t.Errorf("%+v", got)
 		}
 	})
+	t.Run("verdict", func(t *testing.T) {
+		got, err := w.decodeVerdict(digest, read(t, "verdict", func() ([]byte, error) { return encodeVerdict(fullVerdict()) }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(fullVerdict(), got, equal); diff != "" {
+			t.Error(diff)
+		}
+	})
 	t.Run("token", func(t *testing.T) {
 		got, err := decodeToken(read(t, "token", func() ([]byte, error) { return encodeToken(noon) }))
 		if err != nil || !got.Equal(noon) {
@@ -229,6 +263,7 @@ func TestVersion1(t *testing.T) {
 			entryKey(e.ID):                    "p/e/id-1",
 			nodeKey(e.ParentID):               "p/n/spire/agent/join_token/secret",
 			bundleKey(other):                  "p/b/other.test",
+			verdictKey(digest):                "p/v/" + digest,
 			journalKey("a"):                   "j/a",
 			tokenKey(hashToken("secret")):     "t/K7gNU3sdo-OL0wNhqoVWhr3g6s1xYv72ol_pe_Unols",
 			aliasKey(e):                       "i/a/K7gNU3sdo-OL0wNhqoVWhr3g6s1xYv72ol_pe_Unols/id-1",
@@ -302,6 +337,11 @@ func FuzzDecodeNode(f *testing.F) {
 
 func FuzzDecodeBundle(f *testing.F) {
 	fuzz(f, "bundle", func(b []byte) (*identity.Bundle, error) { return decodeBundle(other, b) }, encodeBundle)
+}
+
+func FuzzDecodeVerdict(f *testing.F) {
+	var w words
+	fuzz(f, "verdict", func(b []byte) (*Verdict, error) { return w.decodeVerdict(digest, b) }, encodeVerdict)
 }
 
 func FuzzDecodeJournal(f *testing.F) {

@@ -1,5 +1,6 @@
 // Package records keeps what the server knows: entries, nodes, join tokens, bundles, verdicts on
-// images and the journal of its authorities, each as one versioned protobuf message under one key of a kv.Store.
+// images and the journal of its authorities, each as one versioned protobuf message under one key of
+// a kv.Store.
 //
 // It is the only writer of keys: whatever changes the state of the server is a method here, so that
 // the rules which hold between keys (no two similar entries, a token burnt once, no alias without

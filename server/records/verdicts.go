@@ -61,6 +61,15 @@ func (v *Verdict) Clone() *Verdict {
 	return &c
 }
 
+// ForAgents returns the verdict as agents hold it.
+func (v *Verdict) ForAgents() *identity.Verdict {
+	out := &identity.Verdict{Digest: v.Digest, Seq: v.Seq, Selectors: v.Selectors, NotAfter: v.NotAfter}
+	for _, p := range v.Policies {
+		out.Policies = append(out.Policies, identity.PolicyVerdict{Policy: p.Policy, Status: p.Status, Summary: p.Summary})
+	}
+	return out
+}
+
 // Expired reports whether the verdict has ended to count.
 func (v *Verdict) Expired(now time.Time) bool {
 	return !v.NotAfter.IsZero() && !now.Before(v.NotAfter)
@@ -165,9 +174,15 @@ func (r *Records) UpdateVerdict(ctx context.Context, digest string, change func(
 // revision of the commit, or ErrNotFound.
 func (r *Records) DeleteVerdict(ctx context.Context, digest string) (kv.Rev, error) {
 	var rev kv.Rev
+	if err := checkDigest(digest); err != nil {
+		return 0, fmt.Errorf("delete verdict: %w", err)
+	}
 	err := r.retry(ctx, "verdict", func() error {
-		_, item, err := r.verdict(ctx, digest)
-		if err != nil && !errors.Is(err, ErrDamaged) || item.Key == "" && errors.Is(err, ErrDamaged) {
+		item, found, err := r.get(ctx, verdictKey(digest))
+		if err == nil && !found {
+			err = ErrNotFound
+		}
+		if err != nil {
 			return fmt.Errorf("delete verdict: %w", err)
 		}
 		rev, err = r.store.Commit(ctx, kv.Txn{
@@ -229,12 +244,9 @@ func encodeVerdict(v *Verdict) ([]byte, error) {
 	return encode(m)
 }
 
-// cut shortens a text to n bytes, not in the middle of a character.
+// cut shortens a text to n bytes, not in the middle of a character, and leaves out what is none.
 func cut(text string, n int) string {
-	if len(text) <= n {
-		return text
-	}
-	return strings.ToValidUTF8(text[:n], "")
+	return strings.ToValidUTF8(text[:min(len(text), n)], "")
 }
 
 func (w *words) decodeVerdict(digest string, b []byte) (*Verdict, error) {

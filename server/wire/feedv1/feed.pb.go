@@ -4,7 +4,7 @@
 // 	protoc        v3.21.12
 // source: server/wire/feedv1/feed.proto
 
-// The feed: how an Assay agent follows its picture of entries and bundles without polling.
+// The feed: how an Assay agent follows its picture of entries, bundles and verdicts without polling.
 
 package feedv1
 
@@ -30,6 +30,7 @@ type FollowRequest struct {
 	//
 	//	*FollowRequest_Hello
 	//	*FollowRequest_Ack
+	//	*FollowRequest_Running
 	Message       isFollowRequest_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -90,6 +91,15 @@ func (x *FollowRequest) GetAck() *Ack {
 	return nil
 }
 
+func (x *FollowRequest) GetRunning() *Running {
+	if x != nil {
+		if x, ok := x.Message.(*FollowRequest_Running); ok {
+			return x.Running
+		}
+	}
+	return nil
+}
+
 type isFollowRequest_Message interface {
 	isFollowRequest_Message()
 }
@@ -104,9 +114,17 @@ type FollowRequest_Ack struct {
 	Ack *Ack `protobuf:"bytes,2,opt,name=ack,proto3,oneof"`
 }
 
+type FollowRequest_Running struct {
+	// Whenever the images that run at the agent have changed. Only to a server that has said that it
+	// understands "verdicts".
+	Running *Running `protobuf:"bytes,3,opt,name=running,proto3,oneof"`
+}
+
 func (*FollowRequest_Hello) isFollowRequest_Message() {}
 
 func (*FollowRequest_Ack) isFollowRequest_Message() {}
+
+func (*FollowRequest_Running) isFollowRequest_Message() {}
 
 // Hello says what the agent holds. An agent that holds nothing, or holds it from another store,
 // leaves all but the last two fields empty and gets a full picture.
@@ -121,7 +139,11 @@ type Hello struct {
 	// For the operator's eyes; at most 255 bytes.
 	AgentVersion string `protobuf:"bytes,5,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	// What the agent understands beyond entries and bundles, for example "verdicts".
-	Capabilities  []string `protobuf:"bytes,6,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
+	Capabilities []string `protobuf:"bytes,6,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
+	// What follows is there only from an agent that understands "verdicts".
+	Verdicts []*HeldVerdict `protobuf:"bytes,7,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
+	// Config digests of the images that run at the agent, "sha256:…", all of them.
+	Running       []string `protobuf:"bytes,8,rep,name=running,proto3" json:"running,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -194,6 +216,20 @@ func (x *Hello) GetAgentVersion() string {
 func (x *Hello) GetCapabilities() []string {
 	if x != nil {
 		return x.Capabilities
+	}
+	return nil
+}
+
+func (x *Hello) GetVerdicts() []*HeldVerdict {
+	if x != nil {
+		return x.Verdicts
+	}
+	return nil
+}
+
+func (x *Hello) GetRunning() []string {
+	if x != nil {
+		return x.Running
 	}
 	return nil
 }
@@ -311,6 +347,264 @@ func (x *HeldBundle) GetSequenceNumber() uint64 {
 	return 0
 }
 
+type HeldVerdict struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	Digest         string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	SequenceNumber uint64                 `protobuf:"varint,2,opt,name=sequence_number,json=sequenceNumber,proto3" json:"sequence_number,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *HeldVerdict) Reset() {
+	*x = HeldVerdict{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldVerdict) ProtoMessage() {}
+
+func (x *HeldVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldVerdict.ProtoReflect.Descriptor instead.
+func (*HeldVerdict) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HeldVerdict) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *HeldVerdict) GetSequenceNumber() uint64 {
+	if x != nil {
+		return x.SequenceNumber
+	}
+	return 0
+}
+
+// Running says which images run at the agent, or what has changed of that: the agent gets the
+// verdicts on these, and entries that demand a verdict are signed only if one of these has it.
+type Running struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Config digests, "sha256:…".
+	Digests        []string `protobuf:"bytes,1,rep,name=digests,proto3" json:"digests,omitempty"`
+	RemovedDigests []string `protobuf:"bytes,2,rep,name=removed_digests,json=removedDigests,proto3" json:"removed_digests,omitempty"`
+	// The digests are all there are.
+	Full          bool `protobuf:"varint,3,opt,name=full,proto3" json:"full,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Running) Reset() {
+	*x = Running{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Running) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Running) ProtoMessage() {}
+
+func (x *Running) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Running.ProtoReflect.Descriptor instead.
+func (*Running) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Running) GetDigests() []string {
+	if x != nil {
+		return x.Digests
+	}
+	return nil
+}
+
+func (x *Running) GetRemovedDigests() []string {
+	if x != nil {
+		return x.RemovedDigests
+	}
+	return nil
+}
+
+func (x *Running) GetFull() bool {
+	if x != nil {
+		return x.Full
+	}
+	return false
+}
+
+// Verdict is what the server has decided of an image.
+type Verdict struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Config digest, "sha256:…".
+	Digest string `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	// Grows with each change.
+	SequenceNumber uint64 `protobuf:"varint,2,opt,name=sequence_number,json=sequenceNumber,proto3" json:"sequence_number,omitempty"`
+	// Of types scan, sig and prov: containers of the image have them besides their own.
+	Selectors []*types.Selector `protobuf:"bytes,3,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	// Unix seconds from which on the verdict does not count; 0: none.
+	NotAfter int64 `protobuf:"varint,4,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	// For people.
+	Policies      []*PolicyVerdict `protobuf:"bytes,5,rep,name=policies,proto3" json:"policies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Verdict) Reset() {
+	*x = Verdict{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Verdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Verdict) ProtoMessage() {}
+
+func (x *Verdict) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
+func (*Verdict) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Verdict) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Verdict) GetSequenceNumber() uint64 {
+	if x != nil {
+		return x.SequenceNumber
+	}
+	return 0
+}
+
+func (x *Verdict) GetSelectors() []*types.Selector {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Verdict) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Verdict) GetPolicies() []*PolicyVerdict {
+	if x != nil {
+		return x.Policies
+	}
+	return nil
+}
+
+type PolicyVerdict struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Policy        string                 `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	Summary       string                 `protobuf:"bytes,3,opt,name=summary,proto3" json:"summary,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PolicyVerdict) Reset() {
+	*x = PolicyVerdict{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PolicyVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PolicyVerdict) ProtoMessage() {}
+
+func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PolicyVerdict.ProtoReflect.Descriptor instead.
+func (*PolicyVerdict) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *PolicyVerdict) GetPolicy() string {
+	if x != nil {
+		return x.Policy
+	}
+	return ""
+}
+
+func (x *PolicyVerdict) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *PolicyVerdict) GetSummary() string {
+	if x != nil {
+		return x.Summary
+	}
+	return ""
+}
+
 type Ack struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Revision of the picture that is now in force at the agent.
@@ -321,7 +615,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[4]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -333,7 +627,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[4]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -346,7 +640,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{4}
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Ack) GetRevision() uint64 {
@@ -369,7 +663,8 @@ type FollowResponse struct {
 	Bundles             []*types.Bundle `protobuf:"bytes,6,rep,name=bundles,proto3" json:"bundles,omitempty"`
 	RemovedTrustDomains []string        `protobuf:"bytes,7,rep,name=removed_trust_domains,json=removedTrustDomains,proto3" json:"removed_trust_domains,omitempty"`
 	More                bool            `protobuf:"varint,8,opt,name=more,proto3" json:"more,omitempty"`
-	// SHA-256 over what the agent must hold after this picture (identity.Checksum). An agent that
+	// SHA-256 over what the agent must hold after this picture (identity.Checksum, and over verdicts
+	// identity.ChecksumVerdicts if both sides understand them). An agent that
 	// computes another one has drifted: it drops the stream and asks for a full picture. On the last
 	// part only.
 	Checksum []byte `protobuf:"bytes,9,opt,name=checksum,proto3" json:"checksum,omitempty"`
@@ -377,14 +672,17 @@ type FollowResponse struct {
 	// bound of how long the change was under way.
 	MadeAt int64 `protobuf:"varint,10,opt,name=made_at,json=madeAt,proto3" json:"made_at,omitempty"`
 	// What the server understands; on the first picture only.
-	Capabilities  []string `protobuf:"bytes,11,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Capabilities []string `protobuf:"bytes,11,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
+	// Only to an agent that understands "verdicts", as are entries that demand one.
+	Verdicts       []*Verdict `protobuf:"bytes,12,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
+	RemovedDigests []string   `protobuf:"bytes,13,rep,name=removed_digests,json=removedDigests,proto3" json:"removed_digests,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *FollowResponse) Reset() {
 	*x = FollowResponse{}
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[5]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -396,7 +694,7 @@ func (x *FollowResponse) String() string {
 func (*FollowResponse) ProtoMessage() {}
 
 func (x *FollowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[5]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -409,7 +707,7 @@ func (x *FollowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowResponse.ProtoReflect.Descriptor instead.
 func (*FollowResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{5}
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *FollowResponse) GetStoreId() string {
@@ -489,22 +787,39 @@ func (x *FollowResponse) GetCapabilities() []string {
 	return nil
 }
 
+func (x *FollowResponse) GetVerdicts() []*Verdict {
+	if x != nil {
+		return x.Verdicts
+	}
+	return nil
+}
+
+func (x *FollowResponse) GetRemovedDigests() []string {
+	if x != nil {
+		return x.RemovedDigests
+	}
+	return nil
+}
+
 var File_server_wire_feedv1_feed_proto protoreflect.FileDescriptor
 
 const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\n" +
-	"\x1dserver/wire/feedv1/feed.proto\x12\rassay.feed.v1\x1a\x1cspire/api/types/bundle.proto\x1a\x1bspire/api/types/entry.proto\"p\n" +
+	"\x1dserver/wire/feedv1/feed.proto\x12\rassay.feed.v1\x1a\x1cspire/api/types/bundle.proto\x1a\x1bspire/api/types/entry.proto\x1a\x1espire/api/types/selector.proto\"\xa4\x01\n" +
 	"\rFollowRequest\x12,\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.assay.feed.v1.HelloH\x00R\x05hello\x12&\n" +
-	"\x03ack\x18\x02 \x01(\v2\x12.assay.feed.v1.AckH\x00R\x03ackB\t\n" +
-	"\amessage\"\xf0\x01\n" +
+	"\x03ack\x18\x02 \x01(\v2\x12.assay.feed.v1.AckH\x00R\x03ack\x122\n" +
+	"\arunning\x18\x03 \x01(\v2\x16.assay.feed.v1.RunningH\x00R\arunningB\t\n" +
+	"\amessage\"\xc2\x02\n" +
 	"\x05Hello\x12\x19\n" +
 	"\bstore_id\x18\x01 \x01(\tR\astoreId\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x122\n" +
 	"\aentries\x18\x03 \x03(\v2\x18.assay.feed.v1.HeldEntryR\aentries\x123\n" +
 	"\abundles\x18\x04 \x03(\v2\x19.assay.feed.v1.HeldBundleR\abundles\x12#\n" +
 	"\ragent_version\x18\x05 \x01(\tR\fagentVersion\x12\"\n" +
-	"\fcapabilities\x18\x06 \x03(\tR\fcapabilities\"c\n" +
+	"\fcapabilities\x18\x06 \x03(\tR\fcapabilities\x126\n" +
+	"\bverdicts\x18\a \x03(\v2\x1a.assay.feed.v1.HeldVerdictR\bverdicts\x12\x18\n" +
+	"\arunning\x18\b \x03(\tR\arunning\"c\n" +
 	"\tHeldEntry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12'\n" +
 	"\x0frevision_number\x18\x02 \x01(\x03R\x0erevisionNumber\x12\x1d\n" +
@@ -513,9 +828,26 @@ const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\n" +
 	"HeldBundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12'\n" +
-	"\x0fsequence_number\x18\x02 \x01(\x04R\x0esequenceNumber\"!\n" +
+	"\x0fsequence_number\x18\x02 \x01(\x04R\x0esequenceNumber\"N\n" +
+	"\vHeldVerdict\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12'\n" +
+	"\x0fsequence_number\x18\x02 \x01(\x04R\x0esequenceNumber\"`\n" +
+	"\aRunning\x12\x18\n" +
+	"\adigests\x18\x01 \x03(\tR\adigests\x12'\n" +
+	"\x0fremoved_digests\x18\x02 \x03(\tR\x0eremovedDigests\x12\x12\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\"\xda\x01\n" +
+	"\aVerdict\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12'\n" +
+	"\x0fsequence_number\x18\x02 \x01(\x04R\x0esequenceNumber\x127\n" +
+	"\tselectors\x18\x03 \x03(\v2\x19.spire.api.types.SelectorR\tselectors\x12\x1b\n" +
+	"\tnot_after\x18\x04 \x01(\x03R\bnotAfter\x128\n" +
+	"\bpolicies\x18\x05 \x03(\v2\x1c.assay.feed.v1.PolicyVerdictR\bpolicies\"Y\n" +
+	"\rPolicyVerdict\x12\x16\n" +
+	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x16\n" +
+	"\x06status\x18\x02 \x01(\tR\x06status\x12\x18\n" +
+	"\asummary\x18\x03 \x01(\tR\asummary\"!\n" +
 	"\x03Ack\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\x8d\x03\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"\xea\x03\n" +
 	"\x0eFollowResponse\x12\x19\n" +
 	"\bstore_id\x18\x01 \x01(\tR\astoreId\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x12\n" +
@@ -528,7 +860,9 @@ const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\bchecksum\x18\t \x01(\fR\bchecksum\x12\x17\n" +
 	"\amade_at\x18\n" +
 	" \x01(\x03R\x06madeAt\x12\"\n" +
-	"\fcapabilities\x18\v \x03(\tR\fcapabilities2Q\n" +
+	"\fcapabilities\x18\v \x03(\tR\fcapabilities\x122\n" +
+	"\bverdicts\x18\f \x03(\v2\x16.assay.feed.v1.VerdictR\bverdicts\x12'\n" +
+	"\x0fremoved_digests\x18\r \x03(\tR\x0eremovedDigests2Q\n" +
 	"\x04Feed\x12I\n" +
 	"\x06Follow\x12\x1c.assay.feed.v1.FollowRequest\x1a\x1d.assay.feed.v1.FollowResponse(\x010\x01B.Z,github.com/assay-id/assay/server/wire/feedv1b\x06proto3"
 
@@ -544,31 +878,41 @@ func file_server_wire_feedv1_feed_proto_rawDescGZIP() []byte {
 	return file_server_wire_feedv1_feed_proto_rawDescData
 }
 
-var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_server_wire_feedv1_feed_proto_goTypes = []any{
 	(*FollowRequest)(nil),  // 0: assay.feed.v1.FollowRequest
 	(*Hello)(nil),          // 1: assay.feed.v1.Hello
 	(*HeldEntry)(nil),      // 2: assay.feed.v1.HeldEntry
 	(*HeldBundle)(nil),     // 3: assay.feed.v1.HeldBundle
-	(*Ack)(nil),            // 4: assay.feed.v1.Ack
-	(*FollowResponse)(nil), // 5: assay.feed.v1.FollowResponse
-	(*types.Entry)(nil),    // 6: spire.api.types.Entry
-	(*types.Bundle)(nil),   // 7: spire.api.types.Bundle
+	(*HeldVerdict)(nil),    // 4: assay.feed.v1.HeldVerdict
+	(*Running)(nil),        // 5: assay.feed.v1.Running
+	(*Verdict)(nil),        // 6: assay.feed.v1.Verdict
+	(*PolicyVerdict)(nil),  // 7: assay.feed.v1.PolicyVerdict
+	(*Ack)(nil),            // 8: assay.feed.v1.Ack
+	(*FollowResponse)(nil), // 9: assay.feed.v1.FollowResponse
+	(*types.Selector)(nil), // 10: spire.api.types.Selector
+	(*types.Entry)(nil),    // 11: spire.api.types.Entry
+	(*types.Bundle)(nil),   // 12: spire.api.types.Bundle
 }
 var file_server_wire_feedv1_feed_proto_depIdxs = []int32{
-	1, // 0: assay.feed.v1.FollowRequest.hello:type_name -> assay.feed.v1.Hello
-	4, // 1: assay.feed.v1.FollowRequest.ack:type_name -> assay.feed.v1.Ack
-	2, // 2: assay.feed.v1.Hello.entries:type_name -> assay.feed.v1.HeldEntry
-	3, // 3: assay.feed.v1.Hello.bundles:type_name -> assay.feed.v1.HeldBundle
-	6, // 4: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
-	7, // 5: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
-	0, // 6: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
-	5, // 7: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
-	7, // [7:8] is the sub-list for method output_type
-	6, // [6:7] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	1,  // 0: assay.feed.v1.FollowRequest.hello:type_name -> assay.feed.v1.Hello
+	8,  // 1: assay.feed.v1.FollowRequest.ack:type_name -> assay.feed.v1.Ack
+	5,  // 2: assay.feed.v1.FollowRequest.running:type_name -> assay.feed.v1.Running
+	2,  // 3: assay.feed.v1.Hello.entries:type_name -> assay.feed.v1.HeldEntry
+	3,  // 4: assay.feed.v1.Hello.bundles:type_name -> assay.feed.v1.HeldBundle
+	4,  // 5: assay.feed.v1.Hello.verdicts:type_name -> assay.feed.v1.HeldVerdict
+	10, // 6: assay.feed.v1.Verdict.selectors:type_name -> spire.api.types.Selector
+	7,  // 7: assay.feed.v1.Verdict.policies:type_name -> assay.feed.v1.PolicyVerdict
+	11, // 8: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
+	12, // 9: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
+	6,  // 10: assay.feed.v1.FollowResponse.verdicts:type_name -> assay.feed.v1.Verdict
+	0,  // 11: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
+	9,  // 12: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
+	12, // [12:13] is the sub-list for method output_type
+	11, // [11:12] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_server_wire_feedv1_feed_proto_init() }
@@ -579,6 +923,7 @@ func file_server_wire_feedv1_feed_proto_init() {
 	file_server_wire_feedv1_feed_proto_msgTypes[0].OneofWrappers = []any{
 		(*FollowRequest_Hello)(nil),
 		(*FollowRequest_Ack)(nil),
+		(*FollowRequest_Running)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -586,7 +931,7 @@ func file_server_wire_feedv1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_wire_feedv1_feed_proto_rawDesc), len(file_server_wire_feedv1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -4,7 +4,7 @@
 // - protoc             v3.21.12
 // source: server/wire/feedv1/feed.proto
 
-// The feed: how an Assay agent follows its picture of entries and bundles without polling.
+// The feed: how an Assay agent follows its picture of entries, bundles and verdicts without polling.
 
 package feedv1
 
