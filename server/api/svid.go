@@ -6,12 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 
 	"github.com/assay-id/assay/server/api/caller"
@@ -55,27 +56,20 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
 	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
 	lines, errs := make([]audit.Line, n), make([]error, n)
-	var group errgroup.Group
-	group.SetLimit(runtime.GOMAXPROCS(0))
-	for i, p := range req.GetParams() {
-		group.Go(func() error {
-			var chain []*x509.Certificate
-			var e *identity.Entry
-			lines[i] = audit.Line{EntryID: p.GetEntryId()}
-			e, chain, errs[i] = s.newX509(ctx, picture, p)
-			if e != nil {
-				lines[i] = entryLine(e, picture.Rev)
-			}
-			if errs[i] == nil {
-				lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
-				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, e)}
-			} else {
-				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(errs[i])}
-			}
-			return nil // errors are per item
-		})
-	}
-	_ = group.Wait()
+	inParallel(n, func(i int) {
+		p := req.GetParams()[i]
+		lines[i] = audit.Line{EntryID: p.GetEntryId()}
+		e, chain, err := s.newX509(ctx, picture, p)
+		if e != nil {
+			lines[i] = entryLine(e, picture.Rev)
+		}
+		if errs[i] = err; err != nil {
+			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(err)}
+			return
+		}
+		lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
+		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, e)}
+	})
 	signed := 0
 	for i, line := range lines {
 		l.item(line, errs[i])
@@ -85,6 +79,38 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	}
 	s.api.issued.WithLabelValues("x509").Add(float64(signed))
 	return &svidv1.BatchNewX509SVIDResponse{Results: results}, nil
+}
+
+// inParallel calls f(0) to f(n-1) on as many goroutines as there are processors, the caller's own among
+// them: a goroutine for each signature would grow its stack anew each time, and the usual batch has one
+// item. A panic of f comes out in the caller's goroutine, where the interceptors turn it into an error;
+// anywhere else it would end the server.
+func inParallel(n int, f func(i int)) {
+	var next atomic.Int64
+	work := func() {
+		for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
+			f(i)
+		}
+	}
+	var group sync.WaitGroup
+	var panicked atomic.Pointer[any]
+	for range min(n, runtime.GOMAXPROCS(0)) - 1 {
+		group.Go(func() {
+			defer func() {
+				if p := recover(); p != nil {
+					panicked.Store(&p)
+				}
+			}()
+			work()
+		})
+	}
+	func() {
+		defer group.Wait()
+		work()
+	}()
+	if p := panicked.Load(); p != nil {
+		panic(*p)
+	}
 }
 
 func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p *svidv1.NewX509SVIDParams) (*identity.Entry, []*x509.Certificate, error) {
