@@ -111,16 +111,21 @@ type Limits struct {
 	MaxMessage int
 	// MaxStreams is how many calls one connection may have open.
 	MaxStreams uint32
+	// MaxCalls is how many calls over TCP may be open at a time, the feed's not counted. One caller
+	// may have as many as are free; see budget.
+	MaxCalls int
 	// MaxConnections is how many TCP connections may be open, MaxPerSource how many of them from
 	// one address, MaxHalfOpen how many from one address that have not finished their handshake.
-	// A connection over a limit is closed at once.
+	// A connection over a limit is closed at once. Those without a certificate may have a tenth of
+	// the first two.
 	MaxConnections int
 	MaxPerSource   int
 	MaxHalfOpen    int
 	// Handshake is the time a TCP caller has for TLS and the HTTP/2 preface.
 	Handshake time.Duration
 	// ConnectionAge is when a connection is asked to be made anew, so that callers spread over
-	// servers and meet today's certificates.
+	// servers and meet today's certificates. Calls that are open may end first, for five times as
+	// long; the feed, which does not end, begins anew where it was.
 	ConnectionAge time.Duration
 	// ConnectionIdle is how long a connection may have no open call.
 	ConnectionIdle time.Duration
@@ -179,6 +184,7 @@ func Defaults() Config {
 		Limits: Limits{
 			MaxMessage:      4 << 20,
 			MaxStreams:      250,
+			MaxCalls:        16_384,
 			MaxConnections:  50_000,
 			MaxPerSource:    10_000,
 			MaxHalfOpen:     1000,
@@ -239,6 +245,7 @@ func (c *Config) filled() Config {
 	d := Defaults()
 	fill(&f.Limits.MaxMessage, d.Limits.MaxMessage)
 	fill(&f.Limits.MaxStreams, d.Limits.MaxStreams)
+	fill(&f.Limits.MaxCalls, d.Limits.MaxCalls)
 	fill(&f.Limits.MaxConnections, d.Limits.MaxConnections)
 	fill(&f.Limits.MaxPerSource, d.Limits.MaxPerSource)
 	fill(&f.Limits.MaxHalfOpen, d.Limits.MaxHalfOpen)

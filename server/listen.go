@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -9,36 +10,51 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/credentials"
 
 	"github.com/assay-id/assay/server/api/caller"
+	"github.com/assay-id/assay/server/turn"
 )
 
 // gate is a listener that holds connections to the limits: in all, per source address, and per
 // source address of those whose handshake is not done. A connection over a limit is closed before a
 // byte of it was read. How long a handshake may take is gRPC's to watch (grpc.ConnectionTimeout).
+//
+// Those that come without a certificate may have a tenth of the places: agents hold theirs for hours,
+// strangers need one for the moment of an attestation.
+//
+// As many handshakes are computed at a time as there are processors, those that are half done before
+// new ones; what waits for the network holds no place. When ten thousand agents come back at once the
+// first are done in milliseconds, where otherwise all would be done together, after their patience.
 type gate struct {
 	net.Listener
-	limits Limits
-	log    logrus.FieldLogger
+	limits     Limits
+	log        logrus.FieldLogger
+	handshakes *turn.Stile
 
 	mu      sync.Mutex // guards the rest
 	total   int
+	nobody  int // of total, those that showed no certificate
 	sources map[string]*crowd
 	strange map[*guest]struct{} // whose handshake is not done
 	warned  time.Time
 }
 
 // crowd counts the connections of one source address.
-type crowd struct{ all, halfOpen int }
+type crowd struct{ all, halfOpen, nobody int }
 
 func newGate(l net.Listener, limits Limits, log logrus.FieldLogger) *gate {
-	return &gate{Listener: l, limits: limits, log: log, sources: map[string]*crowd{}, strange: map[*guest]struct{}{}}
+	return &gate{
+		Listener: l, limits: limits, log: log, sources: map[string]*crowd{}, strange: map[*guest]struct{}{},
+		handshakes: turn.New(runtime.GOMAXPROCS(0), limits.MaxConnections),
+	}
 }
 
 // Close stops listening, and hangs up on those whose handshake is not done: a server that stops has
@@ -89,10 +105,7 @@ func (g *gate) enter(conn net.Conn) *guest {
 		limit = "unfinished handshakes of one address"
 	}
 	if limit != "" {
-		if now := time.Now(); now.Sub(g.warned) >= warnEvery {
-			g.warned = now
-			g.log.WithFields(logrus.Fields{"addr": source, "limit": limit}).Warn("connection closed: over a limit")
-		}
+		g.warn(source, limit)
 		return nil
 	}
 	g.total++
@@ -100,25 +113,91 @@ func (g *gate) enter(conn net.Conn) *guest {
 	c.halfOpen++
 	g.sources[source] = c
 	in := &guest{Conn: conn, gate: g, source: source, halfOpen: true}
+	in.patience, in.end = context.WithTimeout(context.Background(), g.limits.Handshake)
 	g.strange[in] = struct{}{}
 	return in
 }
+
+// warn logs that a connection was closed. mu is held.
+func (g *gate) warn(source, limit string) {
+	if now := time.Now(); now.Sub(g.warned) >= warnEvery {
+		g.warned = now
+		g.log.WithFields(logrus.Fields{"addr": source, "limit": limit}).Warn("connection closed: over a limit")
+	}
+}
+
+// tenth is the share of a limit that those without a certificate have; a small limit is all theirs.
+func tenth(limit int) int { return max(limit/10, min(limit, 64)) }
 
 // guest is a connection that the gate counts.
 type guest struct {
 	net.Conn
 	gate   *gate
 	source string
-	// gate.mu guards the two below.
+
+	// Only the handshake's goroutine uses these four, and none does after it.
+	patience context.Context //nolint:containedctx // of the handshake, which crypto/tls gives no context
+	end      context.CancelFunc
+	busy     bool // a handshake is being computed and holds a place
+	reads    int
+
+	shaking atomic.Bool // a handshake is under way
+
+	// gate.mu guards the rest.
 	halfOpen bool
+	nobody   bool
 	left     bool
 }
 
-// arrived says that the handshake is done.
-func (c *guest) arrived() {
-	c.gate.mu.Lock()
-	defer c.gate.mu.Unlock()
+// Read reads. During the handshake it gives the place back while it waits, and takes one again for
+// what is computed from what was read.
+func (c *guest) Read(p []byte) (int, error) {
+	if !c.shaking.Load() {
+		return c.Conn.Read(p)
+	}
+	c.rest()
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		return n, err
+	}
+	rank := turn.Urgent
+	if c.reads++; c.reads == 1 {
+		rank = turn.Usual
+	}
+	if err := c.gate.handshakes.Enter(c.patience, rank, c.source); err != nil {
+		return 0, fmt.Errorf("wait for a turn: %w", err)
+	}
+	c.busy = true
+	return n, nil
+}
+
+// rest gives the place back if there is one.
+func (c *guest) rest() {
+	if c.busy {
+		c.busy = false
+		c.gate.handshakes.Leave()
+	}
+}
+
+// arrived says that the handshake is done, and with a certificate or not. It reports whether the
+// connection may stay.
+func (c *guest) arrived(nobody bool) bool {
+	g := c.gate
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	c.finish()
+	if c.left || !nobody {
+		return !c.left
+	}
+	crowd := g.sources[c.source]
+	if g.nobody >= tenth(g.limits.MaxConnections) || crowd.nobody >= tenth(g.limits.MaxPerSource) {
+		g.warn(c.source, "connections without a certificate")
+		return false
+	}
+	g.nobody++
+	crowd.nobody++
+	c.nobody = true
+	return true
 }
 
 // finish stops counting the connection as half open. gate.mu is held.
@@ -138,11 +217,16 @@ func (c *guest) Close() error {
 		c.finish()
 		c.gate.total--
 		crowd := c.gate.sources[c.source]
+		if c.nobody {
+			c.gate.nobody--
+			crowd.nobody--
+		}
 		if crowd.all--; crowd.all == 0 {
 			delete(c.gate.sources, c.source)
 		}
 	}
 	c.gate.mu.Unlock()
+	c.end()
 	return c.Conn.Close()
 }
 
@@ -155,15 +239,29 @@ func newGreeter(config *tls.Config) credentials.TransportCredentials {
 	return greeter{credentials.NewTLS(config)}
 }
 
+// errCrowd closes a connection without a certificate when there are too many of its kind.
+var errCrowd = errors.New("too many connections without a certificate")
+
 // ServerHandshake does TLS.
 func (g greeter) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	secured, auth, err := g.TransportCredentials.ServerHandshake(conn)
-	if err == nil {
-		if c, ok := conn.(*guest); ok {
-			c.arrived()
-		}
+	c, ok := conn.(*guest)
+	if !ok {
+		return g.TransportCredentials.ServerHandshake(conn)
 	}
-	return secured, auth, err
+	c.shaking.Store(true)
+	secured, auth, err := g.TransportCredentials.ServerHandshake(conn)
+	c.rest()
+	c.shaking.Store(false)
+	c.end()
+	if err != nil {
+		return nil, nil, err
+	}
+	shown, ok := auth.(credentials.TLSInfo)
+	if nobody := !ok || len(shown.State.PeerCertificates) == 0; !c.arrived(nobody) {
+		_ = secured.Close()
+		return nil, nil, errCrowd
+	}
+	return secured, auth, nil
 }
 
 // Clone returns a copy.

@@ -36,6 +36,7 @@ import (
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/boltkv"
 	"github.com/assay-id/assay/server/view"
+	"github.com/assay-id/assay/server/wire/strict"
 )
 
 // Run serves until ctx ends, and then drains and closes everything and returns nil. It returns an
@@ -114,16 +115,19 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	intercept := []grpc.ServerOption{
-		grpc.ChainUnaryInterceptor(around.Unary, authorizer.Unary, services.Ledgers().Unary, around.RescueUnary),
-		grpc.ChainStreamInterceptor(around.Stream, authorizer.Stream, services.Ledgers().Stream, around.RescueStream),
+		grpc.ChainUnaryInterceptor(around.Unary, authorizer.Unary, services.Ledgers().Unary, strict.Unary, around.RescueUnary),
+		grpc.ChainStreamInterceptor(around.Stream, authorizer.Stream, services.Ledgers().Stream, strict.Stream, around.RescueStream),
+		grpc.ForceServerCodecV2(strict.Codec()),
+		grpc.MaxRecvMsgSize(cfg.Limits.MaxMessage),
+		grpc.MaxHeaderListSize(maxHeaders),
 	}
 	verifier := &caller.Verifier{TrustDomain: cfg.TrustDomain, Bundles: pictures, AdminIDs: cfg.AdminIDs, Now: cfg.Now}
-	remote := grpc.NewServer(append(remoteOptions(cfg.Limits), append(intercept,
+	spent := newBudget(cfg.Limits)
+	remote := grpc.NewServer(append(remoteOptions(cfg.Limits), append(intercept, grpc.InTapHandle(spent.tap),
 		grpc.Creds(newGreeter(tlsConfig(authority.ServerCertificate(), verifier.Verify, cfg.RequirePQKEM))))...)...)
-	services.Register(remote)
-	feeds.Register(remote)
-	local := grpc.NewServer(append(intercept,
-		grpc.Creds(caller.UnixCredentials()), grpc.MaxRecvMsgSize(cfg.Limits.MaxMessage))...)
+	services.Register(spent.registrar(remote))
+	feeds.Register(spent.registrar(remote))
+	local := grpc.NewServer(append(intercept, grpc.Creds(caller.UnixCredentials()))...)
 	services.Register(local)
 	services.RegisterLocal(local)
 	state := health.NewServer()
@@ -257,17 +261,23 @@ func ownChain(authority *ca.CA) func() []*x509.Certificate {
 	}
 }
 
+// maxHeaders is how large the headers of a call may be, in bytes.
+const maxHeaders = 16 << 10
+
 // remoteOptions are the limits on what comes over TCP.
 func remoteOptions(l Limits) []grpc.ServerOption {
 	return []grpc.ServerOption{
-		grpc.MaxRecvMsgSize(l.MaxMessage),
 		grpc.MaxConcurrentStreams(l.MaxStreams),
-		grpc.MaxHeaderListSize(16 << 10),
 		grpc.ConnectionTimeout(l.Handshake),
+		// TLS reads whole records into a buffer of its own, and what is written is flushed at once:
+		// an agent that only listens holds neither.
+		grpc.ReadBufferSize(0),
+		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: l.ConnectionIdle,
-			// Open streams outlive it: agents call anew on a new connection, and the feed goes on.
 			MaxConnectionAge: l.ConnectionAge,
+			// Answers that nobody reads end with their connection.
+			MaxConnectionAgeGrace: 5 * l.ConnectionAge,
 			// A peer that vanished without a word, which TCP notices late.
 			Time:    30 * time.Second,
 			Timeout: 20 * time.Second,

@@ -41,6 +41,7 @@ var rules = []rule{
 	{pattern: "server/ca/upstream", floor: tools, also: []string{"server/ca/keys"}, why: "an upstream signs with keys"},
 	{pattern: "server/ca", floor: tools, also: []string{"server/ca/...", "server/records"}, why: "the journal is records' type"},
 	{pattern: "server/audit", floor: tools},
+	{pattern: "server/turn", floor: tools},
 	{pattern: "agent/keep", floor: tools},
 	{pattern: "server/verdict/report", floor: tools, why: "parsers of reports, which nothing else of verdict needs"},
 
