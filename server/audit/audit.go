@@ -20,6 +20,10 @@
 // One lock around one write(2) costs about three microseconds a line, a fiftieth of a signature, so
 // there is no queue that could be lost with the process. A line is not synced to disk on its own:
 // it survives a crash of the server, and a crash of the machine as far as the file system does.
+//
+// A full disk must not take the identities of a whole trust domain with it, and the rule holds all the
+// same: room for some ten thousand lines is reserved behind the end of the file while there is room,
+// and lines go on into it when there is none.
 package audit
 
 import (
@@ -92,6 +96,7 @@ type Log struct {
 	out    io.Writer  // guarded by mu; nil once closed
 	file   *os.File   // guarded by mu; out, if it is ours
 	torn   bool       // guarded by mu; the last write left half a line
+	ahead  reserve    // guarded by mu
 	buffer []byte     // guarded by mu
 }
 
@@ -106,6 +111,7 @@ func Open(path string, cfg Config) (*Log, error) {
 		return nil, err
 	}
 	l.out = l.file
+	l.ahead.refill(l.file)
 	return l, nil
 }
 
@@ -175,6 +181,7 @@ func (l *Log) write(line Line) error {
 		l.buffer = text
 	}
 	n, err := l.out.Write(text)
+	l.ahead.used(l.file, n)
 	if err == nil && n < len(text) {
 		err = io.ErrShortWrite
 	}
@@ -205,10 +212,12 @@ func (l *Log) Reopen() error {
 	if err != nil {
 		return fmt.Errorf("%w; audit lines go on to the old file", err)
 	}
+	l.ahead.giveBack(l.file)
 	if err := l.file.Close(); err != nil {
 		l.log.WithError(err).WithField("path", l.path).Warn("Old audit log was not closed cleanly")
 	}
 	l.file, l.out, l.torn = file, file, torn
+	l.ahead.refill(l.file)
 	return nil
 }
 
@@ -222,6 +231,7 @@ func (l *Log) Close() error {
 	}
 	file := l.file
 	l.file = nil
+	l.ahead.giveBack(file)
 	err := file.Sync()
 	// A pipe or a terminal in the file's place cannot be synced.
 	if errors.Is(err, syscall.EINVAL) || errors.Is(err, syscall.ENOTSUP) {
