@@ -28,6 +28,7 @@ import (
 //	└── a/<token hash>/<entry ID>   (empty) an alias: an entry that a join token's node was given
 //	j/<authority ID>                Journal
 //	t/<token hash>                  Token; the token itself is nowhere
+//	v/                              what is known about images; see evidence.go
 //	x/<unix time>/<kind>/<id>       (empty) something expires: kind e, an entry by its ID; kind t,
 //	                                a token by its hash
 //
