@@ -14,6 +14,7 @@ type metrics struct {
 	streams     *prometheus.GaugeVec   // by event
 	answers     *prometheus.CounterVec // by event and outcome
 	refused     prometheus.Counter
+	panics      prometheus.Counter
 }
 
 func newMetrics(to prometheus.Registerer) *metrics {
@@ -33,6 +34,10 @@ func newMetrics(to prometheus.Registerer) *metrics {
 		refused: register(to, prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "assay_workloadapi_refused_calls_total",
 			Help: "Calls refused because their user had its share of streams.",
+		})),
+		panics: register(to, prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "assay_workloadapi_panics_total",
+			Help: "Calls that panicked. Each is a bug.",
 		})),
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"sync/atomic"
 
 	"google.golang.org/grpc/encoding"
-	_ "google.golang.org/grpc/encoding/proto" // registers the codec that this one stands before
 	"google.golang.org/grpc/mem"
 	"google.golang.org/protobuf/proto"
 
@@ -32,23 +31,15 @@ func newFrame(m proto.Message) (*frame, error) {
 	return &frame{bytes: raw}, nil
 }
 
-// codec is gRPC's own codec for protobuf, except that a *frame is sent as it is.
-type codec struct{}
-
-// Name is that of the codec it replaces, which is what clients ask for.
-func (codec) Name() string { return "proto" }
+// codec is that of package strict, except that a *frame is sent as it is.
+type codec struct{ encoding.CodecV2 }
 
 // Marshal returns a frame's bytes without copying them, anything else as protobuf.
-func (codec) Marshal(v any) (mem.BufferSlice, error) {
+func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 	if f, ok := v.(*frame); ok {
 		return mem.BufferSlice{mem.SliceBuffer(f.bytes)}, nil
 	}
-	return encoding.GetCodecV2("proto").Marshal(v)
-}
-
-// Unmarshal reads a request.
-func (codec) Unmarshal(data mem.BufferSlice, v any) error {
-	return encoding.GetCodecV2("proto").Unmarshal(data, v)
+	return c.CodecV2.Marshal(v)
 }
 
 // answer is what a stream has to say to whoever shows certain facts. It is immutable.

@@ -3,12 +3,17 @@ package workloadapi
 import (
 	"context"
 	"errors"
+	"fmt"
+	"runtime/debug"
 	"strings"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/workloadapi/peer"
 )
@@ -23,50 +28,53 @@ const errNoHeader = invalid("security header missing from request")
 
 // guard is asked before each call. The service's own methods need the security header; health and
 // reflection do not, as in SPIRE.
-func (s *Server) guard(ctx context.Context, method string) (leave func(), err error) {
+func (s *Server) guard(ctx context.Context, method string) error {
 	if strings.HasPrefix(method, "/"+workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName+"/") {
 		if got := metadata.ValueFromIncomingContext(ctx, securityHeader); len(got) != 1 || got[0] != "true" {
-			return nil, errNoHeader
+			return errNoHeader
 		}
 	}
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return nil, errors.New("identify caller: not a pinned connection")
+	if _, ok := peer.FromContext(ctx); !ok {
+		return errors.New("identify caller: not a pinned connection")
 	}
 	select {
 	case <-s.stopping:
-		return nil, errStopping
+		return errStopping
 	default:
+		return nil
 	}
-	leave, ok = s.streams.take(p.UID)
-	if !ok {
-		s.metrics.refused.Inc()
-		return nil, errTooMany
-	}
-	return leave, nil
 }
 
-func (s *Server) guardUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (any, error) {
-	leave, err := s.guard(ctx, info.FullMethod)
-	if err != nil {
+func (s *Server) guardUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
+	arrivalOf(ctx).done()
+	defer s.rescue(info.FullMethod, &err)
+	if err := s.guard(ctx, info.FullMethod); err != nil {
 		return nil, s.toStatus(ctx, info.FullMethod, err)
 	}
-	defer leave()
-	resp, err := handle(ctx, req)
+	resp, err = handle(ctx, req)
 	if err != nil {
 		return nil, s.toStatus(ctx, info.FullMethod, err)
 	}
 	return resp, nil
 }
 
-func (s *Server) guardStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) error {
+func (s *Server) guardStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
+	defer s.rescue(info.FullMethod, &err)
 	ctx := stream.Context()
-	leave, err := s.guard(ctx, info.FullMethod)
-	if err != nil {
+	if err := s.guard(ctx, info.FullMethod); err != nil {
 		return s.toStatus(ctx, info.FullMethod, err)
 	}
-	defer leave()
-	return s.toStatus(ctx, info.FullMethod, handle(srv, stream))
+	return s.toStatus(ctx, info.FullMethod, handle(srv, arriving{stream, arrivalOf(ctx)}))
+}
+
+// rescue keeps a panic in one call from taking the agent, and the identities of all workloads, with
+// it.
+func (s *Server) rescue(method string, err *error) {
+	if p := recover(); p != nil {
+		s.metrics.panics.Inc()
+		s.log.WithFields(logrus.Fields{"method": method, "panic": fmt.Sprint(p), "stack": string(debug.Stack())}).Error("call panicked")
+		*err = status.Error(codes.Internal, "internal error")
+	}
 }
 
 // hold is how long a call without an identity may still wait for one.

@@ -42,6 +42,7 @@ import (
 	"google.golang.org/grpc/reflection"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/wire/strict"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
 )
@@ -120,8 +121,9 @@ type Limits struct {
 	Attestations int
 }
 
-// maxRequest is the largest request, in bytes: a JWT to validate, with room.
-const maxRequest = 256 << 10
+// maxRequest is the largest request, in bytes: a JWT to validate, with room. It is what HTTP/2 lets a
+// caller send before anybody has read a byte, so that a larger one would cost memory only then.
+const maxRequest = 64 << 10
 
 // Server is the Workload API of one agent. Use New, then Run.
 type Server struct {
@@ -137,6 +139,7 @@ type Server struct {
 
 	connections *quota
 	streams     *quota
+	arrivals    *quota
 	first       *turnstile // attestations somebody waits for
 	again       *turnstile // renewals
 
@@ -175,6 +178,7 @@ func New(src Source, attest *Attestation, cfg Config) *Server {
 		metrics: newMetrics(cfg.Metrics), foreign: map[string]bool{}, logged: map[string]bool{},
 		connections: newQuota(cfg.Limits.Connections),
 		streams:     newQuota(cfg.Limits.Streams),
+		arrivals:    newQuota(maxArrivals),
 		first:       newTurnstile(cfg.Limits.Attestations),
 		again:       newTurnstile(max(1, cfg.Limits.Attestations/4)),
 		stopping:    make(chan struct{}),
@@ -294,15 +298,16 @@ func stopServer(srv *grpc.Server) {
 func (s *Server) grpcServer() (*grpc.Server, *health.Server) {
 	srv := grpc.NewServer(
 		grpc.Creds(peer.Credentials()),
-		grpc.ForceServerCodecV2(codec{}),
+		grpc.ForceServerCodecV2(codec{strict.Codec()}),
 		grpc.ReadBufferSize(0),
 		grpc.WriteBufferSize(4<<10),
 		grpc.MaxRecvMsgSize(maxRequest),
 		grpc.MaxHeaderListSize(16<<10),
 		grpc.MaxConcurrentStreams(uint32(min(s.cfg.Limits.Streams, 1<<16))), //nolint:gosec // bounded
 		grpc.ConnectionTimeout(10*time.Second),
-		grpc.ChainUnaryInterceptor(s.guardUnary),
-		grpc.ChainStreamInterceptor(s.guardStream),
+		grpc.InTapHandle(s.arrive),
+		grpc.ChainUnaryInterceptor(s.guardUnary, strict.Unary),
+		grpc.ChainStreamInterceptor(s.guardStream, strict.Stream),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(srv, s)
 	healthy := health.NewServer()

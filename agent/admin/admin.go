@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -36,6 +37,7 @@ import (
 
 	"github.com/assay-id/assay/agent/admin/wire"
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/wire/strict"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
 )
@@ -164,8 +166,12 @@ func (s *Server) Run(ctx context.Context) error {
 	srv := grpc.NewServer(
 		grpc.Creds(peer.Credentials()),
 		grpc.MaxRecvMsgSize(64<<10),
+		grpc.MaxHeaderListSize(16<<10),
 		grpc.MaxConcurrentStreams(100),
 		grpc.ConnectionTimeout(10*time.Second),
+		grpc.ForceServerCodecV2(strict.Codec()),
+		grpc.ChainUnaryInterceptor(s.rescueUnary, strict.Unary),
+		grpc.ChainStreamInterceptor(s.rescueStream, strict.Stream),
 	)
 	wire.RegisterAdminServer(srv, s)
 	debugv1.RegisterDebugServer(srv, debugService{Server: s})
@@ -191,6 +197,25 @@ func (s *Server) Run(ctx context.Context) error {
 	})
 	defer stop()
 	return g.Wait()
+}
+
+// rescueUnary keeps a panic in one call from taking the agent with it.
+func (s *Server) rescueUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handle grpc.UnaryHandler) (resp any, err error) {
+	defer s.rescue(info.FullMethod, &err)
+	return handle(ctx, req)
+}
+
+// rescueStream is rescueUnary for all other calls.
+func (s *Server) rescueStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handle grpc.StreamHandler) (err error) {
+	defer s.rescue(info.FullMethod, &err)
+	return handle(srv, ss)
+}
+
+func (s *Server) rescue(method string, err *error) {
+	if p := recover(); p != nil {
+		s.log.WithFields(logrus.Fields{"method": method, "panic": fmt.Sprint(p), "stack": string(debug.Stack())}).Error("call panicked")
+		*err = status.Error(codes.Internal, "internal error")
+	}
 }
 
 // Errors of a question.
