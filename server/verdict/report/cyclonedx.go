@@ -58,7 +58,7 @@ func readCycloneDX(top []byte) (*Document, error) {
 		vex:        &VEX{Format: CycloneDX},
 		components: map[string]*cdxComponent{},
 	}
-	c, listed := at(top), false
+	c, listed, version := at(top), false, ""
 	c.object(func(key []byte) {
 		switch string(key) {
 		case "bomFormat":
@@ -66,9 +66,7 @@ func readCycloneDX(top []byte) (*Document, error) {
 				c.fail("%q is not CycloneDX", s)
 			}
 		case "specVersion":
-			if s := c.text(maxWord); !slices.Contains(cyclonedxVersions, s) {
-				c.fail("version %q is not read, %s are", s, known(cyclonedxVersions...))
-			}
+			version = c.text(maxWord)
 		case "serialNumber":
 			x.vex.ID = c.text(maxText)
 		case "version":
@@ -83,6 +81,9 @@ func readCycloneDX(top []byte) (*Document, error) {
 			listed = c.array(func() { x.vulnerability(c) })
 		}
 	})
+	if c.err == nil && !slices.Contains(cyclonedxVersions, version) {
+		c.fail("version %q is not read, %s are", version, known(cyclonedxVersions...))
+	}
 	if c.err == nil && !listed {
 		c.fail("no list of vulnerabilities: this is an inventory, not a scan")
 	}
@@ -93,6 +94,7 @@ func readCycloneDX(top []byte) (*Document, error) {
 }
 
 func (x *cyclonedx) metadata(c *cursor) {
+	var maker, supplier string
 	c.object(func(key []byte) {
 		switch string(key) {
 		case "timestamp":
@@ -109,15 +111,22 @@ func (x *cyclonedx) metadata(c *cursor) {
 				}
 			})
 		case "authors":
-			c.array(func() { x.author(c) })
-		case "supplier", "manufacturer":
-			x.author(c)
+			c.array(func() {
+				if name := nameOf(c); x.vex.Author == "" {
+					x.vex.Author = name
+				}
+			})
+		case "manufacturer":
+			maker = nameOf(c)
+		case "supplier":
+			supplier = nameOf(c)
 		case "component":
 			root := cdxRead(c, nil)
 			x.root = &root
 			x.remember(x.root)
 		}
 	})
+	x.vex.Author = cmp.Or(x.vex.Author, maker, supplier)
 }
 
 // tool reads the first tool as the scanner.
@@ -136,12 +145,14 @@ func (x *cyclonedx) tool(c *cursor) {
 	}
 }
 
-func (x *cyclonedx) author(c *cursor) {
+// nameOf is the name of the person or organisation at the cursor.
+func nameOf(c *cursor) (name string) {
 	c.object(func(key []byte) {
 		if string(key) == "name" {
-			x.vex.Author = cmp.Or(x.vex.Author, c.text(maxText))
+			name = c.text(maxText)
 		}
 	})
+	return name
 }
 
 func (x *cyclonedx) remember(comp *cdxComponent) {

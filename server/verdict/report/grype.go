@@ -99,9 +99,7 @@ func grypeMatch(c *cursor) Finding {
 	c.object(func(key []byte) {
 		switch string(key) {
 		case "vulnerability":
-			var id string
-			id, f.Severity, f.Fixed = grypeVulnerability(c, &f)
-			f.ID = id
+			f.ID, f.Severity, f.Fixed = grypeVulnerability(c, &f)
 		case "relatedVulnerabilities":
 			c.array(func() {
 				if id, _, _ := grypeVulnerability(c, &f); id != "" {
@@ -187,20 +185,21 @@ func grypeDescriptor(c *cursor, r *Report, flaws *flawSet) {
 }
 
 // grypeDB answers when the database was built; version 6 of it moved the field.
-func grypeDB(c *cursor) (built time.Time) {
+func grypeDB(c *cursor) time.Time {
+	var here, below time.Time
 	c.object(func(key []byte) {
 		switch string(key) {
 		case "built":
-			built = c.time()
+			here = c.time()
 		case "status":
 			c.object(func(key []byte) {
 				if string(key) == "built" {
-					built = c.time()
+					below = c.time()
 				}
 			})
 		}
 	})
-	return built
+	return earliest(here, below)
 }
 
 // grypeFiltered reads the printed configuration and says whether it leaves findings out. VEX documents

@@ -117,7 +117,7 @@ func (c *checker) value(depth int) error {
 
 func (c *checker) word(w string) error {
 	if !bytes.HasPrefix(c.b[c.i:], []byte(w)) {
-		return c.fail("want %s", w)
+		return c.fail("want %s, or this is not JSON", w)
 	}
 	c.i += len(w)
 	return nil

@@ -17,7 +17,7 @@ func readOperator(top []byte) (*Report, error) {
 		flaws          flawSet
 		kind           string
 		listed, system bool
-		family         string
+		family, server string
 		c              = at(top)
 	)
 	c.object(func(key []byte) {
@@ -37,7 +37,13 @@ func readOperator(top []byte) (*Report, error) {
 					r.ScannedAt = c.time()
 				case "scanner":
 					operatorScanner(c, r)
-				case "registry", "artifact":
+				case "registry":
+					c.object(func(key []byte) {
+						if string(key) == "server" {
+							server = c.text(maxText)
+						}
+					})
+				case "artifact":
 					operatorArtifact(c, &r.Subject)
 				case "os":
 					system = c.object(func(key []byte) {
@@ -60,6 +66,7 @@ func readOperator(top []byte) (*Report, error) {
 	if c.err != nil {
 		return nil, c.err
 	}
+	r.Subject.Name = clean(strings.Trim(server+"/"+r.Subject.Name, "/"), maxText)
 	unknown := family == "" || family == "none"
 	flaws.add(FlawNoTime, r.ScannedAt.IsZero())
 	flaws.add(FlawUnknownOS, system && unknown) // older operators do not say
@@ -79,7 +86,6 @@ func operatorScanner(c *cursor, r *Report) {
 	})
 }
 
-// operatorArtifact reads report.artifact and report.registry, in either order.
 func operatorArtifact(c *cursor, s *Subject) {
 	c.object(func(key []byte) {
 		switch string(key) {
@@ -87,10 +93,8 @@ func operatorArtifact(c *cursor, s *Subject) {
 			var err error
 			s.Manifests, err = addDigest(s.Manifests, c.digest())
 			c.failWith(err)
-		case "server":
-			s.Name = strings.Trim(c.text(maxText)+"/"+s.Name, "/")
 		case "repository":
-			s.Name = strings.Trim(s.Name+"/"+c.text(maxText), "/")
+			s.Name = c.text(maxText)
 		}
 	})
 }

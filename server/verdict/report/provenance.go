@@ -87,7 +87,7 @@ func (s *slsa) flatten(c *cursor, path string) {
 		c.skip() // lists have no path that stays the same
 	default:
 		if v, ok := c.scalar(maxText); ok && len(s.fields) < maxFields {
-			s.fields[clean(path, maxText)] = v
+			s.fields[clean(path, maxText)] = withoutCredentials(v)
 		}
 	}
 }
@@ -237,7 +237,7 @@ func (s *slsa) invocation(c *cursor) {
 					return
 				}
 				if v, ok := c.scalar(maxText); ok && len(s.fields) < maxFields {
-					s.fields[clean("invocation.environment."+string(key), maxText)] = v
+					s.fields[clean("invocation.environment."+string(key), maxText)] = withoutCredentials(v)
 				}
 			})
 		}
@@ -308,11 +308,15 @@ func commitOf(c *cursor) (commit string, git bool) {
 	return commit, byKey["gitCommit"] != ""
 }
 
+var credentialsRE = regexp.MustCompile(`://[^/@\s]*@`)
+
+// withoutCredentials takes the user and the password out of URLs.
+func withoutCredentials(s string) string { return credentialsRE.ReplaceAllString(s, "://") }
+
 // splitSource takes a source apart into where it is and which branch or tag: git+https://host/repo@ref,
-// or BuildKit's https://host/repo.git#ref:folder. What stands before an @ in the host part is a
-// credential and is left out.
+// or BuildKit's https://host/repo.git#ref:folder. Credentials are left out.
 func splitSource(uri string) (repo, ref string) {
-	repo = strings.TrimPrefix(uri, "git+")
+	repo = withoutCredentials(strings.TrimPrefix(uri, "git+"))
 	repo, fragment, _ := strings.Cut(repo, "#")
 	ref, _, _ = strings.Cut(fragment, ":")
 	scheme, rest, ok := strings.Cut(repo, "://")
@@ -320,7 +324,6 @@ func splitSource(uri string) (repo, ref string) {
 		return repo, ref
 	}
 	host, path, hasPath := strings.Cut(rest, "/")
-	host = host[strings.LastIndexByte(host, '@')+1:]
 	if p, r, ok := strings.Cut(path, "@"); ok {
 		path, ref = p, cmp.Or(ref, r)
 	}

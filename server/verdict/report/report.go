@@ -54,7 +54,7 @@ type Document struct {
 	Statement bool
 	// PredicateType is the statement's, empty if the document is not one.
 	PredicateType string
-	// Subjects are the SHA-256 digests that the statement is about, "sha256:…". They are also among the
+	// Subjects are the SHA-256 digests that the statement is about, "sha256:…", sorted. They are also among the
 	// manifests of Report.Subject. Subjects with digests of other algorithms only are left out: no image
 	// is known by them.
 	Subjects   []string
@@ -105,8 +105,8 @@ const (
 type Subject struct {
 	// Config is the image config digest (the image ID), empty if not stated.
 	Config string
-	// Manifests are platform manifest or index digests, in no order: the document does not say which
-	// is which.
+	// Manifests are platform manifest or index digests, sorted: the document does not say which is
+	// which, and where several formats do, others mean the opposite by the same field.
 	Manifests []string
 	// Platform is os/arch or os/arch/variant, empty if not stated.
 	Platform string

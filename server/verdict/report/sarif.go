@@ -21,18 +21,20 @@ type sarifRule struct {
 func readSARIF(top []byte) (*Report, error) {
 	r := &Report{Format: SARIF}
 	var list rows
+	var version string
 	flaws := flawSet{FlawImportOnly}
 	c := at(top)
 	c.object(func(key []byte) {
 		switch string(key) {
 		case "version":
-			if s := c.text(maxWord); s != sarifVersion {
-				c.fail("version %q is not read, %s is", s, sarifVersion)
-			}
+			version = c.text(maxWord)
 		case "runs":
 			c.array(func() { sarifRun(c, r, &list) })
 		}
 	})
+	if c.err == nil && version != sarifVersion {
+		c.fail("version %q is not read, %s is", version, sarifVersion)
+	}
 	if c.err != nil {
 		return nil, c.err
 	}

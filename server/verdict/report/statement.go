@@ -32,7 +32,7 @@ var predicates = []struct {
 func statement(data []byte, top []member) (*Document, error) {
 	for _, m := range marks {
 		if has(top, m.key) {
-			return nil, fmt.Errorf("read statement: %w: %s marks a %s document", ErrFormat, m.key, m.format)
+			return nil, fmt.Errorf("read statement: %w: _type marks a statement and %s a %s document", ErrFormat, m.key, m.format)
 		}
 	}
 	d, predicate, err := envelope(data)
@@ -231,7 +231,7 @@ func readCosignVuln(predicate []byte, d *Document) error {
 		return fmt.Errorf("scanner.result: %w", err)
 	}
 	if inner.Report == nil {
-		return fmt.Errorf("scanner.result: a %s document without a scan", inner.Format)
+		return fmt.Errorf("scanner.result: %s, and not a scan", inner.Format)
 	}
 	r := inner.Report
 	done := s.done

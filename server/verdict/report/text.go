@@ -101,15 +101,16 @@ func digestOfPurl(s string) (string, error) {
 	return digest(version)
 }
 
-// addDigest adds a digest to a subject's, once.
+// addDigest adds a digest to a sorted list, once.
 func addDigest(all []string, d string) ([]string, error) {
-	if d == "" || slices.Contains(all, d) {
+	i, found := slices.BinarySearch(all, d)
+	switch {
+	case d == "" || found:
 		return all, nil
-	}
-	if len(all) == maxDigests {
+	case len(all) == maxDigests:
 		return nil, fmt.Errorf("more than %d digests", maxDigests)
 	}
-	return append(all, d), nil
+	return slices.Insert(all, i, d), nil
 }
 
 var platformRE = regexp.MustCompile(`^[a-z0-9]+/[a-z0-9_]+(/[a-z0-9.]+)?$`)
