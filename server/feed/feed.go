@@ -8,6 +8,9 @@
 // skipped. So a slow agent costs the server one picture that it shares with others and one part of
 // less than a MiB, never a queue. Each picture carries a checksum of all the agent must now hold;
 // an agent that computes another one comes back for a full picture.
+//
+// An agent that understands verdicts reports on its stream which images it runs, and gets the verdicts
+// on these and the entries that demand one. To any other agent neither exists.
 package feed
 
 import (
@@ -37,6 +40,8 @@ type source interface {
 	Follow(id spiffeid.ID) (*view.AgentPicture, <-chan struct{})
 	FollowNode(id spiffeid.ID) (*records.Node, <-chan struct{})
 	AgentRev(id spiffeid.ID) kv.Rev
+	SetRunning(agent spiffeid.ID, stream uint64, digests []string)
+	Leave(agent spiffeid.ID, stream uint64)
 }
 
 // Config says who calls and may call, and what a stream is allowed.
@@ -95,9 +100,10 @@ type Server struct {
 	cfg  Config
 	m    *metrics
 
-	// mu guards streams, and in each stream what is said there.
+	// mu guards the following, and in each stream what is said there.
 	mu      sync.Mutex
 	streams map[spiffeid.ID][]*stream // by agent, oldest first
+	count   uint64                    // of streams there ever were
 }
 
 // New returns a server of the view's pictures. It panics if cfg lacks a required function, because a
@@ -165,6 +171,8 @@ func (s *Server) add(st *stream) {
 		s.streams[id] = slices.Delete(s.streams[id], 0, 1)
 	}
 	s.streams[id] = append(s.streams[id], st)
+	s.count++
+	st.number = s.count
 }
 
 func (s *Server) remove(st *stream) {

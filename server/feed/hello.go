@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/feedv1"
@@ -23,7 +24,13 @@ const (
 	maxCapabilities = 64
 	maxCapability   = 64  // bytes
 	maxTrustDomain  = 255 // bytes, SPIFFE-ID section 2.1
+	// maxRunning is how many images one agent may run, and hold verdicts on. A node has a few hundred
+	// containers.
+	maxRunning = 20_000
 )
+
+// verdicts is the capability of agents and servers that know of verdicts on images.
+const verdicts = "verdicts"
 
 // checkHello refuses what no honest agent says.
 func checkHello(h *feedv1.Hello) error {
@@ -41,6 +48,20 @@ func checkHello(h *feedv1.Hello) error {
 		return tooMany("bytes of version", len(h.GetAgentVersion()), maxVersion)
 	case len(h.GetCapabilities()) > maxCapabilities:
 		return tooMany("capabilities", len(h.GetCapabilities()), maxCapabilities)
+	case len(h.GetVerdicts()) > maxRunning:
+		return tooMany("held verdicts", len(h.GetVerdicts()), maxRunning)
+	case len(h.GetRunning()) > maxRunning:
+		return tooMany("running images", len(h.GetRunning()), maxRunning)
+	}
+	for _, v := range h.GetVerdicts() {
+		if !identity.ValidDigest(v.GetDigest()) {
+			return errDigest("hello")
+		}
+	}
+	for _, digest := range h.GetRunning() {
+		if !identity.ValidDigest(digest) {
+			return errDigest("hello")
+		}
 	}
 	for _, c := range h.GetCapabilities() {
 		if len(c) > maxCapability {
@@ -60,12 +81,18 @@ func checkHello(h *feedv1.Hello) error {
 	return nil
 }
 
+func errDigest(of string) error {
+	return status.Errorf(codes.InvalidArgument, "invalid %s: an image digest is not sha256: and 64 hexadecimal digits", of)
+}
+
 // held is what an agent has of a picture: either the last picture sent to it, or, until it was sent
 // one, what its Hello says.
 type held struct {
 	storeID string
 	entries []heldEntry  // sorted by ID
 	bundles []heldBundle // sorted by trust domain
+	// verdicts are sorted by digest.
+	verdicts []identity.HeldVerdict
 }
 
 type heldEntry struct {
@@ -101,6 +128,15 @@ func fromHello(h *feedv1.Hello) (*held, error) {
 			return nil, status.Errorf(codes.InvalidArgument, "invalid hello: entry %q is there twice", out.entries[i].id)
 		}
 	}
+	for _, v := range h.GetVerdicts() {
+		out.verdicts = append(out.verdicts, identity.HeldVerdict{Digest: v.GetDigest(), Seq: v.GetSequenceNumber()})
+	}
+	slices.SortFunc(out.verdicts, func(a, b identity.HeldVerdict) int { return strings.Compare(a.Digest, b.Digest) })
+	for i := 1; i < len(out.verdicts); i++ {
+		if out.verdicts[i].Digest == out.verdicts[i-1].Digest {
+			return nil, status.Errorf(codes.InvalidArgument, "invalid hello: verdict on %s is there twice", out.verdicts[i].Digest)
+		}
+	}
 	for i := 1; i < len(out.bundles); i++ {
 		if out.bundles[i].trustDomain == out.bundles[i-1].trustDomain {
 			return nil, status.Errorf(codes.InvalidArgument, "invalid hello: bundle %q is there twice", out.bundles[i].trustDomain)
@@ -118,12 +154,16 @@ type update struct {
 	removedEntries []string
 	bundles        []*identity.Bundle
 	removedBundles []string
+	verdicts       []*records.Verdict
+	removedDigests []string
 	madeAt         time.Time
+	// capabilities are said with the first picture of a stream.
+	capabilities []string
 }
 
 // everything is the update for an agent that is to forget what it holds.
 func everything(p *view.AgentPicture) *update {
-	return &update{full: true, picture: p, entries: p.Entries, bundles: p.Bundles}
+	return &update{full: true, picture: p, entries: p.Entries, bundles: p.Bundles, verdicts: p.Verdicts}
 }
 
 // since returns the update from what a Hello says.
@@ -147,6 +187,11 @@ func (h *held) since(p *view.AgentPicture) *update {
 		func(a heldBundle, b *identity.Bundle) bool { return a.sequence == b.Sequence },
 		func(a heldBundle) { u.removedBundles = append(u.removedBundles, a.trustDomain) },
 		func(b *identity.Bundle) { u.bundles = append(u.bundles, b) })
+	merge(h.verdicts, p.Verdicts,
+		func(a identity.HeldVerdict, b *records.Verdict) int { return strings.Compare(a.Digest, b.Digest) },
+		func(a identity.HeldVerdict, b *records.Verdict) bool { return a.Seq == b.Seq },
+		func(a identity.HeldVerdict) { u.removedDigests = append(u.removedDigests, a.Digest) },
+		func(b *records.Verdict) { u.verdicts = append(u.verdicts, b) })
 	return u
 }
 
@@ -169,11 +214,17 @@ func between(old, p *view.AgentPicture) *update {
 		func(a, b *identity.Bundle) bool { return a == b },
 		func(a *identity.Bundle) { u.removedBundles = append(u.removedBundles, a.TrustDomain.Name()) },
 		func(b *identity.Bundle) { u.bundles = append(u.bundles, b) })
+	merge(old.Verdicts, p.Verdicts,
+		func(a, b *records.Verdict) int { return strings.Compare(a.Digest, b.Digest) },
+		func(a, b *records.Verdict) bool { return a == b },
+		func(a *records.Verdict) { u.removedDigests = append(u.removedDigests, a.Digest) },
+		func(b *records.Verdict) { u.verdicts = append(u.verdicts, b) })
 	return u
 }
 
 func (u *update) empty() bool {
-	return len(u.entries)+len(u.removedEntries)+len(u.bundles)+len(u.removedBundles) == 0
+	return len(u.entries)+len(u.removedEntries)+len(u.bundles)+len(u.removedBundles)+
+		len(u.verdicts)+len(u.removedDigests) == 0
 }
 
 // byTrustDomain returns the bundles in the one order that merge needs; in pictures the own is first.

@@ -18,6 +18,7 @@ func (u *update) parts(limit int, send func(part *feedv1.FollowResponse, size in
 		return &feedv1.FollowResponse{StoreId: u.picture.StoreID, Revision: uint64(u.rev), Full: u.full, MadeAt: u.madeAt.UnixNano()}
 	}
 	part := fresh()
+	part.Capabilities = u.capabilities // a few bytes on the first part only
 	base := proto.Size(part)
 	size, filled := base, false
 	// room closes the part if it has none for another n bytes.
@@ -46,6 +47,19 @@ func (u *update) parts(limit int, send func(part *feedv1.FollowResponse, size in
 			return err
 		}
 		part.RemovedTrustDomains = append(part.RemovedTrustDomains, td)
+	}
+	for _, digest := range u.removedDigests {
+		if err := room(len(digest)); err != nil {
+			return err
+		}
+		part.RemovedDigests = append(part.RemovedDigests, digest)
+	}
+	for _, v := range u.verdicts {
+		w := v.ForAgents().Wire()
+		if err := room(proto.Size(w)); err != nil {
+			return err
+		}
+		part.Verdicts = append(part.Verdicts, w)
 	}
 	for _, b := range u.bundles {
 		w, err := b.Wire()

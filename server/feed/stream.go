@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -15,6 +17,7 @@ import (
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/feedv1"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 type wire = grpc.BidiStreamingServer[feedv1.FollowRequest, feedv1.FollowResponse]
@@ -29,6 +32,11 @@ type stream struct {
 	replaced chan struct{} // closed by Server.add when the agent has too many streams
 	incoming chan received
 	over     chan struct{} // closed when the call returns
+
+	number uint64 // counts all streams; set by Server.add
+	// verdicts says that the agent understands verdicts; running is what images it has reported.
+	verdicts bool
+	running  map[string]struct{}
 
 	status StreamStatus // guarded by Server.mu
 
@@ -89,7 +97,11 @@ func (s *Server) follow(w wire) error {
 	defer close(st.over)
 	go st.receive()
 
-	if err := st.greet(ctx); err != nil {
+	err := st.greet(ctx)
+	if st.verdicts {
+		defer s.view.Leave(agent, st.number)
+	}
+	if err != nil {
 		return err
 	}
 	return st.run(ctx, recordChanged)
@@ -146,6 +158,16 @@ func (st *stream) greet(ctx context.Context) error {
 	case <-ctx.Done():
 		return status.Error(codes.Unavailable, "server is initializing")
 	}
+	if slices.Contains(hello.GetCapabilities(), verdicts) {
+		st.verdicts = true
+		st.running = make(map[string]struct{}, len(hello.GetRunning()))
+		for _, digest := range hello.GetRunning() {
+			st.running[digest] = struct{}{}
+		}
+		// Before its picture is looked at, which then has all verdicts that the agent needs.
+		st.s.view.SetRunning(st.agent, st.number, slices.Collect(maps.Keys(st.running)))
+	}
+
 	// The agent may come from a server that is ahead of this one: an agent never goes back. If it
 	// takes too long, the store has gone back itself, and the agent gets a full picture.
 	if picture, _ := st.s.view.Follow(st.agent); picture.StoreID == st.held.storeID {
@@ -170,6 +192,9 @@ func (st *stream) run(ctx context.Context, recordChanged <-chan struct{}) error 
 	for {
 		if st.flight == nil && outdated == nil {
 			picture, wake := st.s.view.Follow(st.agent)
+			if !st.verdicts {
+				picture = picture.Plain()
+			}
 			if u := st.next(picture); u != nil {
 				// An agent that was evicted or banned meanwhile is told so, and acts on it. It must not
 				// take the empty picture it has now for entries that were deleted.
@@ -229,6 +254,7 @@ func (st *stream) next(p *view.AgentPicture) *update {
 			st.resume = 0
 		}
 		st.held = nil
+		u.capabilities = []string{verdicts}
 	case st.picture == p:
 		return nil
 	case st.picture.StoreID != p.StoreID:
@@ -264,7 +290,7 @@ func (st *stream) launch(u *update) {
 	st.s.m.pictures.WithLabelValues(kind).Inc()
 	st.log.WithFields(logrus.Fields{
 		"rev": u.rev, "kind": kind, "entries": len(u.entries), "removed": len(u.removedEntries),
-		"bundles": len(u.bundles),
+		"bundles": len(u.bundles), "verdicts": len(u.verdicts),
 	}).Debug("Sending picture")
 	go st.send(u)
 }
@@ -314,12 +340,16 @@ func (st *stream) wrote(e sent) error {
 	return nil
 }
 
-// take handles a message after the Hello: nothing but the acknowledgement of what is on its way.
+// take handles a message after the Hello: the acknowledgement of what is on its way, or what the agent
+// runs by now.
 func (st *stream) take(msg *feedv1.FollowRequest) error {
+	if running := msg.GetRunning(); running != nil {
+		return st.report(running)
+	}
 	ack := msg.GetAck()
 	switch {
 	case ack == nil:
-		return status.Error(codes.InvalidArgument, "only acknowledgements may follow hello")
+		return status.Error(codes.InvalidArgument, "only acknowledgements and reports of running images may follow hello")
 	case st.flight == nil || st.acked:
 		return status.Error(codes.InvalidArgument, "nothing is to be acknowledged")
 	case kv.Rev(ack.GetRevision()) != st.flight.rev:
@@ -327,6 +357,34 @@ func (st *stream) take(msg *feedv1.FollowRequest) error {
 	}
 	st.acked = true
 	st.land()
+	return nil
+}
+
+// report takes in what the agent runs by now.
+func (st *stream) report(r *feedv1.Running) error {
+	if !st.verdicts {
+		return status.Error(codes.InvalidArgument, "hello did not say that the agent understands verdicts")
+	}
+	// A message that is far too long is not looked at, so that its work is bounded too.
+	if n := len(r.GetDigests()) + len(r.GetRemovedDigests()); n > 2*maxRunning {
+		return status.Errorf(codes.InvalidArgument, "invalid report: %d images, the limit is %d", n, maxRunning)
+	}
+	if r.GetFull() {
+		clear(st.running)
+	}
+	for _, digest := range r.GetRemovedDigests() {
+		delete(st.running, digest)
+	}
+	for _, digest := range r.GetDigests() {
+		if !identity.ValidDigest(digest) {
+			return errDigest("report")
+		}
+		st.running[digest] = struct{}{}
+	}
+	if n := len(st.running); n > maxRunning {
+		return status.Errorf(codes.InvalidArgument, "invalid report: %d images, the limit is %d", n, maxRunning)
+	}
+	st.s.view.SetRunning(st.agent, st.number, slices.Collect(maps.Keys(st.running)))
 	return nil
 }
 

@@ -25,9 +25,10 @@ const (
 	syncBytes = 3 << 20
 )
 
-// Authorized returns the entries of a picture as GetAuthorizedEntries sends them. A nil mask means
-// all fields.
+// Authorized returns the entries of a picture as GetAuthorizedEntries sends them, without those that
+// demand a verdict: who asks so knows nothing of verdicts. A nil mask means all fields.
 func Authorized(p *view.AgentPicture, mask *types.EntryMask) []*types.Entry {
+	p = p.Plain()
 	entries := make([]*types.Entry, len(p.Entries))
 	for i, e := range p.Entries {
 		entries[i] = masked(e, mask)
@@ -39,7 +40,7 @@ func Authorized(p *view.AgentPicture, mask *types.EntryMask) []*types.Entry {
 // call: up to 500 entries at once, more as revisions from which the agent chooses.
 // Its errors are gRPC statuses with the texts of SPIRE.
 func Sync(stream grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse], p *view.AgentPicture) error {
-	return syncPages(stream, p, syncPage, syncBytes)
+	return syncPages(stream, p.Plain(), syncPage, syncBytes)
 }
 
 func syncPages(stream grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse], p *view.AgentPicture, page, bytes int) error {

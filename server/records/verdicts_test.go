@@ -95,10 +95,10 @@ func TestVerdicts(t *testing.T) {
 			change func(*Verdict)
 			want   string
 		}{
-			"no digest":             {"latest", func(*Verdict) {}, "no image digest"},
-			"a short digest":        {digest[:40], func(*Verdict) {}, "no image digest"},
+			"no digest":              {"latest", func(*Verdict) {}, "no image digest"},
+			"a short digest":         {digest[:40], func(*Verdict) {}, "no image digest"},
 			"a digest in upper case": {strings.ToUpper(digest), func(*Verdict) {}, "no image digest"},
-			"a fact of an attestor": {digest, func(v *Verdict) { v.Selectors = sel("unix:uid:0") }, "none of scan, sig and prov"},
+			"a fact of an attestor":  {digest, func(v *Verdict) { v.Selectors = sel("unix:uid:0") }, "none of scan, sig and prov"},
 			"too many selectors": {digest, func(v *Verdict) {
 				var texts []string
 				for i := range maxVerdictSelectors + 1 {

@@ -54,6 +54,19 @@ func (g *graph) difference(snap *records.Snapshot) records.Change {
 			change.Bundles = append(change.Bundles, records.BundleChange{TrustDomain: td})
 		}
 	}
+
+	verdicts := make(map[string]struct{}, len(snap.Verdicts))
+	for _, v := range snap.Verdicts {
+		verdicts[v.Digest] = struct{}{}
+		if old := g.images.verdicts[v.Digest]; old == nil || !sameVerdict(old, v) {
+			change.Verdicts = append(change.Verdicts, records.VerdictChange{Digest: v.Digest, Verdict: v})
+		}
+	}
+	for digest := range g.images.verdicts {
+		if _, found := verdicts[digest]; !found {
+			change.Verdicts = append(change.Verdicts, records.VerdictChange{Digest: digest})
+		}
+	}
 	return change
 }
 
@@ -85,5 +98,14 @@ func sameBundle(a, b *identity.Bundle) bool {
 			key, ok := a.Key.(interface{ Equal(crypto.PublicKey) bool })
 			return a.KeyID == b.KeyID && a.Tainted == b.Tainted && a.ExpiresAt.Equal(b.ExpiresAt) &&
 				ok && key.Equal(b.Key)
+		})
+}
+
+func sameVerdict(a, b *records.Verdict) bool {
+	return a.Digest == b.Digest && a.Seq == b.Seq && a.Selectors.Equal(b.Selectors) &&
+		a.TTL == b.TTL && a.JWTTTL == b.JWTTTL && a.NotAfter.Equal(b.NotAfter) && a.Revoke == b.Revoke &&
+		a.UpdatedAt.Equal(b.UpdatedAt) &&
+		slices.EqualFunc(a.Policies, b.Policies, func(a, b records.PolicyVerdict) bool {
+			return a.Policy == b.Policy && a.Status == b.Status && a.Mode == b.Mode && a.Until.Equal(b.Until) && a.Summary == b.Summary
 		})
 }

@@ -34,6 +34,8 @@ type graph struct {
 	// aliases has each node alias under one of its selectors: the one that had the fewest.
 	aliases map[attestor.Selector][]*identity.Entry
 
+	images images
+
 	groups groups
 	// stranger is closed when a node appears, for those who follow a node that is not there.
 	stranger stranger
@@ -58,6 +60,7 @@ func newGraph(td spiffeid.TrustDomain) graph {
 		nodes:    sorted[*agent]{compare: func(a, b *agent) int { return cmp.Compare(a.id.String(), b.id.String()) }},
 		postings: map[attestor.Selector]*posting{},
 		aliases:  map[attestor.Selector][]*identity.Entry{},
+		images:   newImages(),
 		groups:   groups{of: map[string]*group{}},
 	}
 }
@@ -110,6 +113,9 @@ func (g *graph) apply(c records.Change) int {
 	}
 	for _, change := range c.Bundles {
 		touched += g.applyBundle(change, c.Rev)
+	}
+	for _, change := range c.Verdicts {
+		touched += g.applyVerdict(change, c.Rev)
 	}
 	w = g.walk(c.Rev)
 	for _, change := range c.Entries {

@@ -40,6 +40,8 @@ func newMetrics(reg prometheus.Registerer, v *View) *metrics {
 		gauge("assay_server_view_entries", "Entries in the view.", func(g *graph) int { return g.entries.size }),
 		gauge("assay_server_view_nodes", "Nodes in the view, banned ones included.", func(g *graph) int { return g.nodes.size }),
 		gauge("assay_server_view_bundles", "Bundles in the view.", func(g *graph) int { return len(g.bundles) }),
+		gauge("assay_server_view_verdicts", "Verdicts on images in the view.", func(g *graph) int { return len(g.images.verdicts) }),
+		gauge("assay_server_view_images", "Images that agents report to run.", func(g *graph) int { return len(g.images.runners) }),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "assay_server_view_revision",
 			Help: "Revision of the last commit that the view has taken in.",

@@ -24,6 +24,7 @@ type agent struct {
 	// mu guards the following among readers, who hold View.mu for reading.
 	mu      sync.Mutex
 	picture *AgentPicture // nil until somebody asks
+	body    *body         // what picture was last made of; nil if that may have changed
 	group   *group        // which the picture was computed with; nil if the aliases may have changed
 	wake    chan struct{} // closed when picture is no longer in force; nil while nobody follows
 	changed chan struct{} // closed when node is replaced; nil while nobody follows
@@ -124,6 +125,7 @@ func (g *graph) applyNode(c records.NodeChange, rev kv.Rev) int {
 	g.unpost(a)
 	if c.Node == nil {
 		g.nodes.remove(a)
+		g.images.report(a.id, nil)
 		x.agent = nil
 		g.drop(x)
 		return 1
@@ -131,6 +133,8 @@ func (g *graph) applyNode(c records.NodeChange, rev kv.Rev) int {
 	a.node = c.Node
 	if !a.node.Banned {
 		g.post(a)
+	} else {
+		g.images.report(a.id, nil)
 	}
 	return 1
 }
@@ -149,12 +153,19 @@ func (g *graph) addNode(n *records.Node, rev kv.Rev) {
 // touch marks an agent's picture as out of date and wakes those who follow it. Shared is false if
 // only what hangs on the agent's own ID has changed, not its aliases or what they lead to.
 func (g *graph) touch(a *agent, rev kv.Rev, shared bool) {
-	a.rev = rev
-	a.picture = nil
+	a.body = nil
 	if shared && a.group != nil {
 		g.groups.leave(a.group)
 		a.group = nil
 	}
+	g.outdate(a, rev)
+}
+
+// outdate marks an agent's picture as out of date whose entries and bundles are still the same, and
+// wakes those who follow it.
+func (g *graph) outdate(a *agent, rev kv.Rev) {
+	a.rev = rev
+	a.picture = nil
 	if a.wake != nil {
 		close(a.wake)
 		a.wake = nil

@@ -28,8 +28,15 @@ type AgentPicture struct {
 	// domains that the entries federate with, sorted by trust domain. Ones that are not stored are
 	// left out.
 	Bundles []*identity.Bundle
+	// Verdicts are those on the images that the agent has reported to run, sorted by digest.
+	Verdicts []*records.Verdict
 
 	body *body
+
+	once     sync.Once
+	checksum []byte // set by once
+	bare     sync.Once
+	plain    *AgentPicture // set by bare
 }
 
 // body is the part of a picture that agents with the same entries share.
@@ -40,6 +47,8 @@ type body struct {
 
 	once     sync.Once
 	checksum []byte // set by once
+	bare     sync.Once
+	plain    *body // set by bare
 }
 
 func (b *body) names(td spiffeid.TrustDomain) bool {
@@ -58,14 +67,58 @@ func (p *AgentPicture) Entry(id string) (*identity.Entry, bool) {
 	return p.Entries[at], true
 }
 
-// Checksum returns identity.Checksum of the entries and bundles. It is computed once however many
-// agents share them. The caller must not change it.
+// Checksum returns identity.Checksum of the entries and bundles, with identity.ChecksumVerdicts of the
+// verdicts. That of entries and bundles is computed once however many agents share them. The caller
+// must not change it.
 func (p *AgentPicture) Checksum() []byte {
+	p.once.Do(func() {
+		held := make([]identity.HeldVerdict, len(p.Verdicts))
+		for i, v := range p.Verdicts {
+			held[i] = identity.HeldVerdict{Digest: v.Digest, Seq: v.Seq}
+		}
+		p.checksum = identity.ChecksumVerdicts(p.sumOfRest(), held)
+	})
+	return p.checksum
+}
+
+func (p *AgentPicture) sumOfRest() []byte {
 	if p.body == nil { // made by hand
 		return identity.Checksum(p.Entries, p.Bundles)
 	}
 	p.body.once.Do(func() { p.body.checksum = identity.Checksum(p.Entries, p.Bundles) })
 	return p.body.checksum
+}
+
+// Plain returns the picture for an agent that knows nothing of verdicts: without them, and without the
+// entries that demand one, of which such an agent could not tell when they are to be taken away.
+func (p *AgentPicture) Plain() *AgentPicture {
+	p.bare.Do(func() {
+		var b *body
+		if p.body != nil {
+			b = p.body.bared()
+		} else {
+			b = (&body{entries: p.Entries, bundles: p.Bundles}).bared()
+		}
+		if len(p.Verdicts) == 0 && len(b.entries) == len(p.Entries) {
+			p.plain = p
+			return
+		}
+		p.plain = &AgentPicture{StoreID: p.StoreID, Rev: p.Rev, Entries: b.entries, Bundles: b.bundles, body: b}
+	})
+	return p.plain
+}
+
+// bared returns the body without gated entries, itself if there are none.
+func (b *body) bared() *body {
+	b.bare.Do(func() {
+		if !slices.ContainsFunc(b.entries, (*identity.Entry).Gated) {
+			b.plain = b
+			return
+		}
+		kept := slices.DeleteFunc(slices.Clone(b.entries), (*identity.Entry).Gated)
+		b.plain = &body{entries: kept, named: b.named, bundles: b.bundles}
+	})
+	return b.plain
 }
 
 // groups are the sets of aliases that agents have, each with what they lead to. A group is there as
@@ -185,9 +238,15 @@ func (g *graph) agent(id spiffeid.ID) *agent {
 // look returns the picture in force. The caller holds View.mu for reading, and a.mu.
 func (v *View) look(a *agent) *AgentPicture {
 	if a.picture == nil {
-		v.m.computed.Inc()
-		b := v.graph.compute(a)
+		if a.body == nil {
+			v.m.computed.Inc()
+			a.body = v.graph.compute(a)
+		}
+		b := a.body
 		a.picture = &AgentPicture{StoreID: v.graph.storeID, Rev: a.rev, Entries: b.entries, Bundles: b.bundles, body: b}
+		if !a.node.Banned {
+			a.picture.Verdicts = v.graph.images.verdictsOf(a.id)
+		}
 	}
 	return a.picture
 }

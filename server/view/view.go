@@ -159,7 +159,7 @@ func (v *View) resync(ctx context.Context) (storeID string, err error) {
 	case <-v.ready:
 	default:
 		v.cfg.Log.WithFields(logrus.Fields{
-			"rev": snap.Rev, "entries": len(snap.Entries), "nodes": len(snap.Nodes), "bundles": len(snap.Bundles),
+			"rev": snap.Rev, "entries": len(snap.Entries), "nodes": len(snap.Nodes), "bundles": len(snap.Bundles), "verdicts": len(snap.Verdicts),
 		}).Info("View is ready")
 		close(v.ready)
 	}
@@ -234,8 +234,8 @@ func (v *View) Rev() kv.Rev {
 }
 
 // Wait returns when the view has reached the revision, so that whoever wrote it can read it here, or
-// with the error of ctx. The revision must be that of a commit to entries, nodes or bundles: the view
-// does not see others.
+// with the error of ctx. The revision must be that of a commit to entries, nodes, bundles or verdicts: the
+// view does not see others.
 func (v *View) Wait(ctx context.Context, rev kv.Rev) error {
 	for {
 		wake := v.progress.behind(rev)

@@ -24,6 +24,7 @@ type Source struct {
 	entries   map[string]*identity.Entry
 	nodes     map[spiffeid.ID]*records.Node
 	bundles   map[spiffeid.TrustDomain]*identity.Bundle
+	verdicts  map[string]*records.Verdict
 	log       []records.Change // those after compacted
 	wake      chan struct{}    // closed and replaced by each commit, compaction and change of identity
 }
@@ -34,8 +35,8 @@ func New(storeID string) *Source {
 		id:      storeID,
 		entries: map[string]*identity.Entry{},
 		nodes:   map[spiffeid.ID]*records.Node{},
-		bundles: map[spiffeid.TrustDomain]*identity.Bundle{},
-		wake:    make(chan struct{}),
+		bundles: map[spiffeid.TrustDomain]*identity.Bundle{}, verdicts: map[string]*records.Verdict{},
+		wake: make(chan struct{}),
 	}
 }
 
@@ -53,6 +54,9 @@ func (s *Source) Commit(c records.Change) kv.Rev {
 	}
 	for _, b := range c.Bundles {
 		put(s.bundles, b.TrustDomain, b.Bundle)
+	}
+	for _, v := range c.Verdicts {
+		put(s.verdicts, v.Digest, v.Verdict)
 	}
 	s.log = append(s.log, c)
 	s.wakeAll()
@@ -108,6 +112,20 @@ func (s *Source) PutBundles(bundles ...*identity.Bundle) kv.Rev {
 	return s.Commit(c)
 }
 
+// PutVerdicts creates or replaces verdicts in one commit.
+func (s *Source) PutVerdicts(verdicts ...*records.Verdict) kv.Rev {
+	var c records.Change
+	for _, v := range verdicts {
+		c.Verdicts = append(c.Verdicts, records.VerdictChange{Digest: v.Digest, Verdict: v})
+	}
+	return s.Commit(c)
+}
+
+// DeleteVerdict deletes a verdict.
+func (s *Source) DeleteVerdict(digest string) kv.Rev {
+	return s.Commit(records.Change{Verdicts: []records.VerdictChange{{Digest: digest}}})
+}
+
 // Skip does commits that nobody is told of, because the log of them is gone at once: a follower gets
 // kv.ErrCompacted and has to take a snapshot.
 func (s *Source) Skip(changes ...records.Change) {
@@ -147,10 +165,11 @@ func (s *Source) Snapshot(context.Context) (*records.Snapshot, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return &records.Snapshot{
-		Rev:     s.rev,
-		Entries: slices.Collect(maps.Values(s.entries)),
-		Nodes:   slices.Collect(maps.Values(s.nodes)),
-		Bundles: slices.Collect(maps.Values(s.bundles)),
+		Rev:      s.rev,
+		Entries:  slices.Collect(maps.Values(s.entries)),
+		Nodes:    slices.Collect(maps.Values(s.nodes)),
+		Bundles:  slices.Collect(maps.Values(s.bundles)),
+		Verdicts: slices.Collect(maps.Values(s.verdicts)),
 	}, nil
 }
 
