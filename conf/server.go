@@ -21,6 +21,9 @@ type Server struct {
 	DataDir     string
 	AuditFile   string // empty: audit.log in DataDir; "-": standard error
 
+	SnapshotInterval time.Duration // 0: never
+	SnapshotKeep     int
+
 	CATTL       time.Duration
 	CAKeyType   string
 	CASubject   pkix.Name // zero: the server's default
@@ -69,6 +72,9 @@ type serverBlock struct {
 	SocketPath  string `hcl:"socket_path,optional"`
 	DataDir     string `hcl:"data_dir,optional"`
 	AuditFile   string `hcl:"audit_log_file,optional"`
+
+	SnapshotInterval string `hcl:"snapshot_interval,optional"`
+	SnapshotKeep     *int   `hcl:"snapshot_keep,optional"`
 
 	LogLevel  string `hcl:"log_level,optional"`
 	LogFormat string `hcl:"log_format,optional"`
@@ -164,6 +170,9 @@ func (l *loader) server(b *serverBlock) *Server {
 		RequirePQKEM: b.RequirePQKEM,
 
 		NewAuthorityOnLostKey: b.NewOnLost,
+
+		SnapshotInterval: l.duration("server.snapshot_interval", b.SnapshotInterval, time.Hour, 0),
+		SnapshotKeep:     l.number("server.snapshot_keep", b.SnapshotKeep, 24, 1, 1000),
 	}
 	if b.JWTKeyType != "" {
 		s.JWTKeyType = l.oneOf("server.jwt_key_type", b.JWTKeyType, keyTypes...)

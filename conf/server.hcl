@@ -13,6 +13,13 @@ server {
   # Where the server keeps its store, its keys and its audit log. It is made with mode 0700.
   data_dir = "/var/lib/assay/server"
 
+  # How often a copy of the store goes into the folder "snapshots" in data_dir, if something was
+  # committed since the last, and how many of them are kept. A server that finds its store damaged
+  # does not start; it names the newest good snapshot and the command that goes back to it. "0s" makes
+  # none. The signing keys are not in them.
+  #snapshot_interval = "1h"
+  #snapshot_keep     = 24
+
   # Where agents connect.
   bind_address = "0.0.0.0"
   bind_port    = 8081

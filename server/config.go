@@ -56,6 +56,12 @@ type Config struct {
 	// Limits keep one caller from hurting the others.
 	Limits Limits
 
+	// SnapshotInterval is how often a copy of the store is put into the folder "snapshots" in DataDir,
+	// if something was committed since the last. 0: never. SnapshotKeep is how many are kept, the
+	// newest; 0: 24.
+	SnapshotInterval time.Duration
+	SnapshotKeep     int
+
 	// AuditPath is the file that one line per decision is appended to. Empty: audit.log in DataDir;
 	// "-": standard error.
 	AuditPath string
@@ -175,6 +181,9 @@ func Defaults() Config {
 		BindPort:    8081,
 		SocketPath:  "/tmp/spire-server/private/api.sock",
 		KeyManager:  KeysDisk,
+
+		SnapshotInterval: time.Hour,
+		SnapshotKeep:     24,
 		CA: CA{
 			TTL:         24 * time.Hour,
 			KeyType:     "ec-p256",
@@ -225,6 +234,7 @@ func (c *Config) Check() error {
 		say(d.ttl < time.Second, "%s must be at least one second", d.name)
 	}
 	say(c.CA.AgentTTL < 0, "agent TTL is negative")
+	say(c.SnapshotInterval < 0 || c.SnapshotKeep < 0, "snapshot interval and number must not be negative")
 	for _, id := range c.AdminIDs {
 		say(id.IsZero() || id.Path() == "", "admin ID %q has no path", id)
 	}

@@ -30,6 +30,7 @@ import (
 	"github.com/assay-id/assay/server/api"
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/backup"
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/feed"
@@ -57,16 +58,16 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	defer closing(log, &err)
-	store, err := boltkv.Open(filepath.Join(cfg.DataDir, "store.db"), boltkv.Config{Metrics: cfg.Metrics})
+	store, snapshots, err := openStore(&cfg, component("snapshots"))
 	if err != nil {
-		return fmt.Errorf("open store: %w", err)
+		return err
 	}
 	defer closing(store, &err)
 	rec, err := records.Open(ctx, store, cfg.TrustDomain, records.Config{
 		Now: cfg.Now, Log: component("records"), Metrics: cfg.Metrics,
 	})
 	if err != nil {
-		return fmt.Errorf("open records: %w", err)
+		return backup.Explain(place(&cfg), err)
 	}
 	signers, err := openKeys(&cfg, component("keys"))
 	if err != nil {
@@ -77,7 +78,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	}
 	authority, err := openCA(ctx, &cfg, signers, rec, component("ca"))
 	if err != nil {
-		return err
+		return backup.Explain(place(&cfg), err)
 	}
 	pictures := view.New(rec, cfg.TrustDomain, view.Config{Log: component("view"), Metrics: cfg.Metrics, Now: cfg.Now})
 	judges, err := openJudges(&cfg, rec)
@@ -90,6 +91,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	})
 	services := api.New(api.Parts{
 		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Chain: ownChain(authority), Level: cfg.Level,
+		Snapshots: snapshots,
 	}, api.Config{
 		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT,
 		AttestPerSecond: cfg.Limits.AttestPerSecond, AttestBurst: cfg.Limits.AttestBurst,
@@ -144,6 +146,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	defer stopParts()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return rec.Run(parts) })
+	group.Go(func() error { return snapshots.Run(parts) })
 	group.Go(func() error { return authority.Run(parts) })
 	group.Go(func() error { return pictures.Run(parts) })
 	group.Go(func() error {
@@ -173,7 +176,7 @@ func Run(ctx context.Context, config Config) (err error) {
 		return nil
 	})
 	if err := group.Wait(); err != nil {
-		return err
+		return backup.Explain(place(&cfg), err)
 	}
 	cfg.Log.Info("server stopped")
 	return nil
@@ -184,6 +187,31 @@ func closing(part io.Closer, err *error) {
 	if closed := part.Close(); closed != nil && *err == nil {
 		*err = closed
 	}
+}
+
+// place is where backup finds the server's state.
+func place(cfg *Config) backup.Place {
+	return backup.Place{DataDir: cfg.DataDir, KeysPath: cfg.KeysPath, KeysInMemory: cfg.KeyManager == KeysMemory}
+}
+
+// openStore opens the store, and never makes a new one where there must have been one.
+func openStore(cfg *Config, log logrus.FieldLogger) (*boltkv.Store, *backup.Snapshots, error) {
+	at := place(cfg)
+	err := backup.Missing(at)
+	var store *boltkv.Store
+	if err == nil {
+		store, err = boltkv.Open(filepath.Join(cfg.DataDir, backup.StoreFile), boltkv.Config{Metrics: cfg.Metrics})
+	}
+	if err != nil {
+		return nil, nil, backup.Explain(at, fmt.Errorf("open store: %w", err))
+	}
+	snapshots, err := backup.New(store, filepath.Join(cfg.DataDir, backup.SnapshotsDir), backup.Config{
+		Interval: cfg.SnapshotInterval, Keep: cfg.SnapshotKeep, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
+	})
+	if err != nil {
+		return nil, nil, errors.Join(err, store.Close())
+	}
+	return store, snapshots, nil
 }
 
 func openAudit(cfg *Config, log logrus.FieldLogger) (*audit.Log, error) {
@@ -275,7 +303,7 @@ func remoteOptions(l Limits) []grpc.ServerOption {
 		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: l.ConnectionIdle,
-			MaxConnectionAge: l.ConnectionAge,
+			MaxConnectionAge:  l.ConnectionAge,
 			// Answers that nobody reads end with their connection.
 			MaxConnectionAgeGrace: 5 * l.ConnectionAge,
 			// A peer that vanished without a word, which TCP notices late.
@@ -354,7 +382,7 @@ func running(cfg *Config, listeners *open, store *boltkv.Store, services *api.AP
 		Address:    listeners.tcp.Addr(),
 		SocketPath: cfg.SocketPath,
 		Live:       live,
-		Ready:      func() error { return errors.Join(live(), services.Ledgers().Err()) },
+		Ready:      func() error { return errors.Join(live(), store.Room(), services.Ledgers().Err()) },
 		Reopen:     log.Reopen,
 	}
 }

@@ -89,6 +89,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 	c.TrustDomain = from.TrustDomain
 	c.BindAddress, c.BindPort = from.BindAddress, from.BindPort
 	c.SocketPath, c.DataDir, c.AuditPath = from.SocketPath, from.DataDir, from.AuditFile
+	c.SnapshotInterval, c.SnapshotKeep = from.SnapshotInterval, from.SnapshotKeep
 	c.KeyManager, c.KeysPath = from.KeyManager, from.KeysPath
 	c.CA = server.CA{
 		TTL: from.CATTL, KeyType: from.CAKeyType, JWTKeyType: from.JWTKeyType, Subject: from.CASubject,

@@ -1,6 +1,6 @@
 // Package api serves SPIRE's public server API (agent.v1, entry.v1, svid.v1, bundle.v1, debug.v1,
 // logger.v1) with the codes and messages that SPIRE's agents, command line and controller manager
-// act on.
+// act on, and admin.v1, which is ours.
 //
 // A method here reads the request into the house's own nouns, asks the part that does the thing,
 // and turns what came of it into the public form. Who may call is package caller's business. What
@@ -37,6 +37,7 @@ import (
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/view"
+	"github.com/assay-id/assay/server/wire/adminv1"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -84,7 +85,7 @@ type Level interface {
 	SetLevel(logrus.Level)
 }
 
-// Parts are what the API is made of. All are required but Level.
+// Parts are what the API is made of. All are required but Level and Snapshots.
 type Parts struct {
 	Records Records
 	View    View
@@ -95,6 +96,8 @@ type Parts struct {
 	Chain func() []*x509.Certificate
 	// Level is the log's. Nil: logger.v1 answers Unimplemented.
 	Level Level
+	// Snapshots copies the store. Nil: admin.v1 answers Unimplemented.
+	Snapshots Snapshots
 }
 
 // Config is what an API needs beside its parts.
@@ -174,6 +177,7 @@ func (a *API) Register(s grpc.ServiceRegistrar) {
 func (a *API) RegisterLocal(s grpc.ServiceRegistrar) {
 	debugv1.RegisterDebugServer(s, &debugService{api: a})
 	loggerv1.RegisterLoggerServer(s, &loggerService{api: a})
+	adminv1.RegisterAdminServer(s, &adminService{api: a})
 }
 
 // settleTime is how long an answer is held back for the view to show what was written.

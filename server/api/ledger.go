@@ -51,6 +51,8 @@ var events = map[string]string{
 	"/spire.api.server.bundle.v1.Bundle/BatchUpdateFederatedBundle": "bundle.update",
 	"/spire.api.server.bundle.v1.Bundle/BatchSetFederatedBundle":    "bundle.set",
 	"/spire.api.server.bundle.v1.Bundle/BatchDeleteFederatedBundle": "bundle.delete",
+	"/assay.admin.v1.Admin/Backup":                                  "store.backup",
+	"/assay.admin.v1.Admin/TakeSnapshot":                            "store.snapshot",
 	"/spire.api.server.debug.v1.Debug/GetInfo":                      "debug.get",
 	"/spire.api.server.logger.v1.Logger/GetLogger":                  "log.get",
 	"/spire.api.server.logger.v1.Logger/SetLogLevel":                "log.level",

@@ -48,11 +48,12 @@ var rules = []rule{
 	{pattern: "server/view/viewtest", floor: flows},
 	{pattern: "server/view", floor: flows},
 	{pattern: "server/api/caller", floor: flows, also: []string{"server/view"}, why: "who calls is looked up in the view"},
+	{pattern: "server/backup", floor: flows},
 	{pattern: "server/feed", floor: flows, also: []string{"server/view", "server/api/caller"}, why: "streams differences of pictures to who calls"},
 	{pattern: "server/admit", floor: flows, also: []string{"server/view", "server/api/caller"}, why: "is this node banned?"},
 	{
 		pattern: "server/api", floor: flows,
-		also: []string{"server/api/caller", "server/admit", "server/view", "server/feed", "server/verdict"},
+		also: []string{"server/api/caller", "server/admit", "server/view", "server/feed", "server/verdict", "server/backup"},
 		why:  "the services hand over to the flows, and feed answers SPIRE's sync calls",
 	},
 	{pattern: "server/trust", floor: flows, also: []string{"server/view"}, why: "publishes the bundle of the picture"},

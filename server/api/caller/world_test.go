@@ -37,6 +37,7 @@ import (
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/wire/adminv1"
 	"github.com/assay-id/assay/server/wire/feedv1"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -272,6 +273,7 @@ func newWorld(t *testing.T, adminIDs ...spiffeid.ID) *world {
 		debugv1.RegisterDebugServer(s, debugv1.UnimplementedDebugServer{})
 		grpc_health_v1.RegisterHealthServer(s, grpc_health_v1.UnimplementedHealthServer{})
 		feedv1.RegisterFeedServer(s, w.feed)
+		adminv1.RegisterAdminServer(s, adminv1.UnimplementedAdminServer{})
 		done := make(chan struct{})
 		go func() { defer close(done); _ = s.Serve(l) }()
 		t.Cleanup(func() { s.Stop(); <-done })

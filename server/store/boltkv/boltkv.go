@@ -296,6 +296,9 @@ func (s *Store) admit(timeout time.Duration, fresh bool) error {
 	if info, err = s.file.Stat(); err != nil { // who had the lock may have written
 		return fmt.Errorf("open store: %w", err)
 	}
+	if now, err := os.Lstat(s.path); err != nil || !os.SameFile(info, now) { // or restored a backup
+		return fmt.Errorf("open store %s: it was replaced by another file at this moment; try again", s.path)
+	}
 	if info.Mode().Perm()&^0o600 != 0 && !s.readOnly {
 		// A restored copy often is readable by all.
 		if err := s.file.Chmod(0o600); err != nil {

@@ -123,6 +123,47 @@ func TestLock(t *testing.T) {
 	})
 }
 
+func TestReplaced(t *testing.T) {
+	t.Run("a file that is replaced while somebody waits for it is not mistaken for the new one", func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "store.db")
+		for _, p := range []string{path, path + ".new"} {
+			if err := open(t, p).Close(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		unlock, err := Lock(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Lock(path); !errors.Is(err, ErrLocked) {
+			t.Errorf("locked twice: %v", err)
+		}
+		waiting := make(chan struct{})
+		var group sync.WaitGroup
+		group.Go(func() {
+			close(waiting)
+			s, err := Open(path, Config{LockTimeout: time.Minute})
+			if err == nil {
+				// It came to open the file after the other took its place.
+				if s.ID() == "" {
+					t.Error("no identity")
+				}
+				_ = s.Close()
+			} else if !strings.Contains(err.Error(), "was replaced") {
+				t.Error(err)
+			}
+		})
+		<-waiting
+		if err := os.Rename(path+".new", path); err != nil {
+			t.Fatal(err)
+		}
+		if err := unlock(); err != nil {
+			t.Fatal(err)
+		}
+		group.Wait()
+	})
+}
+
 func TestBackupAndRestore(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, filepath.Join(dir, "store.db"))
