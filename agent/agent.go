@@ -53,6 +53,7 @@ type agent struct {
 	attest  *workloadapi.Attestation
 	serve   *workloadapi.Server
 	admin   *admin.Server // nil: no private socket
+	lease   *lease
 	started time.Time
 	listens chan struct{} // closed when the Workload API accepts callers
 	running atomic.Bool
@@ -61,14 +62,19 @@ type agent struct {
 // open builds the parts and takes over what is kept from before.
 func open(cfg Config) (*agent, error) {
 	a := &agent{
-		cfg: cfg, log: cfg.Log.WithField("component", "agent"), view: view.New(),
+		cfg: cfg, log: cfg.Log.WithField("component", "agent"), view: view.New(cfg.Now),
 		started: cfg.Now(), listens: make(chan struct{}),
 	}
 	if err := a.openKeep(); err != nil {
 		return nil, err
 	}
+	a.lease = &lease{
+		length: cfg.VerdictLease, view: a.view, now: cfg.Now, log: a.log,
+		synced: func() time.Time { return a.uplink.Status().Synced }, keep: func() { a.sink.keepHeard() },
+	}
 	if p := a.keep.Picture(); p != nil {
-		err := a.view.Apply(view.Update{StoreID: p.StoreID, Rev: p.Rev, Full: true, Entries: p.Entries, Bundles: p.Bundles})
+		a.lease.heard = p.HeardAt
+		err := a.view.Apply(view.Update{StoreID: p.StoreID, Rev: p.Rev, Full: true, Entries: p.Entries, Bundles: p.Bundles, Verdicts: p.Verdicts})
 		if err != nil {
 			return nil, fmt.Errorf("take over kept picture: %w", err)
 		}
@@ -95,12 +101,13 @@ func open(cfg Config) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open join: %w", err)
 	}
-	a.sink = &sink{view: a.view, keep: a.keep, join: a.join, cfg: cfg, log: a.log}
+	a.sink = &sink{view: a.view, keep: a.keep, join: a.join, lease: a.lease, cfg: cfg, log: a.log}
 	a.uplink, err = uplink.New(a.join, a.sink, uplink.Config{
 		TrustDomain:  cfg.TrustDomain,
 		Target:       cfg.serverTarget(),
 		Version:      cfg.Version,
 		SyncInterval: cfg.SyncInterval,
+		Running:      func() ([]string, <-chan struct{}) { return a.issue.Running() },
 		OnConnect:    func() { a.issue.Retry() },
 		Log:          cfg.Log.WithField("component", "uplink"),
 		Metrics:      cfg.Metrics,
@@ -121,6 +128,7 @@ func open(cfg Config) (*agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open issue: %w", err)
 	}
+	a.lease.look() // before anybody is served from what is kept
 	a.openWorkloadAPI()
 	a.openAdmin()
 	return a, nil
@@ -179,6 +187,7 @@ func (a *agent) run(ctx context.Context) error {
 	defer stopKeep()
 
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return a.view.Run(ctx) })
 	g.Go(func() error { return a.join.Run(ctx) })
 	g.Go(func() error { return a.uplink.Run(ctx) })
 	g.Go(func() error { return a.issue.Run(ctx) })
@@ -197,6 +206,7 @@ func (a *agent) run(ctx context.Context) error {
 			return nil
 		})
 	}
+	g.Go(func() error { a.lease.run(ctx); return nil })
 	g.Go(func() error { a.announce(ctx); return nil })
 	return g.Wait()
 }
@@ -256,6 +266,8 @@ type sink struct {
 	view *view.View
 	keep *keep.Keep
 	join *join.Joiner
+	// lease is told that the server is there.
+	lease *lease
 	// mu keeps a picture that was under way from arriving after a ban has emptied the view.
 	mu sync.Mutex
 }
@@ -263,7 +275,7 @@ type sink struct {
 // Held returns what the view holds.
 func (s *sink) Held() uplink.Held {
 	p := s.view.Picture()
-	h := uplink.Held{StoreID: p.StoreID, Rev: p.Rev, Entries: p.Entries()}
+	h := uplink.Held{StoreID: p.StoreID, Rev: p.Rev, Entries: p.Entries(), Verdicts: p.VerdictList()}
 	if p.Held() {
 		h.Bundles = p.BundleList()
 	}
@@ -281,6 +293,7 @@ func (s *sink) Apply(u uplink.Update) error {
 	if err := s.view.Apply(view.Update(u)); err != nil {
 		return err
 	}
+	s.lease.contact()
 	p := s.view.Picture()
 	s.join.SetBundle(p.Bundles[s.cfg.TrustDomain])
 	if p.Serial() != before.Serial() || !before.Held() {
@@ -291,7 +304,18 @@ func (s *sink) Apply(u uplink.Update) error {
 }
 
 func (s *sink) save(p *view.Picture) {
-	s.keep.SavePicture(&keep.Picture{StoreID: p.StoreID, Rev: p.Rev, Entries: p.Entries(), Bundles: p.BundleList()})
+	s.keep.SavePicture(&keep.Picture{
+		StoreID: p.StoreID, Rev: p.Rev, Entries: p.Entries(), Bundles: p.BundleList(), Verdicts: p.VerdictList(), HeardAt: s.cfg.Now(),
+	})
+}
+
+// keepHeard keeps that the picture is the server's by now.
+func (s *sink) keepHeard() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if p := s.view.Picture(); p.Held() && !s.join.Banned() {
+		s.save(p)
+	}
 }
 
 // wipe leaves nothing to serve, in memory or on disk.

@@ -23,6 +23,7 @@ const (
 	DefaultSocketPath   = "/tmp/spire-agent/public/api.sock"
 	DefaultSyncInterval = 5 * time.Second
 	DefaultWorkloadHold = 3 * time.Second
+	DefaultVerdictLease = 15 * time.Minute
 	DefaultX509Cache    = 1000
 	DefaultJWTCache     = 1000
 )
@@ -104,6 +105,10 @@ type Config struct {
 	// DefaultSyncInterval.
 	SyncInterval time.Duration
 
+	// VerdictLease is how long the server's verdicts on images count without word from the server: then
+	// entries that demand one match nobody until it is back. 0 means DefaultVerdictLease.
+	VerdictLease time.Duration
+
 	// WorkloadHold is how long a caller that matches nothing yet waits for its entry before it is
 	// refused; 0 means DefaultWorkloadHold, negative means not at all.
 	WorkloadHold time.Duration
@@ -158,6 +163,7 @@ func Defaults() Config {
 		X509CacheSize:     DefaultX509Cache,
 		JWTCacheSize:      DefaultJWTCache,
 		SyncInterval:      DefaultSyncInterval,
+		VerdictLease:      DefaultVerdictLease,
 		WorkloadHold:      DefaultWorkloadHold,
 		Log:               logrus.StandardLogger(),
 		Now:               time.Now,
@@ -193,6 +199,9 @@ func (c Config) filled() Config {
 	}
 	if c.SyncInterval == 0 {
 		c.SyncInterval = d.SyncInterval
+	}
+	if c.VerdictLease == 0 {
+		c.VerdictLease = d.VerdictLease
 	}
 	if c.WorkloadHold == 0 {
 		c.WorkloadHold = d.WorkloadHold

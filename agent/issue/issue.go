@@ -112,7 +112,8 @@ type Issuer struct {
 	mu       sync.Mutex
 	picture  *view.Picture // what subjects and slots reflect
 	subjects map[string]*subject
-	order    *list.List       // of all subjects, the last asked about in front
+	order    *list.List // of all subjects, the last asked about in front
+	images   images
 	slots    map[string]*slot // by entry ID
 	queue    []*slot          // with a call that is not under way yet
 	// gathering says that a batch waits for company; batches and signing count calls under way.
@@ -155,7 +156,7 @@ func New(v *view.View, signer Signer, store Store, cfg Config) (*Issuer, error) 
 	i := &Issuer{
 		cfg: cfg, view: v, signer: signer, store: store, log: cfg.Log, now: cfg.Now, pool: p, metrics: m,
 		kick: make(chan struct{}, 1), picture: v.Picture(),
-		subjects: map[string]*subject{}, order: list.New(), slots: map[string]*slot{}, jwts: newJWTCache(cfg.JWTSize),
+		subjects: map[string]*subject{}, order: list.New(), images: newImages(), slots: map[string]*slot{}, jwts: newJWTCache(cfg.JWTSize),
 		nextScan: cfg.Now(),
 	}
 	i.restore()
@@ -165,6 +166,7 @@ func New(v *view.View, signer Signer, store Store, cfg Config) (*Issuer, error) 
 // restore takes over the SVIDs of a former run that are still worth something.
 func (i *Issuer) restore() {
 	now := i.now()
+	i.expectImages(now)
 	count := 0
 	for _, k := range i.store.SVIDs() {
 		e, ok := i.picture.Entry(k.SVID.EntryID)

@@ -159,9 +159,17 @@ func (i *Issuer) JWT(ctx context.Context, facts attestor.Set, audience []string,
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	now = i.now()
+	// What was asked for may have been taken away while it was signed.
+	s = i.ask(facts, now)
+	changed = s.changed
 	var svids []*identity.JWTSVID
 	var failed error
+	matched := false
 	for n, sl := range slots {
+		if !slices.ContainsFunc(s.entries, func(e *identity.Entry) bool { return e.ID == sl.entry.ID }) {
+			continue
+		}
+		matched = true
 		switch {
 		case fresh[n] != nil:
 			svids = append(svids, fresh[n])
@@ -172,7 +180,7 @@ func (i *Issuer) JWT(ctx context.Context, facts attestor.Set, audience []string,
 			failed = sl.err
 		}
 	}
-	if len(svids) == 0 {
+	if len(svids) == 0 && matched {
 		return nil, changed, unavailable(failed)
 	}
 	return svids, changed, nil

@@ -47,6 +47,7 @@ func (i *Issuer) scan(now time.Time) {
 	}
 	i.scanJWT(now)
 	i.trim(now)
+	i.forgetImages(now)
 	i.metrics.held.WithLabelValues("x509").Set(float64(len(i.slots)))
 	i.metrics.held.WithLabelValues("jwt").Set(float64(len(i.jwts.slots)))
 	i.metrics.subjects.Set(float64(len(i.subjects)))

@@ -18,6 +18,8 @@ import (
 type subject struct {
 	key   string
 	facts attestor.Set
+	// digests are of the images that the facts name.
+	digests []string
 	// entries are those it matches and may have, oldest first.
 	entries   []*identity.Entry
 	own       *identity.Bundle
@@ -66,6 +68,7 @@ func (i *Issuer) ask(facts attestor.Set, now time.Time) *subject {
 		s = &subject{key: key, facts: facts, changed: make(chan struct{}), asked: -1, askedX509: -1}
 		i.subjects[key] = s
 		s.place = i.order.PushFront(s)
+		i.enter(s, now)
 		i.match(s, now)
 	}
 	i.order.MoveToFront(s.place)
@@ -202,6 +205,7 @@ func (i *Issuer) refresh(p *view.Picture, now time.Time) {
 	for _, s := range i.subjects {
 		i.match(s, now)
 	}
+	i.withdraw(was, p)
 	if len(i.slots) != kept {
 		i.save()
 	}
@@ -303,6 +307,7 @@ func (i *Issuer) settled(s *subject, changed bool, now time.Time) {
 func (i *Issuer) forgetSubject(s *subject) {
 	delete(i.subjects, s.key)
 	i.order.Remove(s.place)
+	i.leave(s, i.now())
 	for _, e := range s.entries {
 		if sl := i.slots[e.ID]; sl != nil {
 			delete(sl.users, s)

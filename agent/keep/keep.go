@@ -1,18 +1,19 @@
 // Package keep holds what an agent must still have after a restart while its server is away: its own
-// SVID and key, the bundle it trusts, its picture of entries and bundles, and the SVIDs of its
+// SVID and key, the bundle it trusts, its picture of entries, bundles and verdicts, and the SVIDs of its
 // workloads with their keys.
 //
 // Each of the four is one file in the data directory, sealed with AES-256-GCM under the key of the
 // agent's key store and replaced whole (temporary file, fsync, rename, fsync of the directory). The
 // file's name is bound into the seal, so that one file cannot be put in the place of another:
 //
-//	own.sealed     own SVID          written when it changes, before it is used
-//	bundle.sealed  trusted bundle    the same
-//	picture.sealed entries, bundles  soon after a change
-//	svids.sealed   workloads' SVIDs  soon after a change
+//	own.sealed     own SVID                    written when it changes, before it is used
+//	bundle.sealed  trusted bundle              the same
+//	picture.sealed entries, bundles, verdicts  soon after a change
+//	svids.sealed   workloads' SVIDs            soon after a change
 //
 // A sealed file is 8 bytes of magic, one of format version, 12 of nonce, then ciphertext and tag. In
-// it is JSON with a version of its own; entries and bundles are in their public protobuf form.
+// it is JSON with a version of its own; entries and bundles are in their public protobuf form,
+// verdicts in that of the feed.
 //
 // Why it is so: a file that was cut short, tampered with or sealed under another key is worth less
 // than an agent that runs. It is named in the log, put aside, and the agent starts as if it had

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/assay-id/assay/server/wire/feedv1"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -141,14 +142,20 @@ type Picture struct {
 	Rev     uint64
 	Entries []*identity.Entry
 	Bundles []*identity.Bundle
+	// Verdicts are on the images that run at the node.
+	Verdicts []*identity.Verdict
+	// HeardAt is when this was last known to be the server's picture; zero: unknown.
+	HeardAt time.Time
 }
 
 type pictureJSON struct {
-	Version int      `json:"version"`
-	StoreID string   `json:"store_id"`
-	Rev     uint64   `json:"rev"`
-	Entries [][]byte `json:"entries"` // types.Entry
-	Bundles [][]byte `json:"bundles"` // types.Bundle
+	Version  int      `json:"version"`
+	StoreID  string   `json:"store_id"`
+	Rev      uint64   `json:"rev"`
+	Entries  [][]byte `json:"entries"`            // types.Entry
+	Bundles  [][]byte `json:"bundles"`            // types.Bundle
+	Verdicts [][]byte `json:"verdicts,omitempty"` // feedv1.Verdict
+	HeardAt  int64    `json:"heard_at,omitempty"` // Unix seconds
 }
 
 // Picture returns the kept picture, or nil.
@@ -188,6 +195,20 @@ func (s *pictureJSON) parse() (*Picture, error) {
 		}
 		p.Bundles = append(p.Bundles, b)
 	}
+	for _, raw := range s.Verdicts {
+		w := new(feedv1.Verdict)
+		if err := proto.Unmarshal(raw, w); err != nil {
+			return nil, fmt.Errorf("unmarshal verdict: %w", err)
+		}
+		v, err := identity.VerdictFromWire(w)
+		if err != nil {
+			return nil, fmt.Errorf("parse verdict: %w", err)
+		}
+		p.Verdicts = append(p.Verdicts, v)
+	}
+	if s.HeardAt != 0 {
+		p.HeardAt = time.Unix(s.HeardAt, 0)
+	}
 	return p, nil
 }
 
@@ -208,6 +229,16 @@ func (k *Keep) SavePicture(p *Picture) {
 				return nil, err
 			}
 			stored.Bundles = append(stored.Bundles, raw)
+		}
+		for _, v := range p.Verdicts {
+			raw, err := proto.Marshal(v.Wire())
+			if err != nil {
+				return nil, fmt.Errorf("marshal verdict: %w", err)
+			}
+			stored.Verdicts = append(stored.Verdicts, raw)
+		}
+		if !p.HeardAt.IsZero() {
+			stored.HeardAt = p.HeardAt.Unix()
 		}
 		return stored, nil
 	})

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -41,18 +43,27 @@ func (u *Uplink) follow(ctx context.Context, conn *grpc.ClientConn, own *keep.Ow
 
 func (u *Uplink) followFrom(ctx context.Context, conn *grpc.ClientConn, own *keep.Own, held Held) error {
 	ctx, cancel := context.WithCancel(ctx)
+	var work sync.WaitGroup
+	defer work.Wait()
 	defer cancel() // lets the stream go
 	stream, err := feedv1.NewFeedClient(conn).Follow(ctx)
 	if err != nil {
 		return feedError(err)
 	}
-	// io.EOF from Send says that the server ended the stream; why, Recv says.
-	if err := stream.Send(hello(held, u.cfg.Version)); err != nil && !errors.Is(err, io.EOF) {
-		return feedError(err)
+	w := &sender{stream: stream}
+	hello := hello(held, u.cfg.Version)
+	var running []string
+	var changed <-chan struct{}
+	if u.cfg.Running != nil {
+		running, changed = u.cfg.Running()
+		hello.Capabilities, hello.Running = []string{verdicts}, running
+	}
+	if err := w.send(&feedv1.FollowRequest{Message: &feedv1.FollowRequest_Hello{Hello: hello}}); err != nil {
+		return err
 	}
 	first := true
 	for {
-		up, err := u.receive(stream)
+		up, capabilities, err := u.receive(stream)
 		if err != nil {
 			return err
 		}
@@ -65,45 +76,101 @@ func (u *Uplink) followFrom(ctx context.Context, conn *grpc.ClientConn, own *kee
 			u.lag.Observe(max(0, u.now().Sub(up.MadeAt).Seconds()))
 		}
 		ack := &feedv1.FollowRequest{Message: &feedv1.FollowRequest_Ack{Ack: &feedv1.Ack{Revision: up.Rev}}}
-		if err := stream.Send(ack); err != nil && !errors.Is(err, io.EOF) {
-			return feedError(err)
+		if err := w.send(ack); err != nil {
+			return err
 		}
 		if first {
 			first = false
 			u.current(StateFeed, own, up.Rev)
+			if changed != nil && slices.Contains(capabilities, verdicts) {
+				work.Go(func() { u.report(ctx, w, running, changed) })
+			}
 		}
 	}
 }
 
-func hello(held Held, version string) *feedv1.FollowRequest {
-	h := &feedv1.Hello{AgentVersion: version}
-	if held.StoreID != "" {
-		h.StoreId, h.Revision = held.StoreID, held.Rev
-		for _, e := range held.Entries {
-			created := int64(0)
-			if !e.CreatedAt.IsZero() {
-				created = e.CreatedAt.Unix()
-			}
-			h.Entries = append(h.Entries, &feedv1.HeldEntry{Id: e.ID, RevisionNumber: e.Revision, CreatedAt: created})
-		}
-		for _, b := range held.Bundles {
-			h.Bundles = append(h.Bundles, &feedv1.HeldBundle{TrustDomain: b.TrustDomain.Name(), SequenceNumber: b.Sequence})
-		}
+// verdicts is the capability of agents and servers that know of verdicts on images.
+const verdicts = "verdicts"
+
+// sender lets acknowledgements and reports share a stream.
+type sender struct {
+	mu     sync.Mutex // serializes Send
+	stream feedv1.Feed_FollowClient
+}
+
+// send returns no error for a stream that the server has ended: why it has, Recv says.
+func (w *sender) send(m *feedv1.FollowRequest) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err := w.stream.Send(m); err != nil && !errors.Is(err, io.EOF) {
+		return feedError(err)
 	}
-	return &feedv1.FollowRequest{Message: &feedv1.FollowRequest_Hello{Hello: h}}
+	return nil
+}
+
+// report tells the server what runs here whenever that has changed from what it was told.
+func (u *Uplink) report(ctx context.Context, w *sender, told []string, changed <-chan struct{}) {
+	for {
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+		var now []string
+		now, changed = u.cfg.Running()
+		r := &feedv1.Running{
+			Digests:        slices.DeleteFunc(slices.Clone(now), func(d string) bool { return contains(told, d) }),
+			RemovedDigests: slices.DeleteFunc(slices.Clone(told), func(d string) bool { return contains(now, d) }),
+		}
+		if len(r.GetDigests())+len(r.GetRemovedDigests()) == 0 {
+			continue
+		}
+		if err := w.send(&feedv1.FollowRequest{Message: &feedv1.FollowRequest_Running{Running: r}}); err != nil {
+			return // Recv says it too
+		}
+		told = now
+	}
+}
+
+// contains looks in an ordered list.
+func contains(list []string, text string) bool {
+	_, found := slices.BinarySearch(list, text)
+	return found
+}
+
+func hello(held Held, version string) *feedv1.Hello {
+	h := &feedv1.Hello{AgentVersion: version}
+	if held.StoreID == "" {
+		return h
+	}
+	h.StoreId, h.Revision = held.StoreID, held.Rev
+	for _, e := range held.Entries {
+		created := int64(0)
+		if !e.CreatedAt.IsZero() {
+			created = e.CreatedAt.Unix()
+		}
+		h.Entries = append(h.Entries, &feedv1.HeldEntry{Id: e.ID, RevisionNumber: e.Revision, CreatedAt: created})
+	}
+	for _, b := range held.Bundles {
+		h.Bundles = append(h.Bundles, &feedv1.HeldBundle{TrustDomain: b.TrustDomain.Name(), SequenceNumber: b.Sequence})
+	}
+	for _, v := range held.Verdicts {
+		h.Verdicts = append(h.Verdicts, &feedv1.HeldVerdict{Digest: v.Digest, SequenceNumber: v.Seq})
+	}
+	return h
 }
 
 // receive gathers the parts of one picture.
-func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (Update, error) {
-	var up Update
+func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabilities []string, err error) {
 	complete := true // every part could be read
 	for part := 0; ; part++ {
 		msg, err := stream.Recv()
 		if err != nil {
-			return Update{}, feedError(err)
+			return Update{}, nil, feedError(err)
 		}
+		capabilities = append(capabilities, msg.GetCapabilities()...)
 		if part > 0 && (msg.GetStoreId() != up.StoreID || msg.GetRevision() != up.Rev) {
-			return Update{}, fmt.Errorf("%w: parts of different pictures", errDrift)
+			return Update{}, nil, fmt.Errorf("%w: parts of different pictures", errDrift)
 		}
 		up.StoreID, up.Rev = msg.GetStoreId(), msg.GetRevision()
 		up.Full = up.Full || msg.GetFull()
@@ -120,17 +187,20 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (Update, error) {
 		}
 		up.RemovedEntries = append(up.RemovedEntries, msg.GetRemovedEntryIds()...)
 		if complete, err = u.bundles(&up, msg.GetBundles(), complete); err != nil {
-			return Update{}, err
+			return Update{}, nil, err
 		}
 		for _, name := range msg.GetRemovedTrustDomains() {
 			td, err := spiffeid.TrustDomainFromString(name)
 			if err != nil {
-				return Update{}, fmt.Errorf("%w: removed trust domain: %w", errDrift, err)
+				return Update{}, nil, fmt.Errorf("%w: removed trust domain: %w", errDrift, err)
 			}
 			up.RemovedBundles = append(up.RemovedBundles, td)
 		}
+		if err := verdictsOf(&up, msg); err != nil {
+			return Update{}, nil, err
+		}
 		if len(up.Entries)+len(up.RemovedEntries) > maxEntries {
-			return Update{}, fmt.Errorf("server sent more than %d entries", maxEntries)
+			return Update{}, nil, fmt.Errorf("server sent more than %d entries", maxEntries)
 		}
 		if msg.GetMore() {
 			continue
@@ -141,8 +211,22 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (Update, error) {
 		if ns := msg.GetMadeAt(); ns > 0 {
 			up.MadeAt = time.Unix(0, ns)
 		}
-		return up, nil
+		return up, capabilities, nil
 	}
+}
+
+// verdictsOf adds those of one part. One that cannot be read is an error: it may be what takes an
+// identity away.
+func verdictsOf(up *Update, msg *feedv1.FollowResponse) error {
+	for _, w := range msg.GetVerdicts() {
+		v, err := identity.VerdictFromWire(w)
+		if err != nil {
+			return fmt.Errorf("read verdict from the server: %w", err)
+		}
+		up.Verdicts = append(up.Verdicts, v)
+	}
+	up.RemovedVerdicts = append(up.RemovedVerdicts, msg.GetRemovedDigests()...)
+	return nil
 }
 
 // bundles adds those of one part. Another trust domain's bundle that cannot be read is left out; the

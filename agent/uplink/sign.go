@@ -94,6 +94,8 @@ func x509Result(r *svidv1.BatchNewX509SVIDResponse_Result) ([][]byte, error) {
 	case codes.OK:
 	case codes.NotFound:
 		return nil, identity.ErrUnknownEntry
+	case codes.FailedPrecondition: // the server has seen a change that has yet to arrive here
+		return nil, fmt.Errorf("%w: %s", identity.ErrUnknownEntry, r.GetStatus().GetMessage())
 	default:
 		return nil, fmt.Errorf("sign X509-SVID: %w", status.Error(code, r.GetStatus().GetMessage()))
 	}
@@ -110,8 +112,11 @@ func (u *Uplink) SignJWT(ctx context.Context, entryID string, audience []string)
 		resp, err = svidv1.NewSVIDClient(conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: entryID, Audience: audience})
 		return err
 	})
-	if codeOf(err) == codes.NotFound {
+	switch codeOf(err) {
+	case codes.NotFound:
 		return nil, identity.ErrUnknownEntry
+	case codes.FailedPrecondition:
+		return nil, fmt.Errorf("%w: %w", identity.ErrUnknownEntry, err)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("sign JWT-SVID: %w", err)

@@ -48,8 +48,11 @@ type Update struct {
 	RemovedEntries []string
 	Bundles        []*identity.Bundle
 	RemovedBundles []spiffeid.TrustDomain
-	Checksum       []byte
-	MadeAt         time.Time
+	Verdicts       []*identity.Verdict
+	// RemovedVerdicts are digests.
+	RemovedVerdicts []string
+	Checksum        []byte
+	MadeAt          time.Time
 }
 
 // Held is what the agent holds.
@@ -58,6 +61,8 @@ type Held struct {
 	Rev     uint64
 	Entries []*identity.Entry
 	Bundles []*identity.Bundle
+	// Verdicts are in any order.
+	Verdicts []*identity.Verdict
 }
 
 // Sink takes the picture.
@@ -89,6 +94,10 @@ type Config struct {
 	Version string
 	// SyncInterval is how often a SPIRE server is asked; 0 means 5 s.
 	SyncInterval time.Duration
+	// Running returns the config digests of the images that run here, in order, and a channel that is
+	// closed when they have changed. Nil: none ever run, and the server is told that verdicts on images
+	// are nothing to this agent.
+	Running func() ([]string, <-chan struct{})
 	// OnConnect is called whenever the picture was brought up to date after a break; nil is fine.
 	OnConnect func()
 	// Log, Metrics and Now may be nil.

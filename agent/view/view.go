@@ -1,5 +1,5 @@
 // Package view is the agent's picture of what its node may have: entries and bundles at a revision
-// of the server.
+// of the server, and the verdicts on the images that run at the node.
 //
 // A picture is immutable. Apply builds the next one from the present one and a change, and
 // publishes it by swapping a pointer and closing a channel: readers never wait for the writer, nor
@@ -45,8 +45,12 @@ type Update struct {
 	RemovedEntries []string
 	Bundles        []*identity.Bundle
 	RemovedBundles []spiffeid.TrustDomain
+	Verdicts       []*identity.Verdict
+	// RemovedVerdicts are digests.
+	RemovedVerdicts []string
 
-	// Checksum is what identity.Checksum must give for the new picture; empty: not checked.
+	// Checksum is what identity.Checksum, or with verdicts identity.ChecksumVerdicts, must give for the
+	// new picture; empty: not checked.
 	Checksum []byte
 	// MadeAt is when the server made the picture; zero: unknown.
 	MadeAt time.Time
@@ -58,6 +62,12 @@ type Picture struct {
 	Rev     uint64
 	// Bundles by trust domain, the own one and those the entries federate with.
 	Bundles map[spiffeid.TrustDomain]*identity.Bundle
+	// Verdicts by digest, those included that have ended to count.
+	Verdicts map[string]*identity.Verdict
+
+	// asOf is the time by which verdicts count as ended, and lapsed says that none counts.
+	asOf   time.Time
+	lapsed bool
 
 	entries map[string]*identity.Entry
 	sorted  []*identity.Entry // by ID
@@ -91,9 +101,10 @@ func (p *Picture) BundleList() []*identity.Bundle {
 	})
 }
 
-// Match returns the entries whose selectors are all in facts, ordered by identity.Older. Entries
-// without selectors match nobody.
+// Match returns the entries whose selectors are all in what Facts makes of facts, ordered by
+// identity.Older. Entries without selectors match nobody.
 func (p *Picture) Match(facts attestor.Set) []*identity.Entry {
+	facts = p.Facts(facts)
 	var found []*identity.Entry
 	for _, fact := range facts.All() {
 		for _, e := range p.index[fact] {
@@ -112,10 +123,11 @@ type Near struct {
 	Missing []attestor.Selector
 }
 
-// Nearest returns at most n entries that facts do not match, those with the fewest missing selectors
+// Nearest returns at most n entries that what Facts makes of facts does not match, those with the fewest missing selectors
 // first, among them those with the most selectors present. It looks at every entry: it is for
 // people who ask why, not for serving.
 func (p *Picture) Nearest(facts attestor.Set, n int) []Near {
+	facts = p.Facts(facts)
 	var near []Near
 	for _, e := range p.sorted {
 		if missing := e.Selectors.Missing(facts); len(missing) > 0 {
@@ -134,8 +146,9 @@ func (p *Picture) Nearest(facts attestor.Set, n int) []Near {
 
 // View holds the picture in force. Use New.
 type View struct {
+	now   func() time.Time
 	state atomic.Pointer[state]
-	mu    sync.Mutex // serializes Apply
+	mu    sync.Mutex // serializes what replaces the state
 }
 
 type state struct {
@@ -143,20 +156,25 @@ type state struct {
 	next    chan struct{} // closed when the state is replaced
 }
 
-// New returns a view with an empty picture at revision 0.
-func New() *View {
-	v := &View{}
+// New returns a view with an empty picture at revision 0. The clock says when verdicts end to count;
+// without one it is time.Now.
+func New(clock ...func() time.Time) *View {
+	v := &View{now: time.Now}
+	if len(clock) > 0 && clock[0] != nil {
+		v.now = clock[0]
+	}
 	v.state.Store(&state{picture: empty(), next: make(chan struct{})})
 	return v
 }
 
 func empty() *Picture {
 	return &Picture{
-		Bundles: map[spiffeid.TrustDomain]*identity.Bundle{},
-		entries: map[string]*identity.Entry{},
-		index:   map[attestor.Selector][]*identity.Entry{},
-		filed:   map[string]attestor.Selector{},
-		count:   map[attestor.Selector]int{},
+		Bundles:  map[spiffeid.TrustDomain]*identity.Bundle{},
+		Verdicts: map[string]*identity.Verdict{},
+		entries:  map[string]*identity.Entry{},
+		index:    map[attestor.Selector][]*identity.Entry{},
+		filed:    map[string]attestor.Selector{},
+		count:    map[attestor.Selector]int{},
 	}
 }
 
@@ -194,23 +212,31 @@ func (v *View) Wait(ctx context.Context) error {
 }
 
 // Apply makes the update part of the picture and publishes it, or returns an error wrapping ErrDrift
-// and leaves the picture as it was. An update that changes neither entries nor bundles moves the
+// and leaves the picture as it was. An update that changes nothing of what is held moves the
 // revision without waking anybody, because nothing that a workload sees has changed.
 func (v *View) Apply(u Update) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	now := v.state.Load()
-	next, changed, err := now.picture.apply(u)
+	next, changed, err := v.state.Load().picture.apply(u)
 	if err != nil {
 		return err
 	}
+	if changed { // otherwise verdicts might end unheard
+		next.asOf = v.now()
+	}
+	v.publish(next, changed)
+	return nil
+}
+
+// publish puts a picture in force, and wakes those who follow if it is another one to them. mu is held.
+func (v *View) publish(next *Picture, changed bool) {
+	now := v.state.Load()
 	if !changed {
 		v.state.Store(&state{picture: next, next: now.next})
-		return nil
+		return
 	}
 	v.state.Store(&state{picture: next, next: make(chan struct{})})
 	close(now.next)
-	return nil
 }
 
 func (p *Picture) apply(u Update) (next *Picture, changed bool, err error) {
@@ -222,15 +248,16 @@ func (p *Picture) apply(u Update) (next *Picture, changed bool, err error) {
 		}
 		next = p.delta(u)
 	}
-	next.StoreID, next.Rev, next.held = u.StoreID, u.Rev, true
-	if len(u.Checksum) > 0 && !bytes.Equal(u.Checksum, identity.Checksum(next.sorted, next.BundleList())) {
-		return nil, false, fmt.Errorf("apply revision %d: checksum over %d entries and %d bundles: %w",
-			u.Rev, len(next.sorted), len(next.Bundles), ErrDrift)
+	next.StoreID, next.Rev, next.held, next.lapsed = u.StoreID, u.Rev, true, p.lapsed
+	if len(u.Checksum) > 0 && !bytes.Equal(u.Checksum, next.checksum()) {
+		return nil, false, fmt.Errorf("apply revision %d: checksum over %d entries, %d bundles and %d verdicts: %w",
+			u.Rev, len(next.sorted), len(next.Bundles), len(next.Verdicts), ErrDrift)
 	}
 	if u.Full {
 		changed = !p.same(next)
 	} else {
-		changed = len(u.Entries)+len(u.RemovedEntries)+len(u.Bundles)+len(u.RemovedBundles) > 0
+		changed = len(u.Entries)+len(u.RemovedEntries)+len(u.Bundles)+len(u.RemovedBundles)+
+			len(u.Verdicts)+len(u.RemovedVerdicts) > 0
 	}
 	if !changed {
 		same := *p
@@ -246,6 +273,9 @@ func full(u Update) *Picture {
 	p := empty()
 	for _, b := range u.Bundles {
 		p.Bundles[b.TrustDomain] = b
+	}
+	for _, verdict := range u.Verdicts {
+		p.Verdicts[verdict.Digest] = verdict
 	}
 	for _, e := range u.Entries {
 		p.entries[e.ID] = e
@@ -268,7 +298,17 @@ func full(u Update) *Picture {
 // delta builds the next picture; buckets that change are copied, all others shared.
 func (p *Picture) delta(u Update) *Picture {
 	next := &Picture{
-		Bundles: p.Bundles, entries: p.entries, sorted: p.sorted, index: p.index, filed: p.filed, count: p.count,
+		Bundles: p.Bundles, Verdicts: p.Verdicts,
+		entries: p.entries, sorted: p.sorted, index: p.index, filed: p.filed, count: p.count,
+	}
+	if len(u.Verdicts)+len(u.RemovedVerdicts) > 0 {
+		next.Verdicts = maps.Clone(p.Verdicts)
+		for _, digest := range u.RemovedVerdicts {
+			delete(next.Verdicts, digest)
+		}
+		for _, verdict := range u.Verdicts {
+			next.Verdicts[verdict.Digest] = verdict
+		}
 	}
 	if len(u.Bundles)+len(u.RemovedBundles) > 0 {
 		next.Bundles = maps.Clone(p.Bundles)
@@ -372,6 +412,9 @@ func (p *Picture) same(o *Picture) bool {
 		if e.ID != n.ID || e.Revision != n.Revision || !e.CreatedAt.Equal(n.CreatedAt) {
 			return false
 		}
+	}
+	if !maps.EqualFunc(p.Verdicts, o.Verdicts, func(a, b *identity.Verdict) bool { return a.Seq == b.Seq }) {
+		return false
 	}
 	return maps.EqualFunc(p.Bundles, o.Bundles, func(a, b *identity.Bundle) bool {
 		return a.Sequence == b.Sequence && a.RefreshHint == b.RefreshHint &&
