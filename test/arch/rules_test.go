@@ -44,6 +44,7 @@ var rules = []rule{
 	{pattern: "server/turn", floor: tools},
 	{pattern: "agent/keep", floor: tools},
 	{pattern: "server/verdict/report", floor: tools, why: "parsers of reports, which nothing else of verdict needs"},
+	{pattern: "server/verdict/trust", floor: tools, also: []string{"server/verdict/report"}, why: "what was signed is provenance, which report reads"},
 
 	{pattern: "server/view/viewtest", floor: flows},
 	{pattern: "server/view", floor: flows},
@@ -57,7 +58,7 @@ var rules = []rule{
 		why:  "the services hand over to the flows, and feed answers SPIRE's sync calls",
 	},
 	{pattern: "server/trust", floor: flows, also: []string{"server/view"}, why: "publishes the bundle of the picture"},
-	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/report"}, why: "verdicts are about what the picture shows"},
+	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
 	{pattern: "agent/issue", floor: flows, also: []string{"agent/view"}, why: "signs what the picture shows"},
 	{pattern: "agent/admin", floor: flows, also: []string{"agent/view", "workloadapi"}, why: "explains what they decided"},
 	{pattern: "agent/join", floor: flows},
@@ -101,7 +102,7 @@ var homes = []struct {
 	{"github.com/moby/moby", []string{"attestor/docker/...", "test/..."}},
 	{"go.etcd.io/etcd", []string{"server/store/etcdkv", "test/..."}},
 	{"go.etcd.io/bbolt", []string{"server/store/boltkv", "test/..."}},
-	{"github.com/sigstore", []string{"server/verdict/...", "test/..."}},
+	{"github.com/sigstore", []string{"server/verdict/trust", "test/..."}},
 	{"github.com/aws", []string{"attestor/...", "server/ca/keys/...", "server/ca/upstream/..."}},
 	{"cloud.google.com", []string{"attestor/...", "server/ca/keys/...", "server/ca/upstream/..."}},
 	{"github.com/Azure", []string{"attestor/...", "server/ca/keys/...", "server/ca/upstream/..."}},
@@ -120,6 +121,8 @@ var closures = []struct {
 	not    []string // import paths; a leading ./ stands for this module
 	but    []string
 	why    string
+	// excused may be there all the same as long as nobody but the package named here imports it.
+	excused map[string]string
 }{
 	{
 		"cmd/assay-agent",
@@ -132,15 +135,21 @@ var closures = []struct {
 		},
 		[]string{"./server/wire/..."},
 		"it runs on every node, and its size and memory are promised numbers",
+		nil,
 	},
 	{
 		"cmd/assay-server",
 		[]string{"./agent/...", "./attestor/*/node", "./attestor/*/workload", "./test/...", "github.com/moby/moby/...", "testing"},
 		[]string{"./agent/admin/wire/..."},
 		"it attests no workloads, and the less it contains the less can be wrong with it",
+		leftInside,
 	},
-	{"cmd/assay", []string{"./test/...", "testing"}, nil, "tests are not shipped"},
+	{"cmd/assay", []string{"./test/...", "testing"}, nil, "tests are not shipped", leftInside},
 }
+
+// leftInside: sigstore-go reads timestamps with pkcs7, one of whose test files (verify_test_dsa.go) does
+// not end in _test.go and so is part of the package.
+var leftInside = map[string]string{"testing": "github.com/digitorus/pkcs7"}
 
 // badNames say nothing about what a package is.
 var badNames = []string{"util", "utils", "common", "helper", "helpers", "types", "models", "misc", "base", "lib", "pkg", "internal", "shared"}
