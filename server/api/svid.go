@@ -14,6 +14,7 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
@@ -56,22 +57,30 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
 	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
 	lines, errs := make([]audit.Line, n), make([]error, n)
+	items := make([]*permitted, n)
 	inParallel(n, func(i int) {
 		p := req.GetParams()[i]
 		lines[i] = audit.Line{EntryID: p.GetEntryId()}
-		e, chain, err := s.newX509(ctx, picture, p)
-		if e != nil {
-			lines[i] = entryLine(e, picture.Rev)
+		item, chain, err := s.newX509(ctx, picture, p)
+		if items[i] = item; item != nil {
+			lines[i] = entryLine(item.entry, picture.Rev)
+			lines[i].Verdicts = item.grant.Names()
 		}
 		if errs[i] = err; err != nil {
 			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(err)}
 			return
 		}
 		lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
-		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, e)}
+		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, item.entry)}
 	})
+	now := s.api.View.Agent(who.ID)
 	signed := 0
 	for i, line := range lines {
+		if errs[i] == nil {
+			if errs[i] = s.still(picture, now, items[i]); errs[i] != nil {
+				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(errs[i])}
+			}
+		}
 		l.item(line, errs[i])
 		if errs[i] == nil {
 			signed++
@@ -113,25 +122,71 @@ func inParallel(n int, f func(i int)) {
 	}
 }
 
-func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p *svidv1.NewX509SVIDParams) (*identity.Entry, []*x509.Certificate, error) {
+func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p *svidv1.NewX509SVIDParams) (*permitted, []*x509.Certificate, error) {
 	if p.GetEntryId() == "" {
 		return nil, nil, refusal(codes.InvalidArgument, "missing entry ID")
 	}
-	e, ok := s.authorized(picture, p.GetEntryId())
-	if !ok {
-		return nil, nil, errNotAuthorized
+	item, err := s.permit(picture, p.GetEntryId())
+	if err != nil {
+		return item, nil, err
 	}
 	csr, err := parseCSR(p.GetCsr())
 	if err != nil {
-		return e, nil, err
+		return item, nil, err
 	}
+	e := item.entry
 	chain, err := s.api.CA.SignWorkload(ctx, ca.WorkloadParams{
-		PublicKey: csr.PublicKey, ID: e.SPIFFEID, DNSNames: e.DNSNames, TTL: e.X509SVIDTTL,
+		PublicKey: csr.PublicKey, ID: e.SPIFFEID, DNSNames: e.DNSNames, TTL: e.X509SVIDTTL, MaxTTL: item.grant.X509,
 	})
 	if err != nil {
-		return e, nil, fail("failed to sign X509-SVID", err)
+		return item, nil, fail("failed to sign X509-SVID", err)
 	}
-	return e, chain, nil
+	return item, chain, nil
+}
+
+// permitted is an entry that may be signed for, and what the verdicts say to it.
+type permitted struct {
+	entry *identity.Entry
+	grant view.Grant
+}
+
+// permit returns the entry if the picture's agent may have it signed for. With the error of an entry that
+// the agent may hold, but that no image of its own allows, comes the entry too.
+func (s *svidService) permit(picture *view.AgentPicture, id string) (*permitted, error) {
+	e, ok := s.authorized(picture, id)
+	if !ok {
+		return nil, errNotAuthorized
+	}
+	grant, err := picture.Permit(e, s.api.cfg.Now())
+	switch {
+	case err == nil:
+		return &permitted{entry: e, grant: grant}, nil
+	case len(picture.Verdicts) == 0:
+		// To an agent that reports no images, entries that demand verdicts do not exist.
+		return &permitted{entry: e}, &failure{st: status.Convert(errNotAuthorized), cause: err}
+	}
+	return &permitted{entry: e}, refusal(codes.FailedPrecondition, err.Error())
+}
+
+// errChanged is what a request loses to that was under way while the entry, or the verdict on the image,
+// was changed.
+var errChanged = refusal(codes.FailedPrecondition, "the entry or the verdict on the image was changed while this was signed")
+
+// still refuses what was signed on the strength of a picture that has been replaced since, unless nothing
+// in it that counts is different: what was changed before the answer leaves is not given out any more.
+func (s *svidService) still(was, now *view.AgentPicture, item *permitted) error {
+	if was == now {
+		return nil
+	}
+	again, err := s.permit(now, item.entry.ID)
+	if err != nil {
+		return err
+	}
+	if again.entry.Revision != item.entry.Revision || !again.entry.CreatedAt.Equal(item.entry.CreatedAt) ||
+		again.grant.X509 != item.grant.X509 || again.grant.JWT != item.grant.JWT {
+		return errChanged
+	}
+	return nil
 }
 
 // authorized returns an entry of the picture. The picture leaves expired ones out when its timer
@@ -163,14 +218,23 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	}
 	picture := s.api.View.Agent(who.ID)
 	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
-	e, ok := s.authorized(picture, req.GetEntryId())
-	if !ok {
-		return nil, errNotAuthorized
+	item, err := s.permit(picture, req.GetEntryId())
+	if item != nil {
+		l.note(func(line *audit.Line) {
+			line.SPIFFEID, line.Facts = item.entry.SPIFFEID.String(), item.entry.Selectors.Strings()
+			line.Verdicts = item.grant.Names()
+		})
 	}
-	l.note(func(line *audit.Line) { line.SPIFFEID, line.Facts = e.SPIFFEID.String(), e.Selectors.Strings() })
-	svid, err := s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, JTI: e.JTI})
+	if err != nil {
+		return nil, err
+	}
+	e := item.entry
+	svid, err := s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, MaxTTL: item.grant.JWT, JTI: e.JTI})
 	if err != nil {
 		return nil, fail("failed to sign JWT-SVID", err)
+	}
+	if err := s.still(picture, s.api.View.Agent(who.ID), item); err != nil {
+		return nil, err
 	}
 	l.note(func(line *audit.Line) { line.ExpiresAt = svid.ExpiresAt })
 	s.api.issued.WithLabelValues("jwt").Inc()

@@ -71,7 +71,10 @@ type Line struct {
 	// Facts are the selectors the decision rests on, as attestor.Selector writes them. Write
 	// redacts those that may hold secrets.
 	Facts []string
-	Rev   kv.Rev // of the picture that was decided on, or of the commit that was made
+	// Verdicts are those that the decision rests on: the image's digest, "@", the verdict's sequence
+	// number.
+	Verdicts []string
+	Rev      kv.Rev // of the picture that was decided on, or of the commit that was made
 
 	Outcome string // Allow, Deny or Error
 	Reason  string // why not, in full: the caller is told less

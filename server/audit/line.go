@@ -45,7 +45,10 @@ func appendLine(b []byte, l *Line) []byte {
 		b = strconv.AppendUint(b, uint64(l.Rev), 10)
 	}
 	if len(l.Facts) > 0 {
-		b = appendFacts(b, l.Facts)
+		b = appendFacts(b, "facts", l.Facts)
+	}
+	if len(l.Verdicts) > 0 {
+		b = appendFacts(b, "verdicts", l.Verdicts)
 	}
 	return append(b, '}', '\n')
 }
@@ -68,13 +71,15 @@ func appendText(b []byte, key, value string) []byte {
 	return appendString(b, value)
 }
 
-func appendFacts(b []byte, facts []string) []byte {
+func appendFacts(b []byte, key string, facts []string) []byte {
 	left := 0
 	if len(facts) > MaxFacts {
 		left = len(facts) - (MaxFacts - 1)
 		facts = facts[:MaxFacts-1]
 	}
-	b = append(b, `,"facts":[`...)
+	b = append(b, ',', '"')
+	b = append(b, key...)
+	b = append(b, `":[`...)
 	for i, fact := range facts {
 		if i > 0 {
 			b = append(b, ',')

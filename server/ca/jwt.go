@@ -30,6 +30,7 @@ type JWTParams struct {
 	ID       spiffeid.ID   // of the own trust domain, with a path outside /spire
 	Audience []string      // empty ones are dropped; at least one must remain (JWT-SVID 3.2)
 	TTL      time.Duration // 0: Config.JWTSVIDTTL; cut short where the authority ends before
+	MaxTTL   time.Duration // cuts short whatever TTL comes to; 0: no cap
 	JTI      bool          // put a unique jti claim in
 }
 
@@ -65,9 +66,7 @@ func (c *CA) signJWT(ctx context.Context, p JWTParams) (*identity.JWTSVID, error
 	if err != nil {
 		return nil, err
 	}
-	if p.TTL == 0 {
-		p.TTL = c.cfg.JWTSVIDTTL
-	}
+	p.TTL = capped(p.TTL, c.cfg.JWTSVIDTTL, p.MaxTTL)
 	if err := checkTTL(p.TTL); err != nil {
 		return nil, err
 	}

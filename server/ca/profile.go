@@ -56,6 +56,7 @@ type WorkloadParams struct {
 	ID        spiffeid.ID // of the own trust domain, with a path outside /spire
 	DNSNames  []string
 	TTL       time.Duration // 0: Config.X509SVIDTTL; cut short where the authority ends before
+	MaxTTL    time.Duration // cuts short whatever TTL comes to; 0: no cap
 }
 
 // MintParams say what goes into an X509-SVID that an operator asked for without an entry.
@@ -70,7 +71,19 @@ type MintParams struct {
 // SignWorkload signs a workload's X509-SVID and returns its chain, leaf first, without the root.
 // Whether the asker may have it was decided before.
 func (c *CA) SignWorkload(ctx context.Context, p WorkloadParams) ([]*x509.Certificate, error) {
-	return c.sign(ctx, profileWorkload, MintParams{PublicKey: p.PublicKey, ID: p.ID, DNSNames: p.DNSNames, TTL: p.TTL})
+	ttl := capped(p.TTL, c.cfg.X509SVIDTTL, p.MaxTTL)
+	return c.sign(ctx, profileWorkload, MintParams{PublicKey: p.PublicKey, ID: p.ID, DNSNames: p.DNSNames, TTL: ttl})
+}
+
+// capped returns a lifetime, or what stands for none, no longer than the cap, if there is one.
+func capped(ttl, none, most time.Duration) time.Duration {
+	if ttl == 0 {
+		ttl = none
+	}
+	if most > 0 {
+		return min(ttl, most)
+	}
+	return ttl
 }
 
 // SignAgent signs an agent's X509-SVID, which lives for Config.AgentTTL. The ID is of the own trust

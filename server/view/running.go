@@ -6,6 +6,7 @@ import (
 	"iter"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -232,9 +233,21 @@ func (v *View) FollowDigests() ([]string, <-chan struct{}) {
 // ErrEvidence says that an entry demands of an image what no verdict grants. What wraps it says why.
 var ErrEvidence = errors.New("image evidence does not allow it")
 
-// Caps are the longest lifetimes that verdicts leave to what is signed; 0: no cap.
-type Caps struct {
+// Grant is what verdicts have to say to what is signed for an entry.
+type Grant struct {
+	// X509 and JWT cap the lifetimes; 0: no cap.
 	X509, JWT time.Duration
+	// By are the verdicts that grant the entry; none for an entry that demands none.
+	By []*records.Verdict
+}
+
+// Names returns the verdicts for an audit line: digest, "@", sequence number.
+func (g Grant) Names() []string {
+	var names []string
+	for _, v := range g.By {
+		names = append(names, v.Digest+"@"+strconv.FormatUint(v.Seq, 10))
+	}
+	return names
 }
 
 // Permit says whether the agent may be given what the entry stands for as far as images are concerned:
@@ -244,13 +257,12 @@ type Caps struct {
 //
 // Which of the agent's workloads asks is not known here, so if several images fit, the strictest caps
 // of them hold.
-func (p *AgentPicture) Permit(e *identity.Entry, now time.Time) (Caps, error) {
+func (p *AgentPicture) Permit(e *identity.Entry, now time.Time) (Grant, error) {
 	if !e.Gated() {
-		return Caps{}, nil
+		return Grant{}, nil
 	}
 	gates, named := e.Gates(), identity.Digests(e.Selectors)
-	var caps Caps
-	found := false
+	var g Grant
 	var nearest *records.Verdict
 	for _, v := range p.Verdicts {
 		if slices.ContainsFunc(named, func(digest string) bool { return digest != v.Digest }) {
@@ -262,13 +274,13 @@ func (p *AgentPicture) Permit(e *identity.Entry, now time.Time) (Caps, error) {
 			}
 			continue
 		}
-		found = true
-		caps.X509, caps.JWT = stricter(caps.X509, v.TTL), stricter(caps.JWT, v.JWTTTL)
+		g.By = append(g.By, v)
+		g.X509, g.JWT = stricter(g.X509, v.TTL), stricter(g.JWT, v.JWTTTL)
 	}
-	if found {
-		return caps, nil
+	if len(g.By) > 0 {
+		return g, nil
 	}
-	return Caps{}, refuse(gates.Strings(), named, nearest, now)
+	return Grant{}, refuse(gates.Strings(), named, nearest, now)
 }
 
 // refuse says what is missing.
