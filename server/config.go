@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/records"
 )
 
 // Config is everything a server needs to know. Start from Defaults and fill in TrustDomain, DataDir
@@ -170,6 +171,8 @@ type Running struct {
 	// what keeps it from serving at the moment; nil if nothing. Both are cheap and safe for
 	// concurrent use.
 	Live, Ready func() error
+	// Records are what the server stores, for what runs in one process with it.
+	Records *records.Records
 	// Reopen closes the audit log and opens its path anew, after it was renamed.
 	Reopen func() error
 }

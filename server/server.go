@@ -163,7 +163,7 @@ func Run(ctx context.Context, config Config) (err error) {
 			"address": listeners.tcp.Addr().String(), "socket": cfg.SocketPath, "attestors": desk.Types(), "store_id": rec.StoreID(),
 		}).Info("server is ready")
 		if cfg.Ready != nil {
-			cfg.Ready(running(&cfg, listeners, store, services, log))
+			cfg.Ready(running(&cfg, listeners, store, rec, services, log))
 		}
 		return nil
 	})
@@ -369,7 +369,7 @@ func drain(patience time.Duration, servers ...*grpc.Server) {
 // lookTime is how long a health check may take.
 const lookTime = 2 * time.Second
 
-func running(cfg *Config, listeners *open, store *boltkv.Store, services *api.API, log *audit.Log) Running {
+func running(cfg *Config, listeners *open, store *boltkv.Store, rec *records.Records, services *api.API, log *audit.Log) Running {
 	live := func() error {
 		ctx, cancel := context.WithTimeout(context.Background(), lookTime)
 		defer cancel()
@@ -383,6 +383,7 @@ func running(cfg *Config, listeners *open, store *boltkv.Store, services *api.AP
 		SocketPath: cfg.SocketPath,
 		Live:       live,
 		Ready:      func() error { return errors.Join(live(), store.Room(), services.Ledgers().Err()) },
+		Records:    rec,
 		Reopen:     log.Reopen,
 	}
 }

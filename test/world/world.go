@@ -34,6 +34,7 @@ import (
 	"github.com/assay-id/assay/attestor/unix"
 	unixworkload "github.com/assay-id/assay/attestor/unix/workload"
 	"github.com/assay-id/assay/server"
+	"github.com/assay-id/assay/server/records"
 )
 
 // TrustDomain is the world's.
@@ -49,6 +50,8 @@ type World struct {
 	stop func()
 	// Local is a connection to the server's private socket.
 	Local *grpc.ClientConn
+	// Records are what the server stores.
+	Records *records.Records
 }
 
 // New starts a server that stops with the test. Rates are not limited unless change limits them.
@@ -89,6 +92,7 @@ func (w *World) Start() {
 	select {
 	case r := <-ready:
 		w.cfg.BindPort = r.Address.(*net.TCPAddr).Port
+		w.Records = r.Records
 	case err := <-done:
 		cancel()
 		w.t.Fatalf("server did not start: %v", err)
