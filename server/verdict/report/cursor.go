@@ -22,22 +22,17 @@ type cursor struct {
 
 func at(value []byte) *cursor { return &cursor{b: value} }
 
-func (c *cursor) fail(format string, args ...any) {
-	if c.err != nil {
+func (c *cursor) fail(format string, args ...any) { c.failWith(fmt.Errorf(format, args...)) }
+
+// failWith records an error at the value at hand, if it is one and the first.
+func (c *cursor) failWith(err error) {
+	if err == nil || c.err != nil {
 		return
 	}
-	text := fmt.Sprintf(format, args...)
 	if len(c.path) > 0 {
-		text = clean(string(bytes.Join(c.path, []byte("."))), 200) + ": " + text
+		err = fmt.Errorf("%s: %w", clean(string(bytes.Join(c.path, []byte("."))), 200), err)
 	}
-	c.err = fmt.Errorf("%s", text)
-}
-
-// failWith records an error found outside of the cursor, at the value at hand.
-func (c *cursor) failWith(err error) {
-	if err != nil {
-		c.fail("%v", err)
-	}
+	c.err = err
 }
 
 func (c *cursor) space() {
@@ -154,8 +149,30 @@ func (c *cursor) texts(max int) []string {
 		if s := c.text(max); s != "" {
 			all = append(all, s)
 		}
+		if len(all) > maxTexts {
+			c.fail("more than %d texts", maxTexts)
+		}
 	})
 	return all
+}
+
+// given says that the value at the cursor is anything but null, false, empty text or an empty list: how
+// programs write that an option was used, of whatever type it is in their next version.
+func (c *cursor) given() bool {
+	switch c.kind() {
+	case 'n', 'f':
+		c.skip()
+		return false
+	case '"':
+		return c.text(maxText) != ""
+	case '[':
+		given := false
+		c.array(func() { given = true })
+		return given
+	default:
+		c.skip()
+		return true
+	}
 }
 
 // scalar is a text, a number or a truth value as text; ok is false for anything else, which is skipped.

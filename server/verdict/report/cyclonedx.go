@@ -42,6 +42,7 @@ type cyclonedx struct {
 	root       *cdxComponent            // metadata.component, nil if not there
 	components map[string]*cdxComponent // by bom-ref
 	packages   int
+	count      int  // of all components and references, which are kept until the end
 	system     bool // an operating system is among the components
 	vulns      []cdxVulnerability
 	flaws      flawSet
@@ -161,10 +162,18 @@ func (x *cyclonedx) remember(comp *cdxComponent) {
 	}
 }
 
+// kept counts what has to stay in memory until the whole document is read.
+func (x *cyclonedx) kept(c *cursor) {
+	if x.count++; x.count > MaxFindings {
+		c.fail("%w: more than %d components and references to them", ErrTooLarge, MaxFindings)
+	}
+}
+
 // component reads a component and those in it.
 func (x *cyclonedx) component(c *cursor) {
 	comp := cdxRead(c, func() { x.component(c) })
 	x.remember(&comp)
+	x.kept(c)
 	switch comp.kind {
 	case "operating-system":
 		x.system = true
@@ -254,6 +263,7 @@ func (x *cyclonedx) vulnerability(c *cursor) {
 				c.object(func(key []byte) {
 					if string(key) == "id" {
 						v.aliases = append(v.aliases, c.text(maxWord))
+						x.kept(c)
 					}
 				})
 			})
@@ -266,14 +276,17 @@ func (x *cyclonedx) vulnerability(c *cursor) {
 		case "analysis":
 			v.analysis(c)
 		case "affects":
-			c.array(func() { v.affects(c) })
+			c.array(func() {
+				v.affects(c)
+				x.kept(c)
+			})
 		}
 	})
 	if c.err == nil && vulnerabilityID(v.id) == "" {
 		c.fail("a vulnerability has no id")
 	}
 	if x.vulns = append(x.vulns, v); len(x.vulns) > MaxFindings {
-		c.fail("more than %d vulnerabilities", MaxFindings)
+		c.fail("%w: more than %d vulnerabilities", ErrTooLarge, MaxFindings)
 	}
 }
 

@@ -6,6 +6,9 @@ import (
 	"time"
 )
 
+// maxRules is how many of the rules that left a match out are told.
+const maxRules = 20
+
 // readGrype reads Grype's JSON. It prints its own configuration, so that a filter shows, and the age of
 // its database. It says neither how many packages it looked at nor, before version 0.100 or so, that a
 // distribution is past its end.
@@ -105,6 +108,9 @@ func grypeMatch(c *cursor) Finding {
 				if id, _, _ := grypeVulnerability(c, &f); id != "" {
 					f.Aliases = append(f.Aliases, id)
 				}
+				if len(f.Aliases) > maxAliases {
+					c.fail("more than %d related vulnerabilities", maxAliases)
+				}
 			})
 		case "artifact":
 			c.object(func(key []byte) {
@@ -119,8 +125,16 @@ func grypeMatch(c *cursor) Finding {
 			})
 		case "appliedIgnoreRules":
 			var why []string
-			c.array(func() { why = append(why, grypeRule(c).String()) })
-			f.Suppressed = clean("ignored: "+strings.Join(slices.Compact(why), "; "), maxText)
+			rules := 0
+			c.array(func() {
+				if rules++; rules > maxRules {
+					return
+				}
+				if text := grypeRule(c).String(); !slices.Contains(why, text) {
+					why = append(why, text)
+				}
+			})
+			f.Suppressed = clean("ignored: "+strings.Join(why, "; "), maxText)
 		}
 	})
 	f.Package = packageName(purl, name, version)
@@ -207,17 +221,17 @@ func grypeDB(c *cursor) time.Time {
 func grypeFiltered(c *cursor) (filtered bool) {
 	c.object(func(key []byte) {
 		switch string(key) {
-		case "only-fixed", "only-notfixed":
-			filtered = c.is() || filtered
-		case "ignore-wontfix", "ignore-states", "distro":
-			// Another distribution's feed says nothing of the packages that are there.
-			filtered = c.text(maxText) != "" || filtered
-		case "exclude":
-			filtered = len(c.texts(maxText)) > 0 || filtered
+		case "only-fixed", "only-notfixed", "ignore-wontfix", "ignore-states", "exclude":
+			filtered = c.given() || filtered
+		case "distro": // another distribution's feed says nothing of the packages that are there
+			filtered = c.given() || filtered
 		case "ignore":
 			c.array(func() {
+				if filtered {
+					return
+				}
 				rule := grypeRule(c)
-				filtered = filtered || !rule.builtIn() && !rule.fromVEX()
+				filtered = !rule.builtIn() && !rule.fromVEX()
 			})
 		}
 	})
@@ -231,28 +245,44 @@ type grypeIgnore struct {
 }
 
 func grypeRule(c *cursor) (g grypeIgnore) {
-	fields := map[string]*string{
-		"vulnerability": &g.vulnerability, "reason": &g.reason, "namespace": &g.namespace, "fix-state": &g.fixState,
-		"vex-status": &g.vexStatus, "vex-justification": &g.vexJustification, "match-type": &g.matchType,
-	}
-	inner := map[string]*string{
-		"name": &g.name, "version": &g.version, "language": &g.language, "type": &g.kind,
-		"location": &g.location, "upstream-name": &g.upstream,
-	}
 	c.object(func(key []byte) {
-		if string(key) == "package" {
-			c.object(func(key []byte) {
-				if into := inner[string(key)]; into != nil {
-					*into = c.text(maxText)
-				}
-			})
-			return
-		}
-		if into := fields[string(key)]; into != nil {
-			*into = c.text(maxText)
+		switch string(key) {
+		case "vulnerability":
+			g.vulnerability = c.text(maxText)
+		case "reason":
+			g.reason = c.text(maxText)
+		case "namespace":
+			g.namespace = c.text(maxText)
+		case "fix-state":
+			g.fixState = c.text(maxText)
+		case "vex-status":
+			g.vexStatus = c.text(maxText)
+		case "vex-justification":
+			g.vexJustification = c.text(maxText)
+		case "match-type":
+			g.matchType = c.text(maxText)
+		case "package":
+			c.object(func(key []byte) { g.packageField(c, key) })
 		}
 	})
 	return g
+}
+
+func (g *grypeIgnore) packageField(c *cursor, key []byte) {
+	switch string(key) {
+	case "name":
+		g.name = c.text(maxText)
+	case "version":
+		g.version = c.text(maxText)
+	case "language":
+		g.language = c.text(maxText)
+	case "type":
+		g.kind = c.text(maxText)
+	case "location":
+		g.location = c.text(maxText)
+	case "upstream-name":
+		g.upstream = c.text(maxText)
+	}
 }
 
 // builtIn says that the rule is one that Grype always has: headers of a kernel are not a kernel.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -59,15 +60,9 @@ func aliases(id string, names []string) ([]string, error) {
 // a statement without products is about (OpenVEX, "Encapsulating Format").
 func readOpenVEX(top []byte, subjects []string) (*Document, error) {
 	v := &VEX{Format: OpenVEX}
-	type pending struct {
-		s        Statement
-		products []product
-	}
-	var (
-		all     []pending
-		updated time.Time
-		c       = at(top)
-	)
+	x := &openVEX{subjects: subjects}
+	var updated time.Time
+	c := at(top)
 	c.object(func(key []byte) {
 		switch string(key) {
 		case "@context":
@@ -85,16 +80,13 @@ func readOpenVEX(top []byte, subjects []string) (*Document, error) {
 		case "version":
 			v.Version = vexVersion(c)
 		case "statements":
-			c.array(func() {
-				s, products := vexStatement(c, subjects)
-				all = append(all, pending{s, products})
-			})
+			c.array(func() { x.statement(c) })
 		}
 	})
 	if c.err != nil {
 		return nil, c.err
 	}
-	for _, p := range all {
+	for _, p := range x.all {
 		if p.s.Timestamp.IsZero() {
 			p.s.Timestamp = v.Timestamp
 		}
@@ -114,14 +106,37 @@ func readOpenVEX(top []byte, subjects []string) (*Document, error) {
 // vexVersion reads the document's version, a number that old documents wrote as text.
 func vexVersion(c *cursor) int {
 	s, ok := c.scalar(maxWord)
-	n := 0
-	if _, err := fmt.Sscanf(s, "%d", &n); ok && (err != nil || n < 0) {
+	if !ok {
+		return 0
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 0 {
 		c.fail("%q is not a version", s)
 	}
 	return n
 }
 
-func vexStatement(c *cursor, subjects []string) (Statement, []product) {
+// openVEX is a document while it is read.
+type openVEX struct {
+	subjects []string
+	all      []vexPending
+	count    int // of components and of what is said about them
+}
+
+// vexPending is a statement until the time of its document is known.
+type vexPending struct {
+	s        Statement
+	products []product
+}
+
+// kept counts what stays in memory until the document is read.
+func (x *openVEX) kept(c *cursor, n int) {
+	if x.count += n; x.count > MaxFindings {
+		c.fail("%w: more than %d statements, products and subcomponents", ErrTooLarge, MaxFindings)
+	}
+}
+
+func (x *openVEX) statement(c *cursor) {
 	var (
 		s        Statement
 		names    []string
@@ -144,13 +159,13 @@ func vexStatement(c *cursor, subjects []string) (Statement, []product) {
 				c.fail("%q is not a justification, %s are", s.Justification, known(vexJustifications[1:]...))
 			}
 		case "products":
-			given = c.array(func() { products = append(products, vexRead(c)) })
+			given = c.array(func() { products = append(products, x.component(c)) })
 		case "subcomponents":
-			c.array(func() { below = append(below, vexRead(c).purl) })
+			c.array(func() { below = append(below, x.component(c).purl) })
 		}
 	})
-	if c.err != nil {
-		return s, nil
+	if x.kept(c, 1); c.err != nil {
+		return
 	}
 	switch {
 	case s.Vulnerability == "":
@@ -162,7 +177,7 @@ func vexStatement(c *cursor, subjects []string) (Statement, []product) {
 	s.Aliases, err = aliases(s.Vulnerability, names)
 	c.failWith(err)
 	if !given || len(products) == 0 {
-		for _, d := range subjects {
+		for _, d := range x.subjects {
 			products = append(products, vexComponent{image: d})
 		}
 	}
@@ -171,12 +186,12 @@ func vexStatement(c *cursor, subjects []string) (Statement, []product) {
 		if len(below) > 0 {
 			p.below = below
 		}
-		if about = append(about, p.products()...); len(about) > MaxFindings {
-			c.fail("more than %d products in one statement", MaxFindings)
-			break
+		if x.kept(c, max(1, len(p.below))); c.err != nil {
+			return
 		}
+		about = append(about, p.products()...)
 	}
-	return s, about
+	x.all = append(x.all, vexPending{s, about})
 }
 
 // vexVulnerability reads an identifier with its aliases, or a bare identifier.
@@ -208,8 +223,9 @@ type vexComponent struct {
 	below []string
 }
 
-// vexRead reads a component as an object, or as the text that old documents had.
-func vexRead(c *cursor) vexComponent {
+// component reads a component as an object, or as the text that old documents had.
+func (x *openVEX) component(c *cursor) vexComponent {
+	x.kept(c, 1)
 	if c.kind() == '"' {
 		p, err := vexName(c.text(maxText))
 		c.failWith(err)
@@ -236,7 +252,7 @@ func vexRead(c *cursor) vexComponent {
 				}
 			})
 		case "subcomponents":
-			c.array(func() { below = append(below, vexRead(c).purl) })
+			c.array(func() { below = append(below, x.component(c).purl) })
 		}
 	})
 	// Both names may be given; either may be the one with the digest.

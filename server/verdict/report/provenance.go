@@ -21,7 +21,7 @@ const (
 	tektonBuild // Tekton Chains
 )
 
-// buildTypes says which build types are known, by their URI; one ending in / or @ is a beginning.
+// buildTypes says which build types are known, by their URI; one ending in / is a beginning.
 var buildTypes = []struct {
 	uri  string
 	kind buildKind
@@ -46,7 +46,7 @@ var buildTypes = []struct {
 
 func kindOfBuild(uri string) buildKind {
 	for _, t := range buildTypes {
-		if uri == t.uri || strings.HasSuffix(t.uri, "/") && strings.HasPrefix(uri, t.uri) {
+		if isOrBegins(uri, t.uri) {
 			return t.kind
 		}
 	}
@@ -277,7 +277,7 @@ func (s *slsa) dependency(c *cursor) {
 	d.uri, d.git = uri, d.commit != "" && (d.git || isGit(uri))
 	s.deps = append(s.deps, d)
 	if len(s.deps) > MaxFindings {
-		c.fail("more than %d dependencies", MaxFindings)
+		c.fail("%w: more than %d dependencies", ErrTooLarge, MaxFindings)
 	}
 }
 

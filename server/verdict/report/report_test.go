@@ -120,7 +120,7 @@ func TestRefusedBySize(t *testing.T) {
 	t.Run("more findings than the limit are refused", func(t *testing.T) {
 		one := `{"VulnerabilityID":"CVE-1","PkgName":"a","Severity":"LOW"}`
 		doc := `{"SchemaVersion":2,"Results":[{"Class":"os-pkgs","Vulnerabilities":[` + many(MaxFindings+1, one) + `]}]}`
-		if _, err := Parse([]byte(doc)); !errors.Is(err, ErrTooLarge) && !strings.Contains(fmt.Sprint(err), "200000") {
+		if _, err := Parse([]byte(doc)); !errors.Is(err, ErrTooLarge) {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -128,8 +128,8 @@ func TestRefusedBySize(t *testing.T) {
 		below := many(MaxFindings+1, `"pkg:a/b"`)
 		doc := `{"@context":"https://openvex.dev/ns","statements":[{"vulnerability":"CVE-1","status":"fixed",
 			"products":["pkg:oci/a@sha256:` + strings.Repeat("a", 64) + `"],"subcomponents":[` + below + `]}]}`
-		if _, err := Parse([]byte(doc)); err == nil {
-			t.Error("was read")
+		if _, err := Parse([]byte(doc)); !errors.Is(err, ErrTooLarge) {
+			t.Errorf("got %v", err)
 		}
 	})
 	t.Run("many findings that are one cost no more than their number", func(t *testing.T) {
@@ -138,16 +138,12 @@ func TestRefusedBySize(t *testing.T) {
 			fmt.Fprintf(&b, `{"VulnerabilityID":"CVE-1","PkgName":"a","VendorIDs":["DSA-%d","GHSA-%d"]},`, i, i)
 		}
 		doc := `{"SchemaVersion":2,"Results":[{"Class":"os-pkgs","Vulnerabilities":[` + strings.TrimSuffix(b.String(), ",") + `]}]}`
-		start := time.Now()
 		d, err := Parse([]byte(doc))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if n := len(d.Report.Findings); n != 1 {
 			t.Errorf("%d findings", n)
-		}
-		if took := time.Since(start); took > 10*time.Second {
-			t.Errorf("took %s", took)
 		}
 	})
 	t.Run("an object of too many members is refused", func(t *testing.T) {

@@ -82,7 +82,7 @@ func sarifRun(c *cursor, r *Report, list *rows) {
 					results = results[:len(results)-1]
 				}
 				if len(results) > MaxFindings {
-					c.fail("more than %d results", MaxFindings)
+					c.fail("%w: more than %d results", ErrTooLarge, MaxFindings)
 				}
 			})
 		}
@@ -110,7 +110,9 @@ func sarifDriver(c *cursor, r *Report, rules map[string]sarifRule) (byIndex []sa
 			c.array(func() {
 				id, rule := sarifReadRule(c)
 				rules[id] = rule
-				byIndex = append(byIndex, rule)
+				if byIndex = append(byIndex, rule); len(byIndex) > MaxFindings {
+					c.fail("%w: more than %d rules", ErrTooLarge, MaxFindings)
+				}
 			})
 		}
 	})

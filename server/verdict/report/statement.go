@@ -2,6 +2,7 @@ package report
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -40,7 +41,7 @@ func statement(data []byte, top []member) (*Document, error) {
 		return nil, fmt.Errorf("read statement: %w", err)
 	}
 	for _, p := range predicates {
-		if p.uri != d.PredicateType && !(strings.HasSuffix(p.uri, "/") && strings.HasPrefix(d.PredicateType, p.uri)) {
+		if !isOrBegins(d.PredicateType, p.uri) {
 			continue
 		}
 		d.Format = p.format
@@ -61,6 +62,11 @@ func statement(data []byte, top []member) (*Document, error) {
 	return nil, fmt.Errorf("read statement: %w: predicate type %q; read are %s", ErrFormat, d.PredicateType, known(uris...))
 }
 
+// isOrBegins says that s is a name, or begins with it if the name ends in /.
+func isOrBegins(s, name string) bool {
+	return s == name || strings.HasSuffix(name, "/") && strings.HasPrefix(s, name)
+}
+
 // envelope reads what all statements have.
 func envelope(data []byte) (d *Document, predicate []byte, err error) {
 	d = &Document{Statement: true}
@@ -68,13 +74,9 @@ func envelope(data []byte) (d *Document, predicate []byte, err error) {
 	c.object(func(key []byte) {
 		switch string(key) {
 		case "_type":
-			s := c.text(maxText)
-			for _, t := range statementTypes {
-				if s == t {
-					return
-				}
+			if s := c.text(maxText); !slices.Contains(statementTypes, s) {
+				c.fail("%q is not read, %s are", s, known(statementTypes...))
 			}
-			c.fail("%q is not read, %s are", s, known(statementTypes...))
 		case "predicateType":
 			d.PredicateType = c.text(maxText)
 		case "subject":

@@ -17,6 +17,8 @@ const (
 	maxDigests = 1000
 	// maxAliases is how many other names one vulnerability may have before the document is refused.
 	maxAliases = 64
+	// maxTexts is how many texts a list may have that is kept.
+	maxTexts = 1000
 )
 
 // clean makes a text fit to be stored, logged and printed: control characters, which could forge a
