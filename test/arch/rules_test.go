@@ -44,6 +44,7 @@ var rules = []rule{
 	{pattern: "server/turn", floor: tools},
 	{pattern: "agent/keep", floor: tools},
 	{pattern: "server/verdict/report", floor: tools, why: "parsers of reports, which nothing else of verdict needs"},
+	{pattern: "server/verdict/policy", floor: tools, also: []string{"server/verdict/report"}, why: "a policy is about reports"},
 	{pattern: "server/verdict/trust", floor: tools, also: []string{"server/verdict/report"}, why: "what was signed is provenance, which report reads"},
 
 	{pattern: "server/view/viewtest", floor: flows},
@@ -58,7 +59,7 @@ var rules = []rule{
 		why:  "the services hand over to the flows, and feed answers SPIRE's sync calls",
 	},
 	{pattern: "server/trust", floor: flows, also: []string{"server/view"}, why: "publishes the bundle of the picture"},
-	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
+	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/policy", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
 	{pattern: "agent/issue", floor: flows, also: []string{"agent/view"}, why: "signs what the picture shows"},
 	{pattern: "agent/admin", floor: flows, also: []string{"agent/view", "workloadapi"}, why: "explains what they decided"},
 	{pattern: "agent/join", floor: flows},
