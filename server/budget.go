@@ -74,8 +74,13 @@ func newBudget(limits Limits) *budget {
 	}
 }
 
-// endKey is where a call's context holds the function that ends the call.
-type endKey struct{}
+// counted is a call that the budget counts, in the call's context.
+type counted struct {
+	name string
+	end  context.CancelFunc // ends the call
+}
+
+type countedKey struct{}
 
 // tap is asked about each call when its headers have come.
 func (b *budget) tap(ctx context.Context, call *tap.Info) (context.Context, error) {
@@ -83,18 +88,18 @@ func (b *budget) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	if endless[method] {
 		return ctx, nil
 	}
-	if !b.enter(callerName(ctx), large[method]) {
+	name, big := callerName(ctx), large[method]
+	if !b.enter(name, big) {
 		return ctx, later("too many calls are open", time.Second)
 	}
 	limit := streamTime
 	if b.single[method] {
 		limit = 2 * callTime
 	}
-	name, big := callerName(ctx), large[method]
 	// gRPC cancels the context it gave us when the call is over.
 	context.AfterFunc(ctx, func() { b.leave(name, big) })
 	ctx, end := context.WithTimeout(ctx, limit)
-	return context.WithValue(ctx, endKey{}, end), nil
+	return context.WithValue(ctx, countedKey{}, &counted{name, end}), nil
 }
 
 func (b *budget) enter(name string, big bool) bool {
@@ -189,18 +194,18 @@ func (r registrar) RegisterService(service *grpc.ServiceDesc, impl any) {
 // receive receives a request when it is the caller's turn. A caller who sends slowly is cut off: he
 // takes memory and somebody else's turn.
 func (b *budget) receive(ctx context.Context, receive func(any) error, req any) error {
-	end, ok := ctx.Value(endKey{}).(context.CancelFunc)
+	call, ok := ctx.Value(countedKey{}).(*counted)
 	if !ok {
 		return receive(req)
 	}
-	if err := b.receiving.Enter(ctx, turn.Usual, callerName(ctx)); err != nil {
+	if err := b.receiving.Enter(ctx, turn.Usual, call.name); err != nil {
 		if ctx.Err() != nil {
 			return status.FromContextError(ctx.Err()).Err()
 		}
 		return later("too many requests are being received", time.Second)
 	}
 	defer b.receiving.Leave()
-	slow := time.AfterFunc(receiveTime, end)
+	slow := time.AfterFunc(receiveTime, call.end)
 	defer slow.Stop()
 	return receive(req)
 }

@@ -111,7 +111,7 @@ func TestEntriesThatAreRefused(t *testing.T) {
 	}
 	t.Run("one that federates with a trust domain whose bundle is missing", func(t *testing.T) {
 		r := w.createOne(shop(func(e *types.Entry) { e.FederatesWith = []string{"elsewhere.test"} }))
-		if r.GetStatus().GetCode() != int32(codes.Internal) || r.GetStatus().GetMessage() != `failed to create entry: unable to find federated bundle "elsewhere.test"` {
+		if r.GetStatus().GetCode() != int32(codes.FailedPrecondition) || r.GetStatus().GetMessage() != `failed to create entry: unable to find federated bundle "elsewhere.test"` {
 			t.Errorf("got %v", r)
 		}
 	})

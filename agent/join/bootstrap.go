@@ -14,6 +14,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // Limits on what a bootstrap source may give.
@@ -101,8 +103,8 @@ func (b Bootstrap) parse(td spiffeid.TrustDomain, raw []byte) ([]*x509.Certifica
 		return nil, errors.New("no certificate in it")
 	}
 	for _, cert := range certs {
-		if !cert.BasicConstraintsValid || !cert.IsCA {
-			return nil, fmt.Errorf("certificate %q is no CA certificate", cert.Subject)
+		if err := identity.CheckAuthority(cert); err != nil {
+			return nil, err
 		}
 	}
 	return certs, nil

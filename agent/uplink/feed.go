@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -190,7 +189,7 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabiliti
 			return Update{}, nil, err
 		}
 		for _, name := range msg.GetRemovedTrustDomains() {
-			td, err := spiffeid.TrustDomainFromString(name)
+			td, err := identity.ParseTrustDomain(name)
 			if err != nil {
 				return Update{}, nil, fmt.Errorf("%w: removed trust domain: %w", errDrift, err)
 			}
@@ -243,7 +242,7 @@ func (u *Uplink) bundles(up *Update, ws []*types.Bundle, complete bool) (bool, e
 		}
 		complete = false
 		u.log.WithError(err).WithField("trust_domain", w.GetTrustDomain()).Warn("bundle from the server cannot be read; leaving it out")
-		if td, err := spiffeid.TrustDomainFromString(w.GetTrustDomain()); err == nil {
+		if td, err := identity.ParseTrustDomain(w.GetTrustDomain()); err == nil {
 			up.RemovedBundles = append(up.RemovedBundles, td)
 		}
 	}

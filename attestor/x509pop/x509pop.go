@@ -33,6 +33,8 @@ const (
 	MaxCertificate = 16 << 10
 	// MinRSABits and MaxRSABits bound the RSA keys of leaf and intermediates.
 	MinRSABits, MaxRSABits = 2048, 8192
+	// MinECDSABits is the smallest curve: P-256.
+	MinECDSABits = 256
 )
 
 // AgentConfig is the agent's configuration block.
@@ -125,7 +127,10 @@ func CheckKey(cert *x509.Certificate) error {
 		}
 		return nil
 	case *ecdsa.PublicKey:
-		return nil // x509 parses no curves but P-224 to P-521
+		if bits := key.Curve.Params().BitSize; bits < MinECDSABits {
+			return fmt.Errorf("ECDSA key has %d bits, want at least %d", bits, MinECDSABits)
+		}
+		return nil
 	}
 	return errors.New("key is neither RSA nor ECDSA")
 }

@@ -213,7 +213,7 @@ func TestErrorsBecomeCodes(t *testing.T) {
 		{records.ErrNotFound, codes.NotFound, "did"},
 		{records.ErrConflict, codes.Aborted, "did: it is being changed by others"},
 		{records.ErrTokenExpired, codes.InvalidArgument, "did: join token expired"},
-		{&records.MissingBundleError{TrustDomain: spiffeid.RequireTrustDomainFromString("a.test")}, codes.Internal, `did: unable to find federated bundle "a.test"`},
+		{&records.MissingBundleError{TrustDomain: spiffeid.RequireTrustDomainFromString("a.test")}, codes.FailedPrecondition, `did: unable to find federated bundle "a.test"`},
 		{&admit.UnknownTypeError{Type: "x"}, codes.FailedPrecondition, `did: could not find node attestor type "x"`},
 		{admit.ErrBanned, codes.PermissionDenied, "did: agent is banned"},
 		{attestor.ErrUsed, codes.PermissionDenied, "did: attestation data has already been used to attest an agent"},

@@ -2,6 +2,7 @@ package api
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"fmt"
 	"slices"
@@ -55,8 +56,11 @@ func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBu
 			}
 		}
 		for _, k := range more.JWT {
-			if !slices.ContainsFunc(b.JWT, func(have identity.JWTAuthority) bool { return have.KeyID == k.KeyID }) {
+			switch at := slices.IndexFunc(b.JWT, func(have identity.JWTAuthority) bool { return have.KeyID == k.KeyID }); {
+			case at < 0:
 				b.JWT = append(b.JWT, k)
+			case !sameKey(b.JWT[at].Key, k.Key):
+				return refusal(codes.AlreadyExists, fmt.Sprintf("key ID %q is that of another key", k.KeyID))
 			}
 		}
 		if len(b.X509) > identity.MaxAuthorities || len(b.JWT) > identity.MaxAuthorities {
@@ -70,6 +74,13 @@ func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBu
 	ledgerOf(ctx).note(func(l *audit.Line) { l.SPIFFEID, l.Rev = td.IDString(), rev })
 	s.api.settle(ctx, rev)
 	return maskBundle(b, req.GetOutputMask())
+}
+
+// sameKey reports whether two public keys are one. A key ID stands for one key: a verifier that finds
+// two tries either, or neither.
+func sameKey(a, b crypto.PublicKey) bool {
+	known, ok := a.(interface{ Equal(x crypto.PublicKey) bool })
+	return ok && known.Equal(b)
 }
 
 func (s *bundleService) ListFederatedBundles(_ context.Context, req *bundlev1.ListFederatedBundlesRequest) (*bundlev1.ListFederatedBundlesResponse, error) {
@@ -114,7 +125,7 @@ func (s *bundleService) GetFederatedBundle(_ context.Context, req *bundlev1.GetF
 
 // federated parses the name of a trust domain that is not our own.
 func (s *bundleService) federated(name string) (spiffeid.TrustDomain, error) {
-	td, err := spiffeid.TrustDomainFromString(name)
+	td, err := identity.ParseTrustDomain(name)
 	if err != nil {
 		return td, malformed("trust domain argument is not valid", err)
 	}

@@ -199,7 +199,7 @@ func (a *API) entryFilter(w wireEntryFilter) (view.EntryFilter, error) {
 			return f, malformed("malformed federates with filter", fmt.Errorf("more than %d trust domains", identity.MaxFederates))
 		}
 		for _, name := range m.GetTrustDomains() {
-			td, err := spiffeid.TrustDomainFromString(name)
+			td, err := identity.ParseTrustDomain(name)
 			if err != nil {
 				return f, malformed("malformed federates with filter", err)
 			}
@@ -209,6 +209,9 @@ func (a *API) entryFilter(w wireEntryFilter) (view.EntryFilter, error) {
 	}
 	if w.GetByHint() != nil {
 		hint := w.GetByHint().GetValue()
+		if len(hint) > identity.MaxHint {
+			return f, malformed("malformed hint filter", fmt.Errorf("%d bytes long, the limit is %d", len(hint), identity.MaxHint))
+		}
 		f.Hint = &hint
 	}
 	if w.GetByDownstream() != nil {

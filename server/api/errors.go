@@ -76,7 +76,8 @@ func code(err error) (codes.Code, string) {
 	case errors.As(err, &unknownType):
 		return codes.FailedPrecondition, unknownType.Error()
 	case errors.As(err, &bundle):
-		return codes.Internal, bundle.Error() // SPIRE's code, which its clients know
+		// SPIRE says Internal, and none of its clients acts on that; it is the caller's to mend.
+		return codes.FailedPrecondition, bundle.Error()
 	case errors.Is(err, admit.ErrBanned):
 		return codes.PermissionDenied, admit.ErrBanned.Error()
 	case errors.Is(err, admit.ErrMustReattest):

@@ -70,6 +70,9 @@ type wireAgentFilter interface {
 
 // agentFilter returns what the filter asks of a node.
 func agentFilter(w wireAgentFilter) (func(*records.Node) bool, error) {
+	if n := len(w.GetByAttestationType()); n > attestor.MaxTypeLength {
+		return nil, refusal(codes.InvalidArgument, fmt.Sprintf("malformed attestation type filter: %d bytes long, the limit is %d", n, attestor.MaxTypeLength))
+	}
 	var before time.Time
 	if text := w.GetByExpiresBefore(); text != "" {
 		var err error

@@ -263,8 +263,8 @@ func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVID
 	if err == nil {
 		err = s.api.checkWorkloadID(id)
 	}
-	if err == nil && len(id.String()) > identity.MaxSPIFFEID {
-		err = fmt.Errorf("SPIFFE ID is %d bytes long, the limit is %d", len(id.String()), identity.MaxSPIFFEID)
+	if err == nil {
+		err = identity.CheckID(id)
 	}
 	if err != nil {
 		return nil, malformed("CSR URI SAN is invalid", err)

@@ -2,24 +2,15 @@ package ca
 
 import (
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rsa"
 	"crypto/x509"
 	"fmt"
+
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // MaxCSR is the largest certificate request in bytes that is looked at. One for RSA-8192 with the
 // longest SPIFFE ID is below a tenth of it.
 const MaxCSR = 64 << 10
-
-// Sizes of RSA keys that certificates are made for. The upper one bounds what checking a signature
-// can cost.
-const (
-	minRSA      = 2048
-	maxRSA      = 8192
-	minExponent = 65537 // NIST SP 800-56B 6.2, and what every library makes
-)
 
 // ParseCSR parses a PKCS #10 certificate request (RFC 2986) and verifies its signature, which
 // proves that whoever asks holds the private key. Nothing that is in a request is a right: callers
@@ -53,42 +44,11 @@ func ParseCSR(der []byte) (*x509.CertificateRequest, error) {
 	return csr, nil
 }
 
-// CheckKey says why no certificate is made for a public key, or nil. Accepted are RSA with 2048 to
-// 8192 bits and an odd public exponent of at least 65537, and ECDSA on P-256, P-384 and P-521.
-// Ed25519 is refused: SPIRE does, and too few TLS stacks of workloads verify it. The error wraps
-// ErrKey.
+// CheckKey says why no certificate is made for a public key, or nil: one that identity.CheckKey
+// refuses. The error wraps ErrKey.
 func CheckKey(key crypto.PublicKey) error {
-	switch key := key.(type) {
-	case *rsa.PublicKey:
-		if key == nil || key.N == nil {
-			return fmt.Errorf("%w: missing", ErrKey)
-		}
-		if bits := key.N.BitLen(); bits < minRSA || bits > maxRSA {
-			return fmt.Errorf("%w: RSA with %d bits, want %d to %d", ErrKey, bits, minRSA, maxRSA)
-		}
-		if key.N.Bit(0) == 0 {
-			return fmt.Errorf("%w: RSA with an even modulus", ErrKey)
-		}
-		if key.E < minExponent || key.E&1 == 0 {
-			return fmt.Errorf("%w: RSA with public exponent %d", ErrKey, key.E)
-		}
-		return nil
-	case *ecdsa.PublicKey:
-		if key == nil || key.Curve == nil {
-			return fmt.Errorf("%w: missing", ErrKey)
-		}
-		switch key.Curve {
-		case elliptic.P256(), elliptic.P384(), elliptic.P521():
-		default:
-			return fmt.Errorf("%w: ECDSA on curve %s, want P-256, P-384 or P-521", ErrKey, key.Curve.Params().Name)
-		}
-		// Keys that were parsed are on their curve; those that were not are found out here.
-		if _, err := key.Bytes(); err != nil {
-			return fmt.Errorf("%w: point is not on the curve", ErrKey)
-		}
-		return nil
-	case nil:
-		return fmt.Errorf("%w: missing", ErrKey)
+	if err := identity.CheckKey(key); err != nil {
+		return fmt.Errorf("%w: %w", ErrKey, err)
 	}
-	return fmt.Errorf("%w: %T, want RSA or ECDSA", ErrKey, key)
+	return nil
 }

@@ -23,7 +23,6 @@ const (
 	maxVersion      = 255
 	maxCapabilities = 64
 	maxCapability   = 64  // bytes
-	maxTrustDomain  = 255 // bytes, SPIFFE-ID section 2.1
 	// maxRunning is how many images one agent may run, and hold verdicts on. A node has a few hundred
 	// containers.
 	maxRunning = 20_000
@@ -72,10 +71,13 @@ func checkHello(h *feedv1.Hello) error {
 		if n := len(e.GetId()); n == 0 || n > identity.MaxEntryID {
 			return tooMany("bytes of entry ID", n, identity.MaxEntryID)
 		}
+		if e.GetRevisionNumber() < 0 || e.GetCreatedAt() < 0 {
+			return status.Error(codes.InvalidArgument, "invalid hello: a held entry has a negative number")
+		}
 	}
 	for _, b := range h.GetBundles() {
-		if n := len(b.GetTrustDomain()); n == 0 || n > maxTrustDomain {
-			return tooMany("bytes of trust domain", n, maxTrustDomain)
+		if td, err := identity.ParseTrustDomain(b.GetTrustDomain()); err != nil || td.Name() != b.GetTrustDomain() {
+			return status.Error(codes.InvalidArgument, "invalid hello: a held bundle has no trust domain's name")
 		}
 	}
 	return nil

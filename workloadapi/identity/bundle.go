@@ -94,13 +94,13 @@ func (b *Bundle) keys() map[string]crypto.PublicKey {
 	return keys
 }
 
-// BundleFromWire parses a bundle. Authorities must be CA certificates and key IDs unique. WIT keys
-// are dropped: nothing here verifies with them yet.
+// BundleFromWire parses a bundle. Authorities must be CA certificates, keys strong, and key IDs
+// unique. WIT keys are dropped: nothing here verifies with them yet.
 func BundleFromWire(w *types.Bundle) (*Bundle, error) {
 	if w == nil {
 		return nil, errors.New("missing bundle")
 	}
-	td, err := spiffeid.TrustDomainFromString(w.GetTrustDomain())
+	td, err := ParseTrustDomain(w.GetTrustDomain())
 	if err != nil {
 		return nil, fmt.Errorf("invalid trust domain: %w", err)
 	}
@@ -117,8 +117,8 @@ func BundleFromWire(w *types.Bundle) (*Bundle, error) {
 		if err != nil {
 			return nil, fmt.Errorf("invalid X.509 authority: %w", err)
 		}
-		if !cert.BasicConstraintsValid || !cert.IsCA {
-			return nil, fmt.Errorf("invalid X.509 authority: certificate %q is no CA certificate", cert.Subject)
+		if err := CheckAuthority(cert); err != nil {
+			return nil, fmt.Errorf("invalid X.509 authority: %w", err)
 		}
 		if !b.HasX509(cert) {
 			b.X509 = append(b.X509, X509Authority{Certificate: cert, Tainted: a.GetTainted()})
@@ -130,7 +130,10 @@ func BundleFromWire(w *types.Bundle) (*Bundle, error) {
 			return nil, fmt.Errorf("invalid JWT authority: %w", err)
 		}
 		expires, err := unixTime(k.GetExpiresAt())
+		weak := CheckKey(key)
 		switch {
+		case weak != nil:
+			return nil, fmt.Errorf("invalid JWT authority: %w", weak)
 		case err != nil:
 			return nil, fmt.Errorf("invalid JWT authority: expiry: %w", err)
 		case k.GetKeyId() == "":

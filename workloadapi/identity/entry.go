@@ -200,7 +200,7 @@ func trustDomains(names []string) ([]spiffeid.TrustDomain, error) {
 	}
 	tds := make([]spiffeid.TrustDomain, 0, len(names))
 	for _, name := range names {
-		td, err := spiffeid.TrustDomainFromString(name)
+		td, err := ParseTrustDomain(name)
 		if err != nil {
 			return nil, fmt.Errorf("invalid federated trust domain: %w", err)
 		}

@@ -10,8 +10,39 @@ import (
 	"github.com/assay-id/assay/attestor"
 )
 
-// MaxSPIFFEID is the longest SPIFFE ID in bytes (SPIFFE-ID section 2.3).
-const MaxSPIFFEID = 2048
+// Limits of a SPIFFE ID in bytes: the whole (SPIFFE-ID section 2.3), and the name of its trust domain
+// (section 2.1).
+const (
+	MaxSPIFFEID    = 2048
+	MaxTrustDomain = 255
+)
+
+// ParseTrustDomain parses the name of a trust domain, or the SPIFFE ID of one, by the rules of the
+// SPIFFE-ID standard, its length limit included.
+func ParseTrustDomain(name string) (spiffeid.TrustDomain, error) {
+	if len(name) > MaxSPIFFEID { // else the error would echo it
+		return spiffeid.TrustDomain{}, fmt.Errorf("trust domain name is %d bytes long, the limit is %d", len(name), MaxTrustDomain)
+	}
+	td, err := spiffeid.TrustDomainFromString(name)
+	if err != nil {
+		return spiffeid.TrustDomain{}, err
+	}
+	if n := len(td.Name()); n > MaxTrustDomain {
+		return spiffeid.TrustDomain{}, fmt.Errorf("trust domain name is %d bytes long, the limit is %d", n, MaxTrustDomain)
+	}
+	return td, nil
+}
+
+// CheckID says whether a SPIFFE ID that was parsed elsewhere keeps to the limits of the standard.
+func CheckID(id spiffeid.ID) error {
+	if n := len(id.String()); n > MaxSPIFFEID {
+		return fmt.Errorf("SPIFFE ID is %d bytes long, the limit is %d", n, MaxSPIFFEID)
+	}
+	if n := len(id.TrustDomain().Name()); n > MaxTrustDomain {
+		return fmt.Errorf("trust domain name is %d bytes long, the limit is %d", n, MaxTrustDomain)
+	}
+	return nil
+}
 
 // IDFromWire parses a SPIFFE ID by the rules of the SPIFFE-ID standard, its length limit included.
 // An ID without a path is the trust domain's own and is accepted; callers that need a workload's
@@ -26,7 +57,7 @@ func IDFromWire(w *types.SPIFFEID) (spiffeid.ID, error) {
 	if size := len("spiffe://") + len(w.GetTrustDomain()) + len(w.GetPath()); size > MaxSPIFFEID {
 		return spiffeid.ID{}, fmt.Errorf("SPIFFE ID is %d bytes long, the limit is %d", size, MaxSPIFFEID)
 	}
-	td, err := spiffeid.TrustDomainFromString(w.GetTrustDomain())
+	td, err := ParseTrustDomain(w.GetTrustDomain())
 	if err != nil {
 		return spiffeid.ID{}, err
 	}

@@ -54,6 +54,11 @@ func (v *Verifier) Verify(state tls.ConnectionState) error {
 	if len(chain) > maxPeerChain {
 		return fmt.Errorf("verify client certificate: %d certificates, the limit is %d", len(chain), maxPeerChain)
 	}
+	for _, cert := range chain {
+		if err := identity.CheckCertificateKey(cert); err != nil {
+			return fmt.Errorf("verify client certificate: %w", err)
+		}
+	}
 	if _, _, err := x509svid.Verify(chain, source{v}, x509svid.WithTime(v.Now())); err != nil {
 		return fmt.Errorf("verify client certificate: %w", err)
 	}
@@ -79,7 +84,11 @@ func peerID(leaf *x509.Certificate) (spiffeid.ID, error) {
 	if len(leaf.URIs) != 1 {
 		return spiffeid.ID{}, fmt.Errorf("client certificate has %d URI SANs, want one", len(leaf.URIs))
 	}
-	return spiffeid.FromURI(leaf.URIs[0])
+	id, err := spiffeid.FromURI(leaf.URIs[0])
+	if err != nil {
+		return spiffeid.ID{}, err
+	}
+	return id, identity.CheckID(id)
 }
 
 // UnixCredentials are the transport credentials of the private Unix socket: no handshake, and the
