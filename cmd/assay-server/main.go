@@ -29,6 +29,8 @@ func root() *cobra.Command {
 		healthcheck(),
 		cli.Group("logger", "Reads and sets the level of the server's log", loggerGet(), loggerSet(), loggerReset()),
 		cli.Group("debug", "Looks into the running server", debugGetInfo()),
+		check(), backupCommand(), restore(),
+		cli.Group("snapshot", "Shows and makes snapshots of the store", snapshotList(), snapshotTake()),
 		cli.VersionCommand(),
 	)
 	return c

@@ -173,10 +173,11 @@ func (s *Snapshots) Run(ctx context.Context) error {
 	}
 }
 
-// firstWait is until the interval since the newest snapshot is over.
+// firstWait is until the interval since the newest snapshot is over. A store that was restored has
+// none of its own yet.
 func (s *Snapshots) firstWait() time.Duration {
 	all, err := List(s.dir)
-	if err != nil || len(all) == 0 {
+	if err != nil || len(all) == 0 || all[0].StoreID != shortID(s.store.ID()) {
 		return 0
 	}
 	return min(max(0, all[0].Made.Add(s.cfg.Interval).Sub(s.cfg.Now())), s.cfg.Interval)

@@ -94,7 +94,7 @@ func (r *Restoring) place(ctx context.Context, hidden string) (*records.Checked,
 	if err != nil {
 		return nil, fmt.Errorf("restore store: %w", err)
 	}
-	defer from.Close() //nolint:errcheck // only read
+	defer from.Close()
 	if info, err := from.Stat(); err != nil || !info.Mode().IsRegular() {
 		return nil, errors.Join(fmt.Errorf("restore store: %s is no regular file", r.From), err)
 	}

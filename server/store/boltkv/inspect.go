@@ -40,7 +40,7 @@ func Lock(path string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock store: %w", err)
 	}
-	if err := lock(file, time.Second); err != nil {
+	if err := lock(file, time.Millisecond); err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
 	return file.Close, nil
