@@ -3,6 +3,7 @@ package view
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -26,14 +27,18 @@ type model struct {
 	entries map[string]*identity.Entry
 	nodes   map[spiffeid.ID]*records.Node
 	bundles map[spiffeid.TrustDomain]*identity.Bundle
-	now     time.Time
+	// verdicts are by digest; running is what agents report on their newest stream.
+	verdicts map[string]*records.Verdict
+	running  map[spiffeid.ID]map[string]bool
+	now      time.Time
 }
 
 func newModel() *model {
 	return &model{
 		entries: map[string]*identity.Entry{},
 		nodes:   map[spiffeid.ID]*records.Node{},
-		bundles: map[spiffeid.TrustDomain]*identity.Bundle{},
+		bundles: map[spiffeid.TrustDomain]*identity.Bundle{}, verdicts: map[string]*records.Verdict{},
+		running: map[spiffeid.ID]map[string]bool{},
 		now:     time.Unix(1_000_000, 0),
 	}
 }
@@ -47,6 +52,11 @@ func (m *model) apply(c records.Change) {
 	for _, n := range c.Nodes {
 		if delete(m.nodes, n.ID); n.Node != nil {
 			m.nodes[n.ID] = n.Node
+		}
+	}
+	for _, v := range c.Verdicts {
+		if delete(m.verdicts, v.Digest); v.Verdict != nil {
+			m.verdicts[v.Digest] = v.Verdict
 		}
 	}
 	for _, b := range c.Bundles {
@@ -99,8 +109,17 @@ func (m *model) text(id spiffeid.ID) string {
 	if own := m.bundles[td]; own != nil {
 		tail = slices.Insert(tail, 0, fmt.Sprintf("bundle %s %d", td, own.Sequence))
 	}
+	if node := m.nodes[id]; node != nil && !node.Banned {
+		for _, digest := range slices.Sorted(maps.Keys(m.running[id])) {
+			if v := m.verdicts[digest]; v != nil {
+				tail = append(tail, verdictLine(v))
+			}
+		}
+	}
 	return strings.Join(append(lines, tail...), "\n")
 }
+
+func verdictLine(v *records.Verdict) string { return fmt.Sprintf("verdict %s %d", v.Digest, v.Seq) }
 
 func line(e *identity.Entry) string {
 	return fmt.Sprintf("entry %s r%d %s < %s", e.ID, e.Revision, e.SPIFFEID, e.ParentID)
@@ -114,6 +133,9 @@ func pictureText(p *AgentPicture) string {
 	for _, b := range p.Bundles {
 		lines = append(lines, fmt.Sprintf("bundle %s %d", b.TrustDomain, b.Sequence))
 	}
+	for _, v := range p.Verdicts {
+		lines = append(lines, verdictLine(v))
+	}
 	return strings.Join(lines, "\n")
 }
 
@@ -122,12 +144,15 @@ type world struct {
 	draw func(n int) int
 	rev  int64
 	now  time.Time
+	// stream counts the streams of agents.
+	stream uint64
 }
 
 var (
 	agentIDs = ids("/spire/agent/a", "/spire/agent/b", "/spire/agent/c", "/spire/agent/d")
 	places   = ids("/p", "/q", "/r", "/s", "/t")
 	parents  = append(append(ids("/spire/server", "/spire/server"), agentIDs...), places...)
+	digests  = []string{"sha256:a", "sha256:b", "sha256:c", "sha256:d", "sha256:e"}
 	others   = []spiffeid.TrustDomain{
 		spiffeid.RequireTrustDomainFromString("one.test"), spiffeid.RequireTrustDomainFromString("two.test"),
 	}
@@ -148,7 +173,37 @@ func (w *world) selectors() attestor.Set {
 			list = append(list, attestor.Selector{Type: "t", Value: fmt.Sprint(i)})
 		}
 	}
+	if w.draw(8) == 0 {
+		list = append(list, attestor.Selector{Type: "scan", Value: "policy:p"})
+	}
 	return attestor.NewSet(list...)
+}
+
+// report has an agent report what it runs, on a new stream or an old one, or leave.
+func (w *world) report(v *View, m *model) {
+	id := append(agentIDs, never)[w.draw(len(agentIDs)+1)]
+	if w.draw(4) == 0 { // a stream that was replaced says something, which is nothing
+		if m.running[id] != nil {
+			v.SetRunning(id, 0, digests)
+		}
+		return
+	}
+	w.stream++
+	runs := map[string]bool{}
+	for _, d := range digests {
+		if w.draw(3) == 0 {
+			runs[d] = true
+		}
+	}
+	m.running[id] = runs
+	v.SetRunning(id, w.stream, slices.Collect(maps.Keys(runs)))
+	if w.draw(5) == 0 {
+		v.Leave(id, w.stream)
+		if w.draw(2) == 0 {
+			delete(m.running, id)
+			v.forget(id, w.stream)
+		}
+	}
 }
 
 func (w *world) entry(id string) *identity.Entry {
@@ -206,6 +261,15 @@ func (w *world) change() records.Change {
 		}
 		c.Bundles = append(c.Bundles, change)
 	}
+	if w.draw(3) == 0 {
+		w.rev++
+		digest := digests[w.draw(len(digests))]
+		change := records.VerdictChange{Digest: digest}
+		if w.draw(4) > 0 {
+			change.Verdict = &records.Verdict{Digest: digest, Seq: uint64(w.rev)}
+		}
+		c.Verdicts = append(c.Verdicts, change)
+	}
 	return c
 }
 
@@ -216,6 +280,8 @@ type follower struct {
 	wake    <-chan struct{}
 }
 
+var never = spiffeid.RequireFromPath(td, "/spire/agent/never")
+
 // play makes changes as drawn and holds the view against the model after each.
 func play(t *testing.T, steps int, draw func(n int) int) {
 	t.Helper()
@@ -223,7 +289,6 @@ func play(t *testing.T, steps int, draw func(n int) int) {
 	v := New(viewtest.New("store"), td, Config{Now: func() time.Time { return m.now }})
 	w := &world{draw: draw}
 	followers := map[spiffeid.ID]*follower{}
-	stranger := spiffeid.RequireFromPath(td, "/spire/agent/never")
 	for step := range steps {
 		w.now = m.now
 		c := w.change()
@@ -245,10 +310,21 @@ func play(t *testing.T, steps int, draw func(n int) int) {
 			for _, b := range m.bundles {
 				snap.Bundles = append(snap.Bundles, b)
 			}
+			for _, verdict := range m.verdicts {
+				snap.Verdicts = append(snap.Verdicts, verdict)
+			}
 			c = v.graph.difference(snap)
 		}
 		v.apply("store", c)
-		for _, id := range append(agentIDs, stranger) {
+		for _, n := range c.Nodes {
+			if n.Node == nil || n.Node.Banned {
+				delete(m.running, n.ID) // it has to report anew
+			}
+		}
+		if draw(3) == 0 {
+			w.report(v, m)
+		}
+		for _, id := range append(agentIDs, never) {
 			want := m.text(id)
 			if f := followers[id]; f != nil {
 				replaced := false
@@ -274,12 +350,19 @@ func play(t *testing.T, steps int, draw func(n int) int) {
 			if f := followers[id]; f != nil && p.Rev < f.picture.Rev {
 				t.Fatalf("step %d: revision of %s went back from %d to %d", step, id, f.picture.Rev, p.Rev)
 			}
-			if string(p.Checksum()) != string(identity.Checksum(p.Entries, p.Bundles)) {
-				t.Fatalf("step %d: checksum of %s is of another picture", step, id)
-			}
+			checkSums(t, p)
 			followers[id] = &follower{picture: p, text: want, wake: wake}
 		}
 		checkIndexes(t, v, m)
+		checkRunners(t, v, m)
+	}
+	for _, id := range append(agentIDs, never) {
+		v.SetRunning(id, w.stream+1, nil)
+		v.Leave(id, w.stream+1)
+		v.forget(id, w.stream+1)
+	}
+	for digest := range m.verdicts {
+		v.apply("store", records.Change{Rev: v.Rev() + 1, Verdicts: []records.VerdictChange{{Digest: digest}}})
 	}
 	for id := range m.entries {
 		v.apply("store", records.Change{Rev: v.Rev() + 1, Entries: []records.EntryChange{{ID: id}}})
@@ -288,9 +371,59 @@ func play(t *testing.T, steps int, draw func(n int) int) {
 		v.apply("store", records.Change{Rev: v.Rev() + 1, Nodes: []records.NodeChange{{ID: id}}})
 	}
 	g := &v.graph
-	if n := len(g.vertices) + len(g.postings) + len(g.aliases) + len(g.groups.of) + g.entries.size + g.nodes.size + g.expiring.size; n != 0 {
+	if n := len(g.vertices) + len(g.postings) + len(g.aliases) + len(g.groups.of) + g.entries.size + g.nodes.size + g.expiring.size +
+		len(g.images.verdicts) + len(g.images.reports) + len(g.images.runners); n != 0 {
 		t.Fatalf("an emptied view still holds %d things: %d vertices, %d postings, %d aliases, %d groups", n,
 			len(g.vertices), len(g.postings), len(g.aliases), len(g.groups.of))
+	}
+}
+
+// checkSums holds a picture's checksum, and that of its plain form, against what an agent computes.
+func checkSums(t *testing.T, p *AgentPicture) {
+	t.Helper()
+	var held []identity.HeldVerdict
+	for _, v := range p.Verdicts {
+		held = append(held, identity.HeldVerdict{Digest: v.Digest, Seq: v.Seq})
+	}
+	if string(p.Checksum()) != string(identity.ChecksumVerdicts(identity.Checksum(p.Entries, p.Bundles), held)) {
+		t.Fatal("checksum is of another picture")
+	}
+	plain := p.Plain()
+	if len(plain.Verdicts) != 0 || slices.ContainsFunc(plain.Entries, (*identity.Entry).Gated) {
+		t.Fatal("the plain picture has verdicts or entries that demand some")
+	}
+	ungated := 0
+	for _, e := range p.Entries {
+		if !e.Gated() {
+			ungated++
+		}
+	}
+	if len(plain.Entries) != ungated || len(plain.Bundles) != len(p.Bundles) || plain.Rev != p.Rev || plain.StoreID != p.StoreID {
+		t.Fatal("the plain picture lacks more than it should")
+	}
+	if string(plain.Checksum()) != string(identity.Checksum(plain.Entries, plain.Bundles)) {
+		t.Fatal("checksum of the plain picture is of another one")
+	}
+}
+
+func checkRunners(t *testing.T, v *View, m *model) {
+	t.Helper()
+	counts := maps.Collect(v.Digests())
+	running, _ := v.FollowDigests()
+	for _, digest := range digests {
+		var want []spiffeid.ID
+		for id, runs := range m.running {
+			if runs[digest] {
+				want = append(want, id)
+			}
+		}
+		slices.SortFunc(want, compareIDs)
+		if got := v.Runners(digest); !slices.Equal(got, want) || counts[digest] != len(want) || slices.Contains(running, digest) != (len(want) > 0) {
+			t.Fatalf("%s is run by %v (%d), want %v", digest, got, counts[digest], want)
+		}
+		if got, _ := v.Verdict(digest); got != m.verdicts[digest] {
+			t.Fatalf("verdict on %s is %v, want %v", digest, got, m.verdicts[digest])
+		}
 	}
 }
 

@@ -104,6 +104,9 @@ func (g *graph) nodesWith(selectors attestor.Set) iter.Seq[*agent] {
 // applyNode takes in a node and returns 1 if its picture is concerned, else 0. A new serial or
 // version wakes those who follow the record, but leaves the picture as it is.
 func (g *graph) applyNode(c records.NodeChange, rev kv.Rev) int {
+	if c.Node == nil || c.Node.Banned {
+		g.images.report(c.ID, nil) // whoever comes back has to report anew
+	}
 	x := g.vertices[c.ID]
 	if x == nil || x.agent == nil {
 		if c.Node == nil {
@@ -125,7 +128,6 @@ func (g *graph) applyNode(c records.NodeChange, rev kv.Rev) int {
 	g.unpost(a)
 	if c.Node == nil {
 		g.nodes.remove(a)
-		g.images.report(a.id, nil)
 		x.agent = nil
 		g.drop(x)
 		return 1
@@ -133,8 +135,6 @@ func (g *graph) applyNode(c records.NodeChange, rev kv.Rev) int {
 	a.node = c.Node
 	if !a.node.Banned {
 		g.post(a)
-	} else {
-		g.images.report(a.id, nil)
 	}
 	return 1
 }
