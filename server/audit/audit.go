@@ -74,6 +74,9 @@ type Line struct {
 	// Verdicts are those that the decision rests on: the image's digest, "@", the verdict's sequence
 	// number.
 	Verdicts []string
+	// Policy, Finding and Report name what decided on an image: the scan policy, the vulnerability, the
+	// hash of the document.
+	Policy, Finding, Report string
 	Rev      kv.Rev // of the picture that was decided on, or of the commit that was made
 
 	Outcome string // Allow, Deny or Error

@@ -35,6 +35,9 @@ func appendLine(b []byte, l *Line) []byte {
 	b = appendText(b, "spiffe_id", l.SPIFFEID)
 	b = appendText(b, "serial", l.Serial)
 	b = appendText(b, "authority_id", l.Authority)
+	b = appendText(b, "policy", l.Policy)
+	b = appendText(b, "finding", l.Finding)
+	b = appendText(b, "report", l.Report)
 	if !l.ExpiresAt.IsZero() {
 		b = append(b, `,"expires_at":"`...)
 		b = appendTime(b, l.ExpiresAt)

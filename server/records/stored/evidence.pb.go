@@ -1334,9 +1334,12 @@ func (x *EvidenceWithdrawal) GetWorkloads() int32 {
 
 // v/o/…
 type EvidenceAlert struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Body          []byte                 `protobuf:"bytes,1,opt,name=body,proto3" json:"body,omitempty"`
-	CreatedAt     int64                  `protobuf:"varint,2,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// JSON, as it is sent.
+	Body      []byte `protobuf:"bytes,1,opt,name=body,proto3" json:"body,omitempty"`
+	CreatedAt int64  `protobuf:"varint,2,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// The webhook it is for.
+	Hook          string `protobuf:"bytes,3,opt,name=hook,proto3" json:"hook,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1385,16 +1388,24 @@ func (x *EvidenceAlert) GetCreatedAt() int64 {
 	return 0
 }
 
+func (x *EvidenceAlert) GetHook() string {
+	if x != nil {
+		return x.Hook
+	}
+	return ""
+}
+
 // v/s/…
 type EvidenceSerial struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	AuthorityId string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
 	EntryId     string                 `protobuf:"bytes,2,opt,name=entry_id,json=entryId,proto3" json:"entry_id,omitempty"`
 	Agent       string                 `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
-	Digest      string                 `protobuf:"bytes,4,opt,name=digest,proto3" json:"digest,omitempty"`
-	SpiffeId    string                 `protobuf:"bytes,5,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
-	IssuedAt    int64                  `protobuf:"varint,6,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
-	ExpiresAt   int64                  `protobuf:"varint,7,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// The images that it may have been issued for: those of the agent's that gave what the entry demands.
+	Digests   []string `protobuf:"bytes,4,rep,name=digests,proto3" json:"digests,omitempty"`
+	SpiffeId  string   `protobuf:"bytes,5,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	IssuedAt  int64    `protobuf:"varint,6,opt,name=issued_at,json=issuedAt,proto3" json:"issued_at,omitempty"`
+	ExpiresAt int64    `protobuf:"varint,7,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	// 0: not revoked.
 	RevokedAt     int64  `protobuf:"varint,8,opt,name=revoked_at,json=revokedAt,proto3" json:"revoked_at,omitempty"`
 	Reason        string `protobuf:"bytes,9,opt,name=reason,proto3" json:"reason,omitempty"`
@@ -1453,11 +1464,11 @@ func (x *EvidenceSerial) GetAgent() string {
 	return ""
 }
 
-func (x *EvidenceSerial) GetDigest() string {
+func (x *EvidenceSerial) GetDigests() []string {
 	if x != nil {
-		return x.Digest
+		return x.Digests
 	}
-	return ""
+	return nil
 }
 
 func (x *EvidenceSerial) GetSpiffeId() string {
@@ -1680,16 +1691,17 @@ const file_server_records_stored_evidence_proto_rawDesc = "" +
 	"\x12EvidenceWithdrawal\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x0e\n" +
 	"\x02at\x18\x02 \x01(\x03R\x02at\x12\x1c\n" +
-	"\tworkloads\x18\x03 \x01(\x05R\tworkloads\"B\n" +
+	"\tworkloads\x18\x03 \x01(\x05R\tworkloads\"V\n" +
 	"\rEvidenceAlert\x12\x12\n" +
 	"\x04body\x18\x01 \x01(\fR\x04body\x12\x1d\n" +
 	"\n" +
-	"created_at\x18\x02 \x01(\x03R\tcreatedAt\"\x8c\x02\n" +
+	"created_at\x18\x02 \x01(\x03R\tcreatedAt\x12\x12\n" +
+	"\x04hook\x18\x03 \x01(\tR\x04hook\"\x8e\x02\n" +
 	"\x0eEvidenceSerial\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x19\n" +
 	"\bentry_id\x18\x02 \x01(\tR\aentryId\x12\x14\n" +
-	"\x05agent\x18\x03 \x01(\tR\x05agent\x12\x16\n" +
-	"\x06digest\x18\x04 \x01(\tR\x06digest\x12\x1b\n" +
+	"\x05agent\x18\x03 \x01(\tR\x05agent\x12\x18\n" +
+	"\adigests\x18\x04 \x03(\tR\adigests\x12\x1b\n" +
 	"\tspiffe_id\x18\x05 \x01(\tR\bspiffeId\x12\x1b\n" +
 	"\tissued_at\x18\x06 \x01(\x03R\bissuedAt\x12\x1d\n" +
 	"\n" +

@@ -1,0 +1,152 @@
+package verdict
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/records/stored"
+)
+
+// Revoked is one certificate that is revoked.
+type Revoked struct {
+	Serial string // decimal
+	At     time.Time
+}
+
+// Signer signs lists of revoked certificates; *ca.CA is one.
+type Signer interface {
+	// SignCRL returns the list of those of the certificates that the active authority signed, as DER.
+	SignCRL(ctx context.Context, number uint64, revoked map[string]time.Time, until time.Time) ([]byte, error)
+}
+
+// crl is the list of revoked certificates. Service.mu guards what is no atomic.
+type crl struct {
+	number uint64
+	der    atomic.Pointer[[]byte]
+}
+
+// Times of the list: it is signed anew well before it ends, for a verifier refuses everything when it
+// has none that is current.
+const (
+	crlLife  = time.Hour
+	crlRenew = 20 * time.Minute
+	crlKeep  = time.Hour // how long an expired certificate stays in the books
+)
+
+// CRL returns the current list as DER, nil if there is none yet.
+func (s *Service) CRL() []byte {
+	if der := s.crl.der.Load(); der != nil {
+		return *der
+	}
+	return nil
+}
+
+// Issued writes down a certificate that is about to be given out on the strength of a verdict. Without
+// that line it could not be revoked, so on an error it must not be given out.
+func (s *Service) Issued(ctx context.Context, serials ...records.Serial) error {
+	if err := s.Store.PutSerials(ctx, serials...); err != nil {
+		return fmt.Errorf("note issued certificate: %w", err)
+	}
+	return nil
+}
+
+// keepCRL signs the list when the server starts and before it ends, and forgets what has expired.
+func (s *Service) keepCRL(ctx context.Context) {
+	if s.Signer == nil {
+		return
+	}
+	for ctx.Err() == nil {
+		s.mu.Lock()
+		now := s.cfg.Now()
+		pause := crlRenew
+		if err := s.signCRL(ctx, now); err != nil && ctx.Err() == nil {
+			s.cfg.Log.WithError(err).Error("cannot sign the list of revoked certificates, will try again")
+			pause = retryAfter
+		}
+		if err := s.Store.SweepSerials(ctx, now.Add(-crlKeep)); err != nil && ctx.Err() == nil {
+			s.cfg.Log.WithError(err).Warn("cannot forget expired certificates, will try again")
+		}
+		s.mu.Unlock()
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+	}
+}
+
+// signCRL makes the list of all that is revoked and not expired. mu is held.
+func (s *Service) signCRL(ctx context.Context, now time.Time) error {
+	if s.Signer == nil {
+		return nil
+	}
+	all, err := s.Store.Serials(ctx, now.Add(-crlKeep))
+	if err != nil {
+		return err
+	}
+	revoked := map[string]time.Time{}
+	for _, one := range all {
+		if one.GetRevokedAt() != 0 {
+			revoked[one.Number] = time.Unix(one.GetRevokedAt(), 0)
+		}
+	}
+	number := s.crl.number + 1
+	der, err := s.Signer.SignCRL(ctx, number, revoked, now.Add(crlLife))
+	if err != nil {
+		return fmt.Errorf("sign CRL: %w", err)
+	}
+	if err := s.Store.WriteEvidence(ctx, records.EvidenceChange{CRL: &stored.EvidenceCRL{Number: number}}); err != nil {
+		return err
+	}
+	s.crl.number = number
+	s.crl.der.Store(&der)
+	if s.cfg.CRLPath != "" {
+		if err := replaceFile(s.cfg.CRLPath, pemCRL(der)); err != nil {
+			return err
+		}
+	}
+	if s.cfg.CRLChanged != nil {
+		s.cfg.CRLChanged(der)
+	}
+	return nil
+}
+
+// revoke puts on the list what was issued on the strength of an earlier verdict on the image and would
+// not be issued now. mu is held.
+func (s *Service) revoke(ctx context.Context, i *image, now time.Time) error {
+	all, err := s.Store.Serials(ctx, now)
+	if err != nil {
+		return err
+	}
+	var list []records.Serial
+	for _, one := range all {
+		if one.GetRevokedAt() != 0 || !slices.Contains(one.GetDigests(), i.digest) {
+			continue
+		}
+		if e, ok := s.View.Entry(one.GetEntryId()); ok && i.published != nil && e.Gates().In(i.published.Selectors) {
+			continue
+		}
+		one.RevokedAt, one.Reason = now.Unix(), "image "+i.digest
+		list = append(list, one)
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	if err := s.Store.PutSerials(ctx, list...); err != nil {
+		return err
+	}
+	for _, one := range list {
+		s.note(audit.Line{
+			Event: "svid.x509.revoke", Outcome: audit.Allow, Caller: "policy", Serial: one.Number, Agent: one.GetAgent(),
+			EntryID: one.GetEntryId(), SPIFFEID: one.GetSpiffeId(), Verdicts: []string{i.name()},
+		})
+	}
+	return errors.Join(s.signCRL(ctx, now))
+}

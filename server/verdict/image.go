@@ -1,0 +1,463 @@
+package verdict
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sort"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/records/stored"
+	"github.com/assay-id/assay/server/verdict/policy"
+	"github.com/assay-id/assay/server/verdict/report"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// The kinds of document.
+const (
+	kindReport     = "report"
+	kindVEX        = "vex"
+	kindProvenance = "provenance"
+)
+
+// document is one piece of evidence. What the message says is the stored form; the rest is what it
+// was read into.
+type document struct {
+	id string
+	*stored.EvidenceDocument
+
+	report    *report.Report
+	index     *policy.Index
+	vex       *report.VEX
+	vexIndex  *policy.VEXIndex
+	selectors []attestor.Selector // of provenance
+}
+
+// source is the name by which scan policies know who vouches.
+func (d *document) source() string { return d.GetSource() }
+
+// link is a digest that leads to an image.
+type link struct {
+	kind     string // manifest or index
+	platform string // of the image, as the index has it
+}
+
+// image is one image by its config digest.
+type image struct {
+	digest    string
+	seenAt    time.Time // first run by an agent; zero: never
+	updatedAt time.Time
+	links     map[string]link
+	names     []string // as it was pushed, for people
+	firstSeen map[string]time.Time
+	firstBlob *stored.EvidenceBlob
+
+	verdicts  map[string]policy.Verdict          // what the policies say, by policy
+	force     map[string]*stored.EvidenceVerdict // what is in force, and what is known of it since
+	published *records.Verdict                   // what the agents get
+	told      map[string]said
+	due       time.Time // when time alone may change something; zero: never
+	lease     time.Time // when published is to be renewed; zero: nobody runs it
+}
+
+func (s *Service) newImage(digest string) *image {
+	i := &image{
+		digest: digest, links: map[string]link{}, firstSeen: map[string]time.Time{},
+		verdicts: map[string]policy.Verdict{}, force: map[string]*stored.EvidenceVerdict{},
+	}
+	s.state.images[digest] = i
+	return i
+}
+
+// name is the image with its verdict's number, as audit lines have it.
+func (i *image) name() string {
+	if i.published == nil {
+		return i.digest
+	}
+	return i.digest + "@" + strconv.FormatUint(i.published.Seq, 10)
+}
+
+func (s *Service) addLink(i *image, digest string, l link) (fresh bool) {
+	if old, ok := i.links[digest]; ok && old == l {
+		return false
+	}
+	i.links[digest] = l
+	if s.state.leads[digest] == nil {
+		s.state.leads[digest] = map[string]bool{}
+	}
+	s.state.leads[digest][i.digest] = true
+	return true
+}
+
+func (s *Service) addDocument(d *document) {
+	s.state.documents[d.id] = d
+	for _, digest := range d.GetSubjects() {
+		if s.state.about[digest] == nil {
+			s.state.about[digest] = map[string]*document{}
+		}
+		s.state.about[digest][d.id] = d
+	}
+	if d.vex != nil && slices.ContainsFunc(d.vex.Statements, func(st report.Statement) bool { return st.Product == "" }) {
+		s.state.general[d.id] = d
+	}
+}
+
+func (s *Service) dropDocument(id string) {
+	d := s.state.documents[id]
+	if d == nil {
+		return
+	}
+	delete(s.state.documents, id)
+	delete(s.state.general, id)
+	for _, digest := range d.GetSubjects() {
+		delete(s.state.about[digest], id)
+		if len(s.state.about[digest]) == 0 {
+			delete(s.state.about, digest)
+		}
+	}
+}
+
+// concerned returns the images that the document is about, as far as is proved.
+func (s *Service) concerned(d *document) []string {
+	if s.state.general[d.id] != nil {
+		return s.all()
+	}
+	found := map[string]bool{}
+	for _, digest := range d.GetSubjects() {
+		if s.state.images[digest] != nil {
+			found[digest] = true
+		}
+		for config := range s.state.leads[digest] {
+			found[config] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(found))
+}
+
+// evidenceOf returns the documents about an image, sorted, whether they count or not.
+func (s *Service) evidenceOf(i *image) []*document {
+	found := map[string]*document{}
+	maps.Copy(found, s.state.about[i.digest])
+	for digest := range i.links {
+		maps.Copy(found, s.state.about[digest])
+	}
+	maps.Copy(found, s.state.general)
+	list := slices.Collect(maps.Values(found))
+	sort.Slice(list, func(a, b int) bool { return list[a].id < list[b].id })
+	return list
+}
+
+// match applies the join rule: by the config digest, by a manifest that is proved to be of this image,
+// or, weakly, by an index that leads to it together with the platform. Names and tags never match.
+func (d *document) match(i *image) policy.Match {
+	if d.report != nil {
+		switch config := d.report.Subject.Config; {
+		case config == i.digest:
+			return policy.Strong
+		case config != "":
+			return ""
+		}
+	}
+	var weak bool
+	for _, digest := range d.GetSubjects() {
+		if digest == i.digest {
+			return policy.Strong
+		}
+		l, ok := i.links[digest]
+		switch {
+		case !ok:
+		case l.kind == linkManifest:
+			return policy.Strong
+		case d.report == nil, d.report.Subject.Platform != "" && samePlatform(d.report.Subject.Platform, l.platform):
+			weak = true
+		}
+	}
+	if weak {
+		return policy.Weak
+	}
+	return ""
+}
+
+// samePlatform compares os/arch or os/arch/variant. arm64 is always v8.
+func samePlatform(a, b string) bool {
+	norm := func(p string) string { return strings.TrimSuffix(p, "/v8") }
+	return norm(a) == norm(b)
+}
+
+// Kinds of link.
+const (
+	linkManifest = "manifest"
+	linkIndex    = "index"
+)
+
+// maxManifest is the largest manifest in bytes, as the distribution specification has it.
+const maxManifest = 4 << 20
+
+// maxManifests is how many of them one push may bring.
+const maxManifests = 32
+
+// chain is what manifests prove: the images that a digest leads to.
+type chain map[string]map[string]link // config digest to the digests that lead there
+
+// errManifest marks manifests that prove nothing.
+var errManifest = errors.New("manifest refused")
+
+type descriptor struct {
+	Digest   string `json:"digest"`
+	Platform *struct {
+		OS      string `json:"os"`
+		Arch    string `json:"architecture"`
+		Variant string `json:"variant"`
+	} `json:"platform"`
+}
+
+func (d *descriptor) platform() string {
+	if d.Platform == nil {
+		return ""
+	}
+	p := d.Platform.OS + "/" + d.Platform.Arch
+	if d.Platform.Variant != "" {
+		p += "/" + d.Platform.Variant
+	}
+	return p
+}
+
+// prove reads manifests and indexes. Each is known by the hash of its own bytes and nothing else, so it
+// does not matter who brings them.
+func prove(blobs [][]byte) (chain, error) {
+	if len(blobs) > maxManifests {
+		return nil, fmt.Errorf("%w: there are %d, the limit is %d", errManifest, len(blobs), maxManifests)
+	}
+	configs := map[string]string{} // by manifest
+	type index struct {
+		digest string
+		list   []descriptor
+	}
+	var indexes []index
+	for n, blob := range blobs {
+		if len(blob) > maxManifest {
+			return nil, fmt.Errorf("%w: number %d has %d bytes, the limit is %d", errManifest, n+1, len(blob), maxManifest)
+		}
+		var m struct {
+			Config    *descriptor  `json:"config"`
+			Manifests []descriptor `json:"manifests"`
+		}
+		if err := json.Unmarshal(blob, &m); err != nil {
+			return nil, fmt.Errorf("%w: number %d is no JSON: %w", errManifest, n+1, err)
+		}
+		digest := digestOf(blob)
+		switch {
+		case m.Config != nil && m.Manifests == nil && identity.ValidDigest(m.Config.Digest):
+			configs[digest] = m.Config.Digest
+		case m.Config == nil && len(m.Manifests) > 0:
+			indexes = append(indexes, index{digest: digest, list: m.Manifests})
+		default:
+			return nil, fmt.Errorf("%w: number %d is neither a manifest with a config nor an index", errManifest, n+1)
+		}
+	}
+	out := chain{}
+	add := func(config, digest string, l link) {
+		if out[config] == nil {
+			out[config] = map[string]link{}
+		}
+		out[config][digest] = l
+	}
+	for manifest, config := range configs {
+		add(config, manifest, link{kind: linkManifest})
+	}
+	for _, x := range indexes {
+		for _, d := range x.list {
+			if config := configs[d.Digest]; config != "" {
+				add(config, x.digest, link{kind: linkIndex, platform: d.platform()})
+				if p := d.platform(); p != "" {
+					add(config, d.Digest, link{kind: linkManifest, platform: p})
+				}
+			}
+		}
+	}
+	return out, nil
+}
+
+// load reads everything that is stored.
+func (s *Service) load(ctx context.Context) error {
+	e, err := s.Store.ReadEvidence(ctx)
+	if err != nil {
+		return err
+	}
+	if s.marks, err = openMarks(s.cfg.MarksPath); err != nil {
+		return err
+	}
+	for id, m := range e.Marks {
+		s.state.marks[id] = m
+	}
+	if err := s.marks.merge(s.state.marks); err != nil {
+		return err
+	}
+	for id, m := range e.Documents {
+		d := &document{id: id, EvidenceDocument: m}
+		s.state.blobs[m.GetBody().GetHash()]++
+		s.state.blobs[m.GetRaw().GetHash()]++
+		if err := s.read(ctx, d); err != nil {
+			// One that cannot be read clears nothing, and the others still count.
+			s.cfg.Log.WithError(err).WithField("hash", m.GetHash()).Error("a stored document cannot be read and does not count")
+			m.Void = clip("it cannot be read: " + err.Error())
+		}
+		s.addDocument(d)
+	}
+	for digest, m := range e.Images {
+		s.state.blobs[m.GetFirstSeen().GetHash()]++
+		if err := s.readImage(ctx, digest, m); err != nil {
+			return err
+		}
+	}
+	for id, m := range e.Exceptions {
+		s.state.excepted[id] = exceptionOf(id, m)
+	}
+	s.state.guards = e.Guards
+	s.outbox.load(e.Alerts)
+	s.crl.number = e.CRL.GetNumber()
+	return s.sweepBlobs(ctx)
+}
+
+// sweepBlobs deletes what a crash left between a blob and the record that was to name it.
+func (s *Service) sweepBlobs(ctx context.Context) error {
+	all, err := s.Store.Blobs(ctx)
+	if err != nil {
+		return err
+	}
+	return s.Store.DropBlobs(ctx, slices.DeleteFunc(all, func(hash string) bool { return s.state.blobs[hash] > 0 })...)
+}
+
+// read fills in what a stored document was read into.
+func (s *Service) read(ctx context.Context, d *document) error {
+	if d.GetKind() == kindProvenance {
+		d.selectors = selectorsOf(d.GetSelectors())
+		return nil
+	}
+	body, err := s.Store.Blob(ctx, d.GetBody())
+	if err != nil {
+		return err
+	}
+	switch d.GetKind() {
+	case kindReport:
+		if d.report, err = s.state.words.decodeReport(body); err != nil {
+			return err
+		}
+		d.index = policy.NewIndex(d.report)
+	case kindVEX:
+		if d.vex, err = s.state.words.decodeVEX(body); err != nil {
+			return err
+		}
+		d.vexIndex = policy.NewVEXIndex(d.vex)
+	default:
+		return fmt.Errorf("unknown kind %q", d.GetKind())
+	}
+	d.selectors = selectorsOf(d.GetSelectors())
+	return nil
+}
+
+func (s *Service) readImage(ctx context.Context, digest string, m *stored.EvidenceImage) error {
+	i := s.newImage(digest)
+	i.seenAt, i.updatedAt, i.names = timeOf(m.GetSeenAt()), timeOf(m.GetUpdatedAt()), m.GetNames()
+	for _, l := range m.GetLinks() {
+		s.addLink(i, l.GetDigest(), link{kind: l.GetKind(), platform: l.GetPlatform()})
+	}
+	for _, v := range m.GetVerdicts() {
+		i.force[v.GetPolicy()] = v
+	}
+	i.firstBlob = m.GetFirstSeen()
+	if i.firstBlob != nil {
+		body, err := s.Store.Blob(ctx, i.firstBlob)
+		var first stored.EvidenceFirstSeen
+		if err == nil {
+			err = decodeBody(body, &first)
+		}
+		if err != nil {
+			return fmt.Errorf("read when findings of image %s were first seen: %w", digest, err)
+		}
+		for id, at := range first.GetAt() {
+			i.firstSeen[s.state.words.one(id)] = time.Unix(at, 0).UTC()
+		}
+	}
+	published, err := s.Store.Verdict(ctx, digest)
+	if err != nil && !errors.Is(err, records.ErrNotFound) {
+		return err
+	}
+	i.published = published
+	return nil
+}
+
+// stored returns the record of an image.
+func (i *image) stored() *stored.EvidenceImage {
+	m := &stored.EvidenceImage{SeenAt: nanos(i.seenAt), UpdatedAt: nanos(i.updatedAt), Names: i.names, FirstSeen: i.firstBlob}
+	for _, digest := range slices.Sorted(maps.Keys(i.links)) {
+		m.Links = append(m.Links, &stored.EvidenceLink{Digest: digest, Kind: i.links[digest].kind, Platform: i.links[digest].platform})
+	}
+	for _, name := range slices.Sorted(maps.Keys(i.force)) {
+		m.Verdicts = append(m.Verdicts, i.force[name])
+	}
+	return m
+}
+
+// learn notes when each finding of a report was first seen in the image, and writes that down.
+func (s *Service) learn(ctx context.Context, i *image, r *report.Report, now time.Time) (dropped string, err error) {
+	fresh, now := false, now.Truncate(time.Second).UTC()
+	see := func(id string) {
+		if _, ok := i.firstSeen[id]; !ok {
+			i.firstSeen[id] = now
+			fresh = true
+		}
+	}
+	for n := range r.Findings {
+		see(r.Findings[n].ID)
+		for _, alias := range r.Findings[n].Aliases {
+			see(alias)
+		}
+	}
+	if !fresh {
+		return "", nil
+	}
+	m := &stored.EvidenceFirstSeen{At: make(map[string]int64, len(i.firstSeen))}
+	for id, at := range i.firstSeen {
+		m.At[id] = at.Unix()
+	}
+	body, err := encodeBody(m)
+	if err != nil {
+		return "", err
+	}
+	old := i.firstBlob
+	if i.firstBlob, err = s.putBlob(ctx, body); err != nil {
+		return "", err
+	}
+	return s.freeBlob(old), nil
+}
+
+// putBlob keeps bytes and counts who names them: equal bytes are one blob.
+func (s *Service) putBlob(ctx context.Context, content []byte) (*stored.EvidenceBlob, error) {
+	blob, err := s.Store.PutBlob(ctx, content)
+	if err != nil {
+		return nil, err
+	}
+	s.state.blobs[blob.GetHash()]++
+	return blob, nil
+}
+
+// freeBlob takes a name away and returns the hash if it was the last one.
+func (s *Service) freeBlob(blob *stored.EvidenceBlob) string {
+	hash := blob.GetHash()
+	if hash == "" {
+		return ""
+	}
+	if s.state.blobs[hash]--; s.state.blobs[hash] > 0 {
+		return ""
+	}
+	delete(s.state.blobs, hash)
+	return hash
+}

@@ -1,0 +1,172 @@
+package verdict
+
+import (
+	"bufio"
+	"encoding/base64"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/assay-id/assay/server/records/stored"
+)
+
+// marksFile is a second memory of the marks, beside the store: one line for each, the last one for an
+// ID counts. A nil one remembers nothing.
+//
+// A line is the ID, a space and the record in base64. Half a line at the end is what a crash leaves and
+// is left aside: what it was about was never acknowledged.
+type marksFile struct {
+	path string
+	file *os.File
+}
+
+func openMarks(path string) (*marksFile, error) {
+	if path == "" {
+		return nil, nil //nolint:nilnil // none is asked for
+	}
+	file, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open marks: %w", err)
+	}
+	return &marksFile{path: path, file: file}, nil
+}
+
+func (f *marksFile) close() error {
+	if f == nil || f.file == nil {
+		return nil
+	}
+	err := f.file.Close()
+	f.file = nil
+	return err
+}
+
+// merge puts what the file knows and the store does not, or knows as older, into the marks, and writes
+// the file anew with each mark once.
+func (f *marksFile) merge(marks map[string]*stored.EvidenceMark) error {
+	if f == nil {
+		return nil
+	}
+	lines := bufio.NewScanner(f.file)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		id, text, ok := strings.Cut(lines.Text(), " ")
+		raw, err := base64.RawStdEncoding.DecodeString(text)
+		if !ok || err != nil {
+			continue // half a line
+		}
+		var m stored.EvidenceMark
+		if decodeBody(raw, &m) != nil {
+			continue
+		}
+		if old := marks[id]; old == nil || old.GetTime() < m.GetTime() {
+			marks[id] = &m
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return fmt.Errorf("read marks %s: %w", f.path, err)
+	}
+	return f.rewrite(marks)
+}
+
+func (f *marksFile) rewrite(marks map[string]*stored.EvidenceMark) error {
+	next, err := os.CreateTemp(filepath.Dir(f.path), filepath.Base(f.path)+".*")
+	if err != nil {
+		return fmt.Errorf("write marks: %w", err)
+	}
+	defer func() { _ = os.Remove(next.Name()) }() // gone if it was renamed
+	w := bufio.NewWriter(next)
+	for id, m := range marks {
+		line, err := markLine(id, m)
+		if err != nil {
+			return errors.Join(err, next.Close())
+		}
+		_, _ = w.WriteString(line) // Flush tells
+	}
+	if err := errors.Join(w.Flush(), next.Sync()); err != nil {
+		return errors.Join(fmt.Errorf("write marks: %w", err), next.Close())
+	}
+	if err := os.Rename(next.Name(), f.path); err != nil {
+		return errors.Join(fmt.Errorf("write marks: %w", err), next.Close())
+	}
+	old := f.file
+	f.file = next // it is at its end; all writes go there
+	return errors.Join(old.Close(), syncDir(filepath.Dir(f.path)))
+}
+
+func syncDir(path string) error {
+	dir, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("sync directory: %w", err)
+	}
+	if err := dir.Sync(); err != nil && !errors.Is(err, fs.ErrInvalid) {
+		return errors.Join(fmt.Errorf("sync directory: %w", err), dir.Close())
+	}
+	return dir.Close()
+}
+
+// replaceFile writes a file so that a reader sees the old or the new one, never half of one.
+func replaceFile(path string, content []byte) error {
+	next, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	defer func() { _ = os.Remove(next.Name()) }() // gone if it was renamed
+	_, err = next.Write(content)
+	// Those who verify with it run as other users; there is nothing secret in it.
+	if err := errors.Join(err, next.Chmod(0o644), next.Sync(), next.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	if err := os.Rename(next.Name(), path); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return nil
+}
+
+func pemCRL(der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}) }
+
+// add remembers a mark; it returns when the line is on the disk.
+func (f *marksFile) add(marks map[string]*stored.EvidenceMark) error {
+	if f == nil || len(marks) == 0 {
+		return nil
+	}
+	var text strings.Builder
+	for id, m := range marks {
+		line, err := markLine(id, m)
+		if err != nil {
+			return err
+		}
+		text.WriteString(line)
+	}
+	// A line that was torn must not swallow this one.
+	if _, err := f.file.WriteString("\n" + text.String()); err != nil {
+		return fmt.Errorf("write mark: %w", err)
+	}
+	if err := f.file.Sync(); err != nil {
+		return fmt.Errorf("write mark: %w", err)
+	}
+	return nil
+}
+
+func markLine(id string, m *stored.EvidenceMark) (string, error) {
+	raw, err := encodeBody(m)
+	if err != nil {
+		return "", err
+	}
+	return id + " " + base64.RawStdEncoding.EncodeToString(raw) + "\n", nil
+}
+
+// later raises a mark: what was remembered is never undercut.
+func later(old, next *stored.EvidenceMark) *stored.EvidenceMark {
+	if old == nil {
+		return next
+	}
+	m := proto.CloneOf(next)
+	m.Time, m.DbTime = max(old.GetTime(), next.GetTime()), max(old.GetDbTime(), next.GetDbTime())
+	return m
+}
