@@ -76,13 +76,10 @@ func (s *Socket) InPlace() bool {
 	return err == nil && now == s.ino
 }
 
-// Close stops listening and removes the file, unless another socket has taken its place.
-func (s *Socket) Close() error {
-	if s.InPlace() {
-		_ = os.Remove(s.path)
-	}
-	return s.UnixListener.Close()
-}
+// Close stops listening and leaves the file: clients that come back, and containers that the socket is
+// mounted into, find it at its place while the agent is restarted, and the next Listen puts another
+// there in one step. Until then whoever connects is refused.
+func (s *Socket) Close() error { return s.UnixListener.Close() }
 
 // makeDir makes the directory with the given mode, and what is missing above it so that everybody can
 // pass: workloads of other users must reach the socket. Modes hold whatever the umask is.

@@ -1,6 +1,7 @@
 package peer
 
 import (
+	"errors"
 	"net"
 	"os"
 	"path/filepath"
@@ -104,14 +105,22 @@ func TestListen(t *testing.T) {
 			_ = c.Close()
 		}
 	})
-	t.Run("closing removes the file", func(t *testing.T) {
+	t.Run("closing leaves the file, and the next takes its place", func(t *testing.T) {
 		s, err := Listen(filepath.Join(shortDir(t), "s"), 0o777, 0o755)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_ = s.Close()
-		if _, err := os.Lstat(s.Path()); !os.IsNotExist(err) {
-			t.Errorf("still there: %v", err)
+		if _, err := net.Dial("unix", s.Path()); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("dial after close: %v", err)
+		}
+		next, err := Listen(s.Path(), 0o777, 0o755)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer next.Close()
+		if s.InPlace() || !next.InPlace() {
+			t.Error("the old one is still in place")
 		}
 	})
 	t.Run("a path that does not fit is named with its limit", func(t *testing.T) {
