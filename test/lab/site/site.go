@@ -40,6 +40,10 @@ type Site struct {
 	LogLevel string
 	// ServerExtra is put inside the server block, ServerBlocks after it.
 	ServerExtra, ServerBlocks string
+	// DataDir is the server's data folder. Empty: one in Dir.
+	DataDir string
+	// ServerAs is the user to run the server as. Nil: this process's.
+	ServerAs *syscall.Credential
 
 	server *Process
 }
@@ -82,10 +86,58 @@ func (s *Site) ServerSocket() string { return filepath.Join(s.Dir, "server", "pr
 func (s *Site) ServerLog() string { return filepath.Join(s.Dir, "server.log") }
 
 // ServerData is the server's data folder.
-func (s *Site) ServerData() string { return filepath.Join(s.Dir, "server", "data") }
+func (s *Site) ServerData() string {
+	if s.DataDir != "" {
+		return s.DataDir
+	}
+	return filepath.Join(s.Dir, "server", "data")
+}
+
+// ServerConfig is the path of the server's configuration file.
+func (s *Site) ServerConfig() string { return filepath.Join(s.Dir, "server.hcl") }
 
 // StartServer writes the configuration, starts the server and waits until it is healthy.
 func (s *Site) StartServer(ctx context.Context) error {
+	if err := s.LaunchServer(); err != nil {
+		return err
+	}
+	return s.server.WaitFor(ctx, "the server to be healthy", func() error {
+		_, err := s.ServerCLI(ctx, "healthcheck")
+		return err
+	})
+}
+
+// LaunchServer writes the configuration, starts the server and does not wait.
+func (s *Site) LaunchServer() error {
+	path, err := s.WriteServerConfig()
+	if err != nil {
+		return err
+	}
+	s.server, err = Start(s.ServerLog(), s.ServerAs, filepath.Join(s.Bin, "assay-server"), "run", "-config", path)
+	return err
+}
+
+// FailServer starts a server that is expected to end by itself, and returns what it wrote to standard
+// error; the error says that it did not end, or not with an error.
+func (s *Site) FailServer(ctx context.Context) (string, error) {
+	path, err := s.WriteServerConfig()
+	if err != nil {
+		return "", err
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(s.Bin, "assay-server"), "run", "-config", path)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: s.ServerAs, Pdeathsig: syscall.SIGKILL}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	err = cmd.Run()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+		return stderr.String(), fmt.Errorf("want exit status 1, have %w: %s", err, stderr.String())
+	}
+	return stderr.String(), nil
+}
+
+// WriteServerConfig writes the server's configuration and returns its path.
+func (s *Site) WriteServerConfig() (string, error) {
 	config := fmt.Sprintf(`server {
   trust_domain = %q
   bind_address = "127.0.0.1"
@@ -97,19 +149,14 @@ func (s *Site) StartServer(ctx context.Context) error {
 }
 %s
 `, TrustDomain, s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra, s.serverBlocks())
-	path := filepath.Join(s.Dir, "server.hcl")
+	path := s.ServerConfig()
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
-		return err
+		return "", err
 	}
-	var err error
-	s.server, err = Start(s.ServerLog(), nil, filepath.Join(s.Bin, "assay-server"), "run", "-config", path)
-	if err != nil {
-		return err
+	if s.ServerAs != nil {
+		return path, os.Chown(path, int(s.ServerAs.Uid), int(s.ServerAs.Gid))
 	}
-	return s.server.WaitFor(ctx, "the server to be healthy", func() error {
-		_, err := s.ServerCLI(ctx, "healthcheck")
-		return err
-	})
+	return path, nil
 }
 
 func (s *Site) serverBlocks() string {
@@ -179,6 +226,7 @@ type Agent struct {
 
 	site   *Site
 	config string
+	env    []string
 }
 
 // AgentOptions say how an agent differs from the plain one, which joins with a token and attests
@@ -190,13 +238,21 @@ type AgentOptions struct {
 	Extra string
 	// Token is the join token.
 	Token string
+	// Trust replaces the line that says how the server is known at first. Empty: trust_bundle_path
+	// with the server's bundle of now.
+	Trust string
+	// Env is put into the agent's environment.
+	Env []string
 }
 
 // NewAgent writes an agent's folder and configuration; Start starts it.
 func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agent, error) {
-	bundle, err := s.WriteBundle(ctx)
-	if err != nil {
-		return nil, err
+	if o.Trust == "" {
+		bundle, err := s.WriteBundle(ctx)
+		if err != nil {
+			return nil, err
+		}
+		o.Trust = fmt.Sprintf("trust_bundle_path = %q", bundle)
 	}
 	dir := filepath.Join(s.Dir, name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -204,7 +260,7 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
 	}
 	a := &Agent{
 		Dir: dir, Socket: filepath.Join(dir, "public", "api.sock"), Admin: filepath.Join(dir, "private", "admin.sock"),
-		Log: filepath.Join(s.Dir, name+".log"), site: s, config: filepath.Join(s.Dir, name+".hcl"),
+		Log: filepath.Join(s.Dir, name+".log"), site: s, config: filepath.Join(s.Dir, name+".hcl"), env: o.Env,
 	}
 	if o.Blocks == "" {
 		o.Blocks = "node_attestor \"join_token\" {}\nworkload_attestor \"unix\" {\n  discover_workload_path = true\n}"
@@ -219,12 +275,12 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
   socket_path       = %q
   admin_socket_path = %q
   data_dir          = %q
-  trust_bundle_path = %q
+  %s
   log_level         = %q
   %s
 }
 %s
-`, TrustDomain, s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), bundle, s.logLevel(), o.Extra, o.Blocks)
+`, TrustDomain, s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), o.Trust, s.logLevel(), o.Extra, o.Blocks)
 	return a, os.WriteFile(a.config, []byte(config), 0o600)
 }
 
@@ -242,9 +298,12 @@ func (a *Agent) Start(ctx context.Context) error {
 // Launch starts the agent and does not wait.
 func (a *Agent) Launch() error {
 	var err error
-	a.Process, err = Start(a.Log, nil, filepath.Join(a.site.Bin, "assay-agent"), "run", "-config", a.config)
+	a.Process, err = start(a.Log, nil, a.env, filepath.Join(a.site.Bin, "assay-agent"), "run", "-config", a.config)
 	return err
 }
+
+// Data is the agent's data folder.
+func (a *Agent) Data() string { return filepath.Join(a.Dir, "data") }
 
 // CLI runs an assay-agent command and returns its output.
 func (a *Agent) CLI(ctx context.Context, args ...string) (string, error) {
@@ -278,12 +337,16 @@ type Process struct {
 // Start starts a program whose output is appended to the log file. as, if not nil, is the user to
 // run as. A program started so dies with its parent.
 func Start(log string, as *syscall.Credential, name string, args ...string) (*Process, error) {
+	return start(log, as, nil, name, args...)
+}
+
+func start(log string, as *syscall.Credential, env []string, name string, args ...string) (*Process, error) {
 	file, err := os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	defer file.Close()
-	return StartTo(file, log, as, nil, name, args...)
+	return StartTo(file, log, as, env, name, args...)
 }
 
 // StartTo is Start with the standard output going to out, extra environment variables, and log
