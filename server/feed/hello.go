@@ -22,7 +22,7 @@ const (
 	maxStoreID      = 255
 	maxVersion      = 255
 	maxCapabilities = 64
-	maxCapability   = 64  // bytes
+	maxCapability   = 64 // bytes
 	// maxRunning is how many images one agent may run, and hold verdicts on. A node has a few hundred
 	// containers.
 	maxRunning = 20_000

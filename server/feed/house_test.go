@@ -139,10 +139,16 @@ type agent struct {
 	parts   int // of the last picture
 	full    bool
 	got     []string // IDs of the entries of the last picture
+	// speaks says that it understands verdicts.
+	speaks   bool
+	running  []string
+	verdicts map[string]*identity.Verdict
+	// capabilities are those the server has said.
+	capabilities []string
 }
 
 func newAgent() *agent {
-	return &agent{entries: map[string]*identity.Entry{}, bundles: map[string]*identity.Bundle{}}
+	return &agent{entries: map[string]*identity.Entry{}, bundles: map[string]*identity.Bundle{}, verdicts: map[string]*identity.Verdict{}}
 }
 
 func (a *agent) dial(t *testing.T, h *house, n int) {
@@ -165,6 +171,12 @@ func (a *agent) hello(t *testing.T) {
 	}
 	for _, b := range a.bundles {
 		hello.Bundles = append(hello.Bundles, &feedv1.HeldBundle{TrustDomain: b.TrustDomain.Name(), SequenceNumber: b.Sequence})
+	}
+	if a.speaks {
+		hello.Capabilities, hello.Running = []string{"verdicts"}, a.running
+		for _, v := range a.verdicts {
+			hello.Verdicts = append(hello.Verdicts, &feedv1.HeldVerdict{Digest: v.Digest, SequenceNumber: v.Seq})
+		}
 	}
 	a.send(t, &feedv1.FollowRequest{Message: &feedv1.FollowRequest_Hello{Hello: hello}})
 }
@@ -201,6 +213,18 @@ func (a *agent) receive(t *testing.T) error {
 		if a.parts == 1 && part.GetFull() {
 			clear(a.entries)
 			clear(a.bundles)
+			clear(a.verdicts)
+		}
+		a.capabilities = append(a.capabilities, part.GetCapabilities()...)
+		for _, digest := range part.GetRemovedDigests() {
+			delete(a.verdicts, digest)
+		}
+		for _, w := range part.GetVerdicts() {
+			v, err := identity.VerdictFromWire(w)
+			if err != nil {
+				t.Fatal(err)
+			}
+			a.verdicts[v.Digest] = v
 		}
 		for _, id := range part.GetRemovedEntryIds() {
 			delete(a.entries, id)
@@ -228,7 +252,11 @@ func (a *agent) receive(t *testing.T) error {
 		}
 		a.storeID, a.rev, a.full = part.GetStoreId(), part.GetRevision(), part.GetFull()
 		sum := identity.Checksum(slices.Collect(maps.Values(a.entries)), slices.Collect(maps.Values(a.bundles)))
-		if string(sum) != string(part.GetChecksum()) {
+		var held []identity.HeldVerdict
+		for _, digest := range slices.Sorted(maps.Keys(a.verdicts)) {
+			held = append(held, identity.HeldVerdict{Digest: digest, Seq: a.verdicts[digest].Seq})
+		}
+		if sum = identity.ChecksumVerdicts(sum, held); string(sum) != string(part.GetChecksum()) {
 			return errDrift
 		}
 		return nil

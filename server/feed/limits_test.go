@@ -62,6 +62,16 @@ func TestRefusedMessages(t *testing.T) {
 			Bundles: repeat(10_001, func(i int) *feedv1.HeldBundle { return &feedv1.HeldBundle{TrustDomain: fmt.Sprint(i)} }),
 		})}},
 		{"too many capabilities", []*feedv1.FollowRequest{helloOf(&feedv1.Hello{Capabilities: make([]string, 65)})}},
+		{"a verdict twice", []*feedv1.FollowRequest{helloOf(&feedv1.Hello{Verdicts: []*feedv1.HeldVerdict{{Digest: digest("a")}, {Digest: digest("a")}}})}},
+		{"a verdict on no digest", []*feedv1.FollowRequest{helloOf(&feedv1.Hello{Verdicts: []*feedv1.HeldVerdict{{Digest: "latest"}}})}},
+		{"a running image without a digest", []*feedv1.FollowRequest{helloOf(&feedv1.Hello{Running: []string{"shop:latest"}})}},
+		{"too many running images", []*feedv1.FollowRequest{helloOf(&feedv1.Hello{Running: repeat(20_001, func(i int) string { return fmt.Sprintf("sha256:%064x", i) })})}},
+		{"a report of an agent that knows no verdicts", []*feedv1.FollowRequest{helloOf(&feedv1.Hello{}), reportOf(&feedv1.Running{})}},
+		{"a report without a digest", []*feedv1.FollowRequest{speaking(), reportOf(&feedv1.Running{Digests: []string{""}})}},
+		{"a report of too many images", []*feedv1.FollowRequest{
+			speaking(), reportOf(&feedv1.Running{Digests: repeat(20_001, func(i int) string { return fmt.Sprintf("sha256:%064x", i) })}),
+		}},
+		{"a report that takes back far too many images", []*feedv1.FollowRequest{speaking(), reportOf(&feedv1.Running{RemovedDigests: make([]string, 40_001)})}},
 		{"a capability that is too long", []*feedv1.FollowRequest{helloOf(&feedv1.Hello{Capabilities: []string{strings.Repeat("c", 65)}})}},
 	} {
 		t.Run(c.name+" is refused", func(t *testing.T) {
