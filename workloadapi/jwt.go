@@ -2,8 +2,13 @@ package workloadapi
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -18,6 +23,7 @@ import (
 // Limits on one request for a JWT-SVID: each set of audiences is a signature and a place in a cache.
 const (
 	maxAudiences    = 100
+	maxAudience     = 1024 // bytes; a server refuses longer ones
 	maxAudienceSize = 4096 // bytes, all together
 )
 
@@ -91,6 +97,9 @@ func audiences(given []string) ([]string, error) {
 	var kept []string
 	size := 0
 	for _, a := range given {
+		if len(a) > maxAudience {
+			return nil, invalid(fmt.Sprintf("audience is %d bytes long, the limit is %d", len(a), maxAudience))
+		}
 		if a != "" {
 			kept = append(kept, a)
 			size += len(a)
@@ -114,6 +123,8 @@ func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTS
 	switch {
 	case req.GetAudience() == "":
 		return nil, invalid("audience must be specified")
+	case len(req.GetAudience()) > maxAudience:
+		return nil, invalid(fmt.Sprintf("audience is %d bytes long, the limit is %d", len(req.GetAudience()), maxAudience))
 	case req.GetSvid() == "":
 		return nil, invalid("svid must be specified")
 	}
@@ -154,12 +165,22 @@ func (s *Server) validate(ctx context.Context, c *caller, req *workload.Validate
 	}
 }
 
-// verify checks a token by the JWT-SVID standard: a signature by a listed key with an asymmetric
-// algorithm (sections 2 and 3), sub, aud and exp present and right (section 3). bundles[0] is the own
-// trust domain's.
+// verify checks a token by the letter of the JWT-SVID standard: no header but those it names (section
+// 2), a signature by a listed key with the algorithm that is that key's (sections 2.1 and 4), sub, aud
+// and exp present and right (section 3). bundles[0] is the own trust domain's.
 func (s *Server) verify(token, audience string, bundles []*identity.Bundle) (*workload.ValidateJWTSVIDResponse, error) {
+	head, err := jwtHeader(token)
+	if err != nil {
+		return nil, invalid(err.Error())
+	}
 	svid, err := jwtsvid.ParseAndValidate(token, bundleList(bundles), []string{audience})
 	if err != nil {
+		return nil, invalid(err.Error())
+	}
+	if err := identity.CheckID(svid.ID); err != nil {
+		return nil, invalid("token has an invalid subject claim: " + err.Error())
+	}
+	if err := head.fits(bundles, svid.ID.TrustDomain()); err != nil {
 		return nil, invalid(err.Error())
 	}
 	if svid.ID.TrustDomain() != bundles[0].TrustDomain {
@@ -174,6 +195,65 @@ func (s *Server) verify(token, audience string, bundles []*identity.Bundle) (*wo
 		return nil, invalid("claims cannot be represented: " + err.Error())
 	}
 	return &workload.ValidateJWTSVIDResponse{SpiffeId: svid.ID.String(), Claims: claims}, nil
+}
+
+// joseHeader is what a token says of its signature.
+type joseHeader struct {
+	Algorithm string `json:"alg"`
+	KeyID     string `json:"kid"`
+}
+
+// headers are those that the header of a JWT-SVID may have (JWT-SVID section 2). Any other is refused:
+// those that name keys (jku, jwk, x5c, x5u) and those that change what is signed (b64, crit) have
+// fooled verifiers before.
+var headers = []string{"alg", "kid", "typ"}
+
+// jwtHeader reads the header of a token in compact serialization (RFC 7515 section 3.1). Whether it is
+// told the truth is for the signature to show.
+func jwtHeader(token string) (joseHeader, error) {
+	var head joseHeader
+	if strings.ContainsAny(token, "\r\n") { // which base64 decoders skip
+		return head, errors.New("unable to parse JWT token")
+	}
+	first, _, _ := strings.Cut(token, ".")
+	raw, err := base64.RawURLEncoding.Strict().DecodeString(first)
+	if err != nil {
+		return head, errors.New("unable to parse JWT token")
+	}
+	var all map[string]json.RawMessage
+	if err := json.Unmarshal(raw, &all); err != nil {
+		return head, errors.New("unable to parse JWT token")
+	}
+	for name := range all {
+		if !slices.Contains(headers, name) {
+			return head, errors.New("token has a header that a JWT-SVID must not have")
+		}
+	}
+	if err := json.Unmarshal(raw, &head); err != nil {
+		return head, errors.New("unable to parse JWT token")
+	}
+	return head, nil
+}
+
+// fits says whether the algorithm is the key's: each ECDSA algorithm belongs to one curve (RFC 7518
+// section 3.4).
+func (h joseHeader) fits(bundles []*identity.Bundle, td spiffeid.TrustDomain) error {
+	for _, b := range bundles {
+		if b.TrustDomain != td {
+			continue
+		}
+		for _, a := range b.JWT {
+			if a.KeyID != h.KeyID {
+				continue
+			}
+			key, ok := a.Key.(*ecdsa.PublicKey)
+			if want := map[string]int{"ES256": 256, "ES384": 384, "ES512": 521}[h.Algorithm]; ok && want != key.Curve.Params().BitSize {
+				return errors.New("token's algorithm is not its key's")
+			}
+			return identity.CheckKey(a.Key)
+		}
+	}
+	return errors.New("token's key is not known") // it was a moment ago
 }
 
 // bundleList finds a trust domain's bundle for go-spiffe.
