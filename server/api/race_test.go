@@ -1,0 +1,133 @@
+package api
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"io"
+	"math/big"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/api/caller"
+	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/view"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// racing is a view and a CA: the picture changes while the CA signs.
+type racing struct {
+	View
+	CA
+	now, then *view.AgentPicture
+	issued    ca.WorkloadParams
+	token     ca.JWTParams
+}
+
+func (r *racing) Agent(spiffeid.ID) *view.AgentPicture { return r.now }
+
+func (r *racing) SignWorkload(_ context.Context, p ca.WorkloadParams) ([]*x509.Certificate, error) {
+	r.issued, r.now = p, r.then
+	return []*x509.Certificate{{SerialNumber: big.NewInt(7)}}, nil
+}
+
+func (r *racing) SignJWT(_ context.Context, p ca.JWTParams) (*identity.JWTSVID, error) {
+	r.token, r.now = p, r.then
+	return &identity.JWTSVID{ID: p.ID, Token: "token"}, nil
+}
+
+func TestAChangeBeatsWhatIsBeingSigned(t *testing.T) {
+	sel := func(texts ...string) attestor.Set {
+		var list []attestor.Selector
+		for _, text := range texts {
+			kind, value, _ := strings.Cut(text, ":")
+			list = append(list, attestor.Selector{Type: kind, Value: value})
+		}
+		return attestor.NewSet(list...)
+	}
+	digest := "sha256:" + strings.Repeat("a", 64)
+	verdict := func(seq uint64, ttl time.Duration, texts ...string) *records.Verdict {
+		return &records.Verdict{Digest: digest, Seq: seq, TTL: ttl, JWTTTL: ttl, Selectors: sel(texts...)}
+	}
+	entry := func(revision int64, texts ...string) *identity.Entry {
+		return &identity.Entry{
+			ID: "e", SPIFFEID: spiffeid.RequireFromString("spiffe://example.org/shop"), Selectors: sel(texts...), Revision: revision,
+		}
+	}
+	picture := func(e *identity.Entry, verdicts ...*records.Verdict) *view.AgentPicture {
+		p := &view.AgentPicture{Verdicts: verdicts}
+		if e != nil {
+			p.Entries = []*identity.Entry{e}
+		}
+		return p
+	}
+	plain, gated := entry(1, "unix:uid:1"), entry(1, "unix:uid:1", "scan:policy:prod")
+	good := verdict(1, time.Minute, "scan:policy:prod")
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	silent := logrus.New()
+	silent.SetOutput(io.Discard)
+	for _, c := range []struct {
+		name      string
+		now, then *view.AgentPicture
+		want      codes.Code
+	}{
+		{"nothing changed", picture(gated, good), nil, codes.OK},
+		{"something else changed", picture(gated, good), picture(gated, good), codes.OK},
+		{"the verdict was withdrawn", picture(gated, good), picture(gated, verdict(2, 0, "scan:status:prod:fail")), codes.FailedPrecondition},
+		{"the verdict was deleted", picture(gated, good), picture(gated), codes.NotFound},
+		{"the verdict was written anew and says the same", picture(gated, good), picture(gated, verdict(2, time.Minute, "scan:policy:prod")), codes.OK},
+		{"the verdict allows less time", picture(gated, good), picture(gated, verdict(2, time.Second, "scan:policy:prod")), codes.FailedPrecondition},
+		{"the entry was deleted", picture(plain), picture(nil), codes.NotFound},
+		{"the entry was changed", picture(plain), picture(entry(2, "unix:uid:1")), codes.FailedPrecondition},
+		{"the entry demands a verdict by now", picture(plain), picture(entry(2, "unix:uid:1", "scan:policy:prod")), codes.NotFound},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if c.then == nil {
+				c.then = c.now
+			}
+			service := func() (*svidService, *racing) {
+				r := &racing{now: c.now, then: c.then}
+				return &svidService{api: New(Parts{View: r, CA: r}, Config{Log: silent})}, r
+			}
+			ctx := caller.NewContext(t.Context(), &caller.Caller{})
+			s, r := service()
+			resp, err := s.BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{Params: []*svidv1.NewX509SVIDParams{{EntryId: "e", Csr: csr}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := resp.GetResults()[0]
+			if codes.Code(got.GetStatus().GetCode()) != c.want || (got.GetSvid() != nil) != (c.want == codes.OK) { //nolint:gosec // codes are small
+				t.Errorf("X509-SVID: %v, want %s", got, c.want)
+			}
+			if len(c.now.Verdicts) > 0 && r.issued.MaxTTL != time.Minute {
+				t.Errorf("the cap was %s", r.issued.MaxTTL)
+			}
+			s, r = service()
+			token, err := s.NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: "e", Audience: []string{"bank"}})
+			if status.Code(err) != c.want || (token != nil) != (c.want == codes.OK) {
+				t.Errorf("JWT-SVID: %v %v, want %s", token, err, c.want)
+			}
+			if len(c.now.Verdicts) > 0 && r.token.MaxTTL != time.Minute {
+				t.Errorf("the cap was %s", r.token.MaxTTL)
+			}
+		})
+	}
+}
