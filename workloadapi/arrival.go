@@ -15,6 +15,9 @@ const (
 	// maxArrivals is how many calls may be under way whose request has not come, over all users. Each
 	// may take maxRequest of memory.
 	maxArrivals = 4096
+	// maxDialogues is how many calls may be open in which the caller goes on sending, over all users. Each
+	// may take maxRequest of memory at any time.
+	maxDialogues = 1024
 	// arrivalTime is how long a request may take to come after its headers.
 	arrivalTime = 10 * time.Second
 )

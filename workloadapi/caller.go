@@ -28,7 +28,7 @@ const (
 var (
 	errAttestation = errors.New("every attestor failed")
 	errDead        = errors.New("process has exited")
-	errStopping    = errors.New("agent is shutting down")
+	errStopping    = errors.New("agent is shutting down") // or starting: calls of other sockets may come early
 )
 
 // attested is what is known about a process at one moment. It is immutable.
@@ -150,7 +150,7 @@ func (c *caller) begin(through *turnstile) <-chan struct{} {
 // attestCaller asks the attestors; complete says that none of them failed.
 func (s *Server) attestCaller(c *caller, through *turnstile) (now *attested, complete bool) {
 	s.mu.Lock()
-	if s.closed {
+	if s.closed || s.lifetime == nil {
 		s.mu.Unlock()
 		return &attested{err: errStopping}, true
 	}

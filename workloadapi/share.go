@@ -44,7 +44,8 @@ func (c codec) Marshal(v any) (mem.BufferSlice, error) {
 
 // answer is what a stream has to say to whoever shows certain facts. It is immutable.
 type answer struct {
-	frame   *frame
+	frame   *frame   // what streams of the Workload API send
+	value   any      // what a Feed of another service made
 	matched bool     // false: the caller has no identity
 	ids     []string // SPIFFE IDs handed out
 	entries []string // their entries

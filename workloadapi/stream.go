@@ -64,6 +64,15 @@ func (s *Server) guardStream(srv any, stream grpc.ServerStream, info *grpc.Strea
 	if err := s.guard(ctx, info.FullMethod); err != nil {
 		return s.toStatus(ctx, info.FullMethod, err)
 	}
+	if info.IsClientStream {
+		p, _ := peer.FromContext(ctx)
+		leave, ok := s.dialogues.take(p.UID)
+		if !ok {
+			s.metrics.refused.Inc()
+			return s.toStatus(ctx, info.FullMethod, errTooMany)
+		}
+		defer leave()
+	}
 	return s.toStatus(ctx, info.FullMethod, handle(srv, arriving{stream, arrivalOf(ctx)}))
 }
 
@@ -128,65 +137,33 @@ func (s *Server) wait(ctx context.Context, c *caller, facts *attested, changed <
 
 // follow serves one stream: it sends the answer to the caller's facts, and again whenever it says
 // something else, until the caller leaves or has no identity any more.
-func (s *Server) follow(stream grpc.ServerStream, event string, of *hub) error {
+func (s *Server) follow(stream grpc.ServerStream, of *Feed) error {
 	ctx := stream.Context()
-	p, _ := peer.FromContext(ctx)
-	c := s.enter(p)
-	defer c.leave()
-	s.metrics.streams.WithLabelValues(event).Inc()
-	defer s.metrics.streams.WithLabelValues(event).Dec()
-
-	facts, last, err := s.pump(ctx, stream, c, event, of)
-	if ctx.Err() == nil && !errors.Is(err, errStopping) { // nobody was refused anything
-		s.audit(event, c, facts, last, nil, err)
+	v, err := of.Open(ctx)
+	if err != nil {
+		return err
 	}
+	err = v.pump(ctx, stream)
+	v.End(ctx, err)
 	return err
 }
 
-// pump is follow's loop. It returns the facts and the answer that the stream ended with.
-func (s *Server) pump(ctx context.Context, stream grpc.ServerStream, c *caller, event string, of *hub) (*attested, *answer, error) {
-	facts, err := c.attested(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	t := of.join(facts)
-	defer func() { t.leave() }()
-	h := newHold(s.cfg.Hold)
-	defer h.end()
+// pump is follow's loop.
+func (v *Visit) pump(ctx context.Context, stream grpc.ServerStream) error {
 	var sent *frame
 	for {
-		a, err := t.answer(ctx)
+		a, err := v.next(ctx)
 		if err != nil {
-			return facts, nil, err
+			return err
 		}
-		switch {
-		case !a.matched && sent != nil:
-			return facts, a, withdrawn
-		case !a.matched && h.over:
-			return facts, a, noMatch
-		case a.matched && !a.frame.same(sent):
-			if !c.peer.Alive() {
-				return facts, a, dead
-			}
-			s.audit(event, c, facts, a, nil, nil)
-			if err := stream.SendMsg(a.frame); err != nil {
-				return facts, a, err
-			}
-			if sent != nil {
-				c.changed()
+		if !a.frame.same(sent) {
+			if err := v.tell(a, func() error { return stream.SendMsg(a.frame) }); err != nil {
+				return err
 			}
 			sent = a.frame
-			h.end()
 		}
-		next, err := s.wait(ctx, c, facts, a.changed, h)
-		if err != nil {
-			return facts, a, err
-		}
-		if next != facts {
-			facts = next
-			old := t
-			t = of.join(facts)
-			old.leave()
+		if _, err := v.Wait(ctx, nil); err != nil {
+			return err
 		}
 	}
 }

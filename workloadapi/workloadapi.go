@@ -140,12 +140,14 @@ type Server struct {
 	connections *quota
 	streams     *quota
 	arrivals    *quota
+	dialogues   *quota
 	first       *turnstile // attestations somebody waits for
 	again       *turnstile // renewals
 
-	x509        *hub
-	x509Bundles *hub
-	jwtBundles  *hub
+	x509        *Feed
+	x509Bundles *Feed
+	jwtBundles  *Feed
+	further     []further // added before Run
 
 	stopping chan struct{} // closed when Run is asked to end
 
@@ -153,7 +155,7 @@ type Server struct {
 	callers map[*peer.Peer]*caller
 	closed  bool           // no more attestations may begin
 	work    sync.WaitGroup // attestations under way
-	// lifetime ends with Run. Attestations live in it and not in the context of the call that began
+	// lifetime begins and ends with Run. Attestations live in it and not in the context of the call that began
 	// them, because others may wait for the same one.
 	lifetime context.Context
 }
@@ -179,6 +181,7 @@ func New(src Source, attest *Attestation, cfg Config) *Server {
 		connections: newQuota(cfg.Limits.Connections),
 		streams:     newQuota(cfg.Limits.Streams),
 		arrivals:    newQuota(maxArrivals),
+		dialogues:   newQuota(maxDialogues),
 		first:       newTurnstile(cfg.Limits.Attestations),
 		again:       newTurnstile(max(1, cfg.Limits.Attestations/4)),
 		stopping:    make(chan struct{}),
@@ -190,9 +193,9 @@ func New(src Source, attest *Attestation, cfg Config) *Server {
 	for _, kind := range cfg.LogSelectors {
 		s.logged[kind] = true
 	}
-	s.x509 = newHub(s.makeX509)
-	s.x509Bundles = newHub(s.makeX509Bundles)
-	s.jwtBundles = newHub(s.makeJWTBundles)
+	s.x509 = &Feed{server: s, event: eventX509, hub: newHub(s.makeX509)}
+	s.x509Bundles = &Feed{server: s, event: eventX509Bundles, hub: newHub(s.makeX509Bundles)}
+	s.jwtBundles = &Feed{server: s, event: eventJWTBundles, hub: newHub(s.makeJWTBundles)}
 	return s
 }
 
@@ -230,7 +233,9 @@ func (s *Server) Run(ctx context.Context) error {
 
 	work, stopWork := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopWork()
+	s.mu.Lock()
 	s.lifetime = work
+	s.mu.Unlock()
 	srv, healthy := s.grpcServer()
 	trackCtx, stopTracking := context.WithCancel(context.WithoutCancel(ctx))
 	var g errgroup.Group
@@ -310,6 +315,9 @@ func (s *Server) grpcServer() (*grpc.Server, *health.Server) {
 		grpc.ChainStreamInterceptor(s.guardStream, strict.Stream),
 	)
 	workload.RegisterSpiffeWorkloadAPIServer(srv, s)
+	for _, f := range s.further {
+		srv.RegisterService(f.desc, f.impl)
+	}
 	healthy := health.NewServer()
 	healthy.SetServingStatus(workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
 	grpc_health_v1.RegisterHealthServer(srv, healthy)

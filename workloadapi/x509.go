@@ -28,19 +28,22 @@ const (
 // FetchX509SVID streams the caller's X509-SVIDs with their keys and bundles, and again whenever any
 // of them changes.
 func (s *Server) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
-	return s.follow(stream, eventX509, s.x509)
+	return s.follow(stream, s.x509)
 }
 
 // FetchX509Bundles streams the X.509 bundles of the own trust domain and of those the caller's
 // entries federate with.
 func (s *Server) FetchX509Bundles(_ *workload.X509BundlesRequest, stream grpc.ServerStreamingServer[workload.X509BundlesResponse]) error {
-	return s.follow(stream, eventX509Bundles, s.x509Bundles)
+	return s.follow(stream, s.x509Bundles)
 }
 
 // FetchJWTBundles streams the JWT bundles of the same trust domains.
 func (s *Server) FetchJWTBundles(_ *workload.JWTBundlesRequest, stream grpc.ServerStreamingServer[workload.JWTBundlesResponse]) error {
-	return s.follow(stream, eventJWTBundles, s.jwtBundles)
+	return s.follow(stream, s.jwtBundles)
 }
+
+// errNoBundle is for a match without anything to verify others with.
+var errNoBundle = fmt.Errorf("no bundle of the own trust domain: %w", identity.ErrUnavailable)
 
 // makeX509 makes the answer of X509-SVID streams.
 func (s *Server) makeX509(ctx context.Context, facts attestor.Set) (*answer, error) {
@@ -53,7 +56,7 @@ func (s *Server) makeX509(ctx context.Context, facts attestor.Set) (*answer, err
 		return a, nil
 	}
 	if x.Bundle == nil {
-		return nil, fmt.Errorf("no bundle of the own trust domain: %w", identity.ErrUnavailable)
+		return nil, errNoBundle
 	}
 	resp := &workload.X509SVIDResponse{FederatedBundles: make(map[string][]byte, len(x.Federated))}
 	own := certificates(x.Bundle)
@@ -121,7 +124,7 @@ func (s *Server) bundles(facts attestor.Set) (*answer, []*identity.Bundle, error
 		return a, nil, nil
 	}
 	if set.Own == nil {
-		return nil, nil, fmt.Errorf("no bundle of the own trust domain: %w", identity.ErrUnavailable)
+		return nil, nil, errNoBundle
 	}
 	a.matched = true
 	if set.Matched == 0 {
