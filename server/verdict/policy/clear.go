@@ -33,7 +33,7 @@ var ErrException = errors.New("exception refused")
 
 // Check says why an exception can never count, with an error that wraps ErrException, or nil.
 func (e *Exception) Check() error {
-	why := ""
+	var why string
 	switch {
 	case e.Digest == "" && e.Package == "":
 		why = "it names neither an image nor a package"

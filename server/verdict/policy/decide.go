@@ -107,7 +107,7 @@ type tally struct {
 
 // tally looks at each finding. Where nothing is taken off, effective is the set's own slice.
 func (p *ScanPolicy) tally(s *set, x *eraser) *tally {
-	t := &tally{set: s, effective: s.findings[:len(s.findings):len(s.findings)]}
+	t := &tally{set: s, effective: slices.Clip(s.findings)}
 	for i := range s.rows {
 		r := s.rows[i].row
 		if rule, why := x.off(r); rule != "" {

@@ -93,11 +93,16 @@ func reference(r *SourcedReport) string { return cmp.Or(r.Hash, label(r)) }
 // gather finds out which reports count, and whether they are sound and fresh enough to clear.
 func (p *ScanPolicy) gather(in *Input, c *clock) evidence {
 	e := evidence{}
+	var source *SourcedReport // whose reports are at hand, the newest first
+	var soundAt time.Time     // of its newest sound one
 	for _, at := range p.candidates(in, &e) {
 		r := &in.Reports[at]
 		u := use{at: at, name: nameOf(r), time: timeOf(r)}
-		if n := len(e.uses); n > 0 && e.uses[n-1].fit == sound && sameSource(&in.Reports[e.uses[n-1].at], r) {
-			continue // replaced by a newer sound one of the same source
+		if source == nil || !sameSource(source, r) {
+			source, soundAt = r, time.Time{}
+		}
+		if u.time.Before(soundAt) {
+			continue // replaced by a sound one, which is strictly newer
 		}
 		u.fit, u.why = p.fitness(r, c)
 		if u.fit == sound {
@@ -106,6 +111,7 @@ func (p *ScanPolicy) gather(in *Input, c *clock) evidence {
 				u.until = earliest(u.until, r.Report.DBAt.Add(p.MaxDBAge))
 			}
 			u.fresh = !c.reached(u.until)
+			soundAt = u.time
 		}
 		e.uses = append(e.uses, u)
 	}
@@ -174,6 +180,9 @@ func (p *ScanPolicy) foreign(in *Input, r *SourcedReport) string {
 
 // fitness says what a report is good for.
 func (p *ScanPolicy) fitness(r *SourcedReport, c *clock) (fitness, string) {
+	if slices.Contains(r.Report.Flaws, report.FlawImportOnly) {
+		return condemns, "reports in the form " + string(r.Report.Format) + " never clear an image"
+	}
 	for _, t := range []struct {
 		what string
 		time time.Time
@@ -188,37 +197,38 @@ func (p *ScanPolicy) fitness(r *SourcedReport, c *clock) (fitness, string) {
 	if p.RequireDBTime && r.Report.DBAt.IsZero() {
 		return unsound, "it does not say how old its database is, and require_db_time is set"
 	}
-	fit, why := sound, ""
 	for _, flaw := range r.Report.Flaws {
-		switch flaw {
-		case report.FlawImportOnly:
-			if fit == sound {
-				fit, why = condemns, "reports in the form "+string(r.Report.Format)+" never clear an image"
-			}
-		case report.FlawNoPackages:
-			if !p.AllowEmpty {
-				fit, why = unsound, "it looked at no package, and allow_empty is not set"
-			}
-		case report.FlawUnknownOS:
-			if !p.AllowEmpty {
-				fit, why = unsound, "it did not know the operating system, and allow_empty is not set"
-			}
-		case report.FlawNoTime:
-			if r.VerifiedAt.IsZero() {
-				fit, why = unsound, "it does not say when the scan was made, and no signature does"
-			}
-		case report.FlawFiltered:
-			return unsound, "its scanner was told to leave findings out"
-		case report.FlawEOSL:
-			return unsound, "the operating system is past its end of support, so that nobody looks for its vulnerabilities"
-		default:
-			return unsound, fmt.Sprintf("it has the flaw %q", flaw)
-		}
-		if fit == unsound {
-			return fit, why
+		if why := p.spoils(flaw, r); why != "" {
+			return unsound, why
 		}
 	}
-	return fit, why
+	return sound, ""
+}
+
+// spoils says why a report with the flaw cannot clear, or nothing if it can all the same.
+func (p *ScanPolicy) spoils(flaw report.Flaw, r *SourcedReport) string {
+	switch flaw {
+	case report.FlawNoPackages:
+		if p.AllowEmpty {
+			return ""
+		}
+		return "it looked at no package, and allow_empty is not set"
+	case report.FlawUnknownOS:
+		if p.AllowEmpty {
+			return ""
+		}
+		return "it did not know the operating system, and allow_empty is not set"
+	case report.FlawNoTime:
+		if !r.VerifiedAt.IsZero() {
+			return ""
+		}
+		return "it does not say when the scan was made, and no signature does"
+	case report.FlawFiltered:
+		return "its scanner was told to leave findings out"
+	case report.FlawEOSL:
+		return "the operating system is past its end of support, so that nobody looks for its vulnerabilities"
+	}
+	return fmt.Sprintf("it has the flaw %q", flaw)
 }
 
 // whose is what one name's reports are worth: the best of them.

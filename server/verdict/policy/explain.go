@@ -49,6 +49,7 @@ func (v *violation) graver(o *violation) bool {
 func (t *tally) reason(p *ScanPolicy, v *violation) Reason {
 	f, r := &t.set.findings[v.at], t.set.rows[v.at]
 	var b strings.Builder
+	b.Grow(192)
 	b.WriteString(f.ID)
 	b.WriteString(" in ")
 	b.WriteString(f.Package)
@@ -67,7 +68,7 @@ func (t *tally) reason(p *ScanPolicy, v *violation) Reason {
 		b.WriteString(", is likely to be (EPSS " + strconv.FormatFloat(f.EPSS, 'g', 4, 64) + ")")
 	}
 	b.WriteString(": breaks ")
-	b.WriteString(p.Fail[v.rule].String())
+	b.WriteString(p.words.rules[v.rule])
 	switch {
 	case !v.deadline.IsZero():
 		b.WriteString(", with grace from " + stamp(v.since) + " until " + stamp(v.deadline))

@@ -41,8 +41,8 @@ func covers(pattern, text string) bool {
 	}
 	want, got := packageKey(pattern), packageKey(text)
 	if want != got {
-		name, _, versioned := cutVersion(want)
-		if gotName, _, _ := cutVersion(got); versioned || name != gotName {
+		name, versioned := cutVersion(want)
+		if gotName, _ := cutVersion(got); versioned || name != gotName {
 			return false
 		}
 	}
@@ -66,13 +66,14 @@ func covers(pattern, text string) bool {
 	return true
 }
 
-// cutVersion parts name@version at the last @ that is not part of a name (pkg:npm/@angular/core).
-func cutVersion(key string) (name, version string, found bool) {
+// cutVersion returns the name of name@version and whether there is a version: what follows the last @
+// that is not part of the name (pkg:npm/@angular/core).
+func cutVersion(key string) (name string, found bool) {
 	i := strings.LastIndexByte(key, '@')
 	if i <= 0 || i < strings.LastIndexByte(key, '/') && isPURL(key) || key[i-1] == '/' {
-		return key, "", false
+		return key, false
 	}
-	return key[:i], key[i+1:], true
+	return key[:i], true
 }
 
 func qualifiers(text string) map[string]string {

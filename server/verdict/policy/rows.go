@@ -31,6 +31,8 @@ type row struct {
 type ref struct {
 	*row
 	from int
+	// at is the row's place in the report's index, -1 if it is not of one.
+	at int
 }
 
 func compareRefs(a, b ref) int {
@@ -191,7 +193,7 @@ func join(rows []ref) []ref {
 	also := map[string][]int{} // another name to the places of its CVEs
 	for _, r := range rows {
 		own := *r.row
-		r.row = &own
+		r.row, r.at = &own, -1
 		if r.cve == "" {
 			nameless = append(nameless, r)
 		} else if place, known := at[r.cve]; known {
@@ -333,6 +335,25 @@ type sets struct {
 	in   *Input
 	refs []string
 	made []*set
+	// scores are what the feeds say of each report's rows.
+	scores [][]score
+}
+
+// score is what the feeds say of a vulnerability; epss is negative if they do not.
+type score struct {
+	kev  bool
+	epss float64
+}
+
+func (f *Feeds) score(r *row) score {
+	if r.cve == "" {
+		return score{epss: -1}
+	}
+	s := score{kev: f.KEV[r.cve], epss: -1}
+	if p, ok := f.EPSS[r.cve]; ok && p <= 1 {
+		s.epss = p
+	}
+	return s
 }
 
 // about returns what the given reports say together.
@@ -349,17 +370,17 @@ func (s *sets) about(reports []int) *set {
 	}
 	made := &set{of: reports, refs: s.refs, rows: s.merged(reports)}
 	made.findings = make([]report.Finding, len(made.rows))
-	feeds := &s.in.Feeds
 	for i, r := range made.rows {
 		f := &made.findings[i]
 		*f = r.found
-		if r.cve == "" {
-			continue
+		var feeds score
+		if r.at >= 0 {
+			feeds = s.scores[r.from][r.at]
+		} else {
+			feeds = s.in.Feeds.score(r.row)
 		}
-		f.KEV = f.KEV || feeds.KEV[r.cve]
-		if p, ok := feeds.EPSS[r.cve]; ok && p <= 1 {
-			f.EPSS = max(f.EPSS, p)
-		}
+		f.KEV = f.KEV || feeds.kev
+		f.EPSS = max(f.EPSS, feeds.epss)
 	}
 	s.made = append(s.made, made)
 	return made
@@ -374,8 +395,9 @@ func (s *sets) merged(reports []int) []ref {
 		}
 		next := make([]ref, len(r.Index.rows))
 		for i, one := range r.Index.rows {
-			next[i] = ref{one, at}
+			next[i] = ref{one, at, i}
 		}
+		s.look(at, r.Index.rows)
 		if n == 0 {
 			all = next
 			continue
@@ -386,6 +408,21 @@ func (s *sets) merged(reports []int) []ref {
 		all = merge(all)
 	}
 	return all
+}
+
+// look asks the feeds about a report's rows, once.
+func (s *sets) look(at int, rows []*row) {
+	if s.scores == nil {
+		s.scores = make([][]score, len(s.in.Reports))
+	}
+	if s.scores[at] != nil {
+		return
+	}
+	scores := make([]score, len(rows))
+	for i, r := range rows {
+		scores[i] = s.in.Feeds.score(r)
+	}
+	s.scores[at] = scores
 }
 
 // weave puts two sorted lists into one.

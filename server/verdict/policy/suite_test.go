@@ -498,7 +498,7 @@ func (s *scenario) expect(line string) {
 	}
 	switch word {
 	case "shows", "lacks":
-		for _, sel := range strings.Fields(rest) {
+		for sel := range strings.FieldsSeq(rest) {
 			if slices.Contains(have, sel) != (word == "shows") {
 				s.fail("it %s not %s: %v", word, sel, have)
 			}

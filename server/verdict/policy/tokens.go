@@ -42,6 +42,8 @@ type words struct {
 	gate   attestor.Selector
 	status map[Status]attestor.Selector
 	epss   []attestor.Selector
+	// rules are how reasons name the rules.
+	rules []string
 }
 
 func newWords(p *ScanPolicy) words {
@@ -51,6 +53,9 @@ func newWords(p *ScanPolicy) words {
 	}
 	for _, t := range p.EPSSBelow {
 		w.epss = append(w.epss, scan("epss-below:"+strconv.FormatFloat(t, 'g', -1, 64)))
+	}
+	for _, f := range p.Fail {
+		w.rules = append(w.rules, f.String())
 	}
 	return w
 }
