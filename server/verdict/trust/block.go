@@ -314,13 +314,10 @@ func (c *complaints) sigstore(p *Policy, b SigstoreBlock) {
 	if b.Extensions != nil {
 		c.in("extensions", 0, func() { s.where = c.conditions(b.Extensions.Conditions, fieldNames) })
 	}
-	switch {
-	case b.Issuer == cty.NilVal:
+	if b.Issuer == cty.NilVal {
 		c.say("issuer", "name the OIDC issuer that authenticates the signer, for example \"https://token.actions.githubusercontent.com\".")
-	default:
-		if s.issuer = c.pattern("issuer", b.Issuer); s.issuer != nil && s.issuer.anybody() {
-			c.say("issuer", "it matches issuers that anybody can run; name the one you trust.")
-		}
+	} else if s.issuer = c.pattern("issuer", b.Issuer); s.issuer != nil && s.issuer.anybody() {
+		c.say("issuer", "it matches issuers that anybody can run; name the one you trust.")
 	}
 	anchored := slices.ContainsFunc(s.where, func(w condition) bool { return anchors[w.field] && !w.is.anybody() })
 	switch {

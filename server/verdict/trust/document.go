@@ -26,19 +26,16 @@ func open(raw []byte) (*document, error) {
 	if len(raw) > MaxDocument {
 		return nil, refuse(ErrTooLarge, "the document is %d bytes large, the limit is %d", len(raw), MaxDocument)
 	}
-	if err := checkJSON(raw); err != nil {
+	top, err := topOf(raw)
+	if err != nil {
 		return nil, err
-	}
-	var top map[string]json.RawMessage
-	if err := json.Unmarshal(raw, &top); err != nil {
-		return &document{kind: Bare}, nil //nolint:nilerr // a list: no form of signature is one
 	}
 	has := func(key string) bool { _, ok := top[key]; return ok }
 	switch {
 	case has("verificationMaterial"), has("dsseEnvelope"), has("messageSignature"):
 		return openBundle(raw)
 	case has("payload") && (has("payloadType") || has("signatures")):
-		e, err := parseEnvelope(raw)
+		e, err := parseEnvelope(top)
 		if err != nil {
 			return nil, err
 		}
@@ -61,7 +58,7 @@ func (d *document) content() (*statement, error) {
 		if d.envelope != nil {
 			d.statement, d.broken = parseStatement(d.envelope)
 		} else {
-			d.statement, d.broken = d.bundle.statement()
+			d.statement = d.bundle.statement()
 		}
 	}
 	return d.statement, d.broken
@@ -81,7 +78,7 @@ type statement struct {
 	predicateType string
 	subjects      []string // as "sha256:…", sorted
 	body          []byte   // nil for a signature over a bare digest
-	predicate     json.RawMessage
+	predicate     []byte
 }
 
 // parseStatement reads an in-toto statement v0.1 or v1
@@ -92,14 +89,11 @@ func parseStatement(e *envelope) (*statement, error) {
 		return nil, refuse(ErrMalformed, "the payload is of type %q; what is signed must be an in-toto statement (%s), for only that names an image",
 			clip(e.payloadType), inTotoPayload)
 	}
-	if err := checkJSON(e.payload); err != nil {
-		return nil, err
-	}
-	m, err := members(e.payload, what)
+	m, err := topOf(e.payload)
 	if err != nil {
 		return nil, err
 	}
-	form, err := text(m, "_type", what)
+	form, err := m.text("_type", what)
 	if err != nil {
 		return nil, err
 	}
@@ -107,7 +101,7 @@ func parseStatement(e *envelope) (*statement, error) {
 		return nil, refuse(ErrMalformed, "the payload is no in-toto statement v0.1 or v1: its _type is %q", clip(form))
 	}
 	s := &statement{body: e.payload, predicate: m["predicate"]}
-	if s.predicateType, err = text(m, "predicateType", what); err != nil {
+	if s.predicateType, err = m.text("predicateType", what); err != nil {
 		return nil, err
 	}
 	if s.predicateType == "" {
@@ -134,7 +128,7 @@ func parseStatement(e *envelope) (*statement, error) {
 // parseSubject returns the digests of a subject in the algorithms that name images. Others are left out.
 func parseSubject(raw json.RawMessage) ([]string, error) {
 	const what = "a subject of the statement"
-	m, err := members(raw, what)
+	m, err := objectOf(raw, what)
 	if err != nil {
 		return nil, err
 	}

@@ -32,19 +32,15 @@ type signature struct {
 	sig   []byte
 }
 
-// parseEnvelope reads an envelope whose JSON was checked. Unknown members are ignored, as the format
-// demands.
-func parseEnvelope(data []byte) (*envelope, error) {
+// parseEnvelope reads an envelope. Unknown members are ignored, as the format demands.
+func parseEnvelope(m object) (*envelope, error) {
 	const what = "the DSSE envelope"
-	m, err := members(data, what)
-	if err != nil {
-		return nil, err
-	}
 	e := &envelope{}
-	if e.payloadType, err = text(m, "payloadType", what); err != nil {
+	var err error
+	if e.payloadType, err = m.text("payloadType", what); err != nil {
 		return nil, err
 	}
-	payload, err := text(m, "payload", what)
+	payload, err := m.text("payload", what)
 	if err != nil {
 		return nil, err
 	}
@@ -77,15 +73,15 @@ func parseEnvelope(data []byte) (*envelope, error) {
 
 func parseSignature(raw json.RawMessage) (signature, error) {
 	const what = "a signature of the DSSE envelope"
-	m, err := members(raw, what)
+	m, err := objectOf(raw, what)
 	if err != nil {
 		return signature{}, err
 	}
 	var s signature
-	if s.keyID, err = text(m, "keyid", what); err != nil {
+	if s.keyID, err = m.text("keyid", what); err != nil {
 		return signature{}, err
 	}
-	encoded, err := text(m, "sig", what)
+	encoded, err := m.text("sig", what)
 	if err != nil {
 		return signature{}, err
 	}

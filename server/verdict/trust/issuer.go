@@ -253,8 +253,8 @@ func parseKeySet(text []byte) ([]jose.JSONWebKey, error) {
 	var set struct {
 		Keys []json.RawMessage `json:"keys"`
 	}
-	if err := checkJSON(text); err != nil {
-		return nil, fmt.Errorf("read key set: %w", err)
+	if _, err := topOf(text); err != nil {
+		return nil, fmt.Errorf("read key set: %w", oneLine(err)) // no refusal: it is not the caller's
 	}
 	if err := json.Unmarshal(text, &set); err != nil {
 		return nil, fmt.Errorf("read key set: %w", err)
@@ -286,7 +286,7 @@ type keyVerifier struct {
 
 // VerifySignature returns the payload of a token that is signed with one of the keys.
 func (v *keyVerifier) VerifySignature(ctx context.Context, token string) ([]byte, error) {
-	signed, err := jose.ParseSigned(token, v.algorithms)
+	signed, err := jose.ParseSignedCompact(token, v.algorithms)
 	if err != nil {
 		return nil, fmt.Errorf("parse token: %w", err)
 	}

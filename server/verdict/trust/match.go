@@ -3,6 +3,7 @@ package trust
 import (
 	"fmt"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/zclconf/go-cty/cty"
@@ -128,12 +129,7 @@ var strangers = []string{
 
 // anybody reports whether the pattern matches people nobody heard of.
 func (p *pattern) anybody() bool {
-	for _, s := range strangers {
-		if p.match(s) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(strangers, p.match)
 }
 
 // scope says which repositories something is limited to: exact names, "registry/team/*" for one more

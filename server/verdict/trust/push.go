@@ -187,14 +187,11 @@ func issuerOf(token string) (string, error) {
 	if err != nil {
 		return "", refuse(ErrMalformed, "the claims of the token are not base64")
 	}
-	if err := checkJSON(claims); err != nil {
-		return "", err
-	}
-	m, err := members(claims, "the token's claims")
+	m, err := topOf(claims)
 	if err != nil {
 		return "", err
 	}
-	return text(m, "iss", "the token's claims")
+	return m.text("iss", "the token's claims")
 }
 
 // rule verifies a token under one rule.

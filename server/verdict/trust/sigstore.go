@@ -58,8 +58,8 @@ func openBundle(raw []byte) (doc *document, err error) {
 }
 
 // statement is what a bundle without an envelope says: this digest is signed.
-func (b *bundle) statement() (*statement, error) {
-	return &statement{predicateType: SignaturePredicate, subjects: []string{b.digest}}, nil
+func (b *bundle) statement() *statement {
+	return &statement{predicateType: SignaturePredicate, subjects: []string{b.digest}}
 }
 
 // sigstoreRoot is a trusted root file: the certificate authorities and logs of one Sigstore.

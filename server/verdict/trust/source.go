@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net/url"
 	"slices"
-	"strings"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -126,13 +125,16 @@ func (c *complaints) tokens(b OIDCBlock) *tokenRule {
 	}
 	c.algorithms(r, b.Algorithms)
 	c.keySet(r, b)
+	said := len(c.problems)
 	if b.Conditions != nil {
 		c.in("conditions", 0, func() { r.where = c.conditions(b.Conditions.Conditions, nil) })
 	}
 	if b.Claims != cty.NilVal {
 		c.in("claims", 0, func() { r.where = append(r.where, c.claims(b.Claims)...) })
 	}
-	c.anchored(r)
+	if len(c.problems) == said { // else the one that was meant may be among those
+		c.anchored(r)
+	}
 	return r
 }
 
@@ -153,17 +155,11 @@ func (c *complaints) anchored(r *tokenRule) {
 			return
 		}
 	}
-	switch {
-	case slices.ContainsFunc(c.problems, isCondition): // the one that was meant may be among them
-	case shared:
+	if shared {
 		c.say("conditions", "anybody can have a token of this issuer; name what %s must be.", orList(names))
-	default:
-		c.say("conditions", "name at least one claim and what it must be, so that not every token of the issuer counts.")
+		return
 	}
-}
-
-func isCondition(p Problem) bool {
-	return strings.HasPrefix(p.Field, "oidc.conditions") || strings.HasPrefix(p.Field, "oidc.claims")
+	c.say("conditions", "name at least one claim and what it must be, so that not every token of the issuer counts.")
 }
 
 // checkIssuer says what is wrong with an issuer (OpenID Connect Core section 2, iss).
@@ -230,7 +226,7 @@ func (c *complaints) keySet(r *tokenRule, b OIDCBlock) {
 
 // claims reads claims = { "name" = value }.
 func (c *complaints) claims(v cty.Value) conditions {
-	if v.IsNull() || !(v.Type().IsObjectType() || v.Type().IsMapType()) {
+	if t := v.Type(); v.IsNull() || !t.IsObjectType() && !t.IsMapType() {
 		c.say("", "write { \"claim\" = value }.")
 		return nil
 	}

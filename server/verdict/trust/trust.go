@@ -39,8 +39,6 @@ import (
 const (
 	// MaxDocument is the largest document, in bytes, that is verified or passed on.
 	MaxDocument = 32 << 20
-	// maxDepth is how deep objects and arrays may be nested.
-	maxDepth = 64
 	// Skew is how far the clocks of others may be ahead of ours.
 	Skew = 5 * time.Minute
 )
