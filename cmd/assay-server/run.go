@@ -15,6 +15,10 @@ import (
 // defaultConfig is the file of "run" and "validate" if -config names none.
 const defaultConfig = "/etc/assay/server.hcl"
 
+// garbage is what may pile up in memory: little beside what the records of a trust domain take, and enough
+// for some hundred signatures.
+const garbage = 24 << 20
+
 // settings adds the flags that "run" and "validate" have.
 func settings(c *cobra.Command) *cli.Settings {
 	s := new(cli.Settings)
@@ -64,7 +68,7 @@ func run() *cobra.Command {
 			return err
 		}
 		d, err := daemon.Start(daemon.Config{
-			Name: "assay_server", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics,
+			Name: "assay_server", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics, Garbage: garbage,
 			Reload: func() (conf.Log, error) {
 				now, err := load(s)
 				if err != nil {

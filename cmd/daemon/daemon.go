@@ -49,6 +49,9 @@ type Config struct {
 	Reload func() (conf.Log, error)
 	// Reopen are further files to open anew on SIGHUP, each under the name to log it with.
 	Reopen map[string]func() error
+	// Garbage is how many bytes of garbage may pile up before they are collected, if more does not
+	// live anyway; 0 means Go's default.
+	Garbage uint64
 }
 
 // Daemon is a started log with its listeners bound, so that a port in use is found before anything
@@ -82,6 +85,7 @@ func Start(c Config) (*Daemon, error) {
 	}
 	syscall.Umask(0o077)
 	limitMemory(os.DirFS("/"))
+	allowGarbage(c.Garbage)
 	d := &Daemon{Log: logrus.New(), Registry: prometheus.NewRegistry(), config: c, reopen: map[string]func() error{}}
 	d.Log.SetLevel(c.Log.Level)
 	d.Log.SetFormatter(&logrus.TextFormatter{FullTimestamp: true, TimestampFormat: time.RFC3339Nano})
