@@ -36,6 +36,10 @@ type Options struct {
 	Getenv func(name string) (value string, ok bool)
 	// Set are values from flags, which take the place of keys in the file.
 	Set []Setting
+	// Named decode blocks that are other packages' business. Nil: they are left undecoded.
+	Named []NamedKind
+	// CheckNamed compares the decoded blocks with each other, once all of them are right by themselves.
+	CheckNamed func([]Named) []NamedProblem
 }
 
 // Setting is a flag that takes the place of a key.

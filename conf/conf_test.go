@@ -53,7 +53,7 @@ func TestServerSample(t *testing.T) {
 		t.Errorf("the sample loads as %+v", s)
 	}
 	t.Run("its commented keys load as well", func(t *testing.T) {
-		s, err := LoadServer(write(t, "all.hcl", uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths")), judges, Options{})
+		s, err := LoadServer(write(t, "all.hcl", uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths", "key_file", "ca_file")), judges, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -126,9 +126,12 @@ func keysIn(t *testing.T, sample string) []string {
 		}
 		for _, b := range body.Blocks {
 			switch b.Type {
-			case "node_attestor", "workload_attestor":
+			case "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source":
 				found[prefix+b.Type] = true
 			default:
+				if b.Type == "webhook" {
+					found[prefix+"webhook.name"] = true // its label
+				}
 				walk(prefix+b.Type+".", b.Body)
 			}
 		}
@@ -154,6 +157,7 @@ func keysOf(t reflect.Type, keyManager string) []string {
 				keys = append(keys, name)
 			case kind == "block":
 				walk(prefix+name+".", field.Type)
+			case name == "": // where the block is
 			default:
 				keys = append(keys, prefix+name)
 			}

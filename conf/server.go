@@ -2,6 +2,7 @@ package conf
 
 import (
 	"crypto/x509/pkix"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -44,6 +45,10 @@ type Server struct {
 	KeysPath   string // of "disk"; empty: keys.json in DataDir
 	Judges     []Judge
 
+	Evidence Evidence
+	// Named are the blocks that Options.Named decoded, by type in the order of the file.
+	Named []Named
+
 	Log     Log
 	Health  Health
 	Metrics string // host:port; empty: no listener
@@ -61,6 +66,10 @@ type serverFile struct {
 	Server        *serverBlock    `hcl:"server,block"`
 	NodeAttestors []typeBlock     `hcl:"node_attestor,block"`
 	KeyManagers   []typeBlock     `hcl:"key_manager,block"`
+	Scans         []typeBlock     `hcl:"scan_policy,block"`
+	Trusts        []typeBlock     `hcl:"trust_policy,block"`
+	Sources       []typeBlock     `hcl:"evidence_source,block"`
+	Evidence      *evidenceBlock  `hcl:"evidence,block"`
 	Health        *healthBlock    `hcl:"health_checks,block"`
 	Telemetry     *telemetryBlock `hcl:"telemetry,block"`
 }
@@ -140,6 +149,18 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 	s.KeyManager = kind
 	if disk, ok := config.(*diskKeys); ok {
 		s.KeysPath = l.inFile("key_manager.disk.keys_path", disk.KeysPath)
+	}
+	s.Evidence = l.evidence(f.Evidence)
+	s.Named = slices.Concat(l.named("scan_policy", f.Scans), l.named("trust_policy", f.Trusts), l.named("evidence_source", f.Sources))
+	s.Evidence.On = s.Evidence.On || len(s.Named) > 0
+	if l.options.CheckNamed != nil && len(l.wrong) == 0 {
+		for _, p := range l.options.CheckNamed(s.Named) {
+			for _, n := range s.Named {
+				if n.Block == p.Block && n.Name == p.Name {
+					l.problem(n, p.KeyProblem)
+				}
+			}
+		}
 	}
 	s.Health = l.health(f.Health, serverHealthPort)
 	s.Metrics = l.metrics(f.Telemetry, serverMetricsPort)

@@ -104,6 +104,65 @@ key_manager "disk" {
   #keys_path = "/var/lib/assay/server/keys.json"
 }
 
+# Image evidence: what scanners and CI systems say about images becomes a condition of identity. An entry
+# that demands a verdict has selectors like scan:policy:prod or prov:policy:release; only workloads whose
+# image has them at the moment get what it stands for. SIGHUP reads all of this again.
+
+# What an image must be like. Every key of these blocks is in server/verdict/policy/sample.hcl.
+#scan_policy "prod" {
+  #sources   = ["scanner", "ci", "local"]
+  #max_age   = "24h"
+  #on_missing = "grace:15m"
+  #on_fail    = "quarantine"
+  #fail {
+    #severity = "critical"
+  #}
+#}
+
+# Whose signature counts, and for what.
+#trust_policy "scanner" {
+  #predicate_types = ["scan", "vex"]
+  #key {
+    #path = "/etc/assay/scanner.pub"
+  #}
+#}
+
+# Who may push evidence over the network, beside administrators: a CI system by its own tokens, or a
+# workload by its SVID. With allow_unsigned its word is enough.
+#evidence_source "ci" {
+  #repositories   = ["registry.example.org/shop/**"]
+  #allow_unsigned = true
+  #svid {
+    #ids = ["spiffe://example.org/ci/*"]
+  #}
+#}
+
+#evidence {
+  # "signed" refuses entries whose only selectors are ones that anybody could have written, such as labels
+  # and environment variables; otherwise there is a warning.
+  #require_evidence = "any"
+
+  # What the world says of vulnerabilities: CISA's catalogue of known exploited ones (JSON) and FIRST's EPSS
+  # scores (CSV), as files that something else downloads. They are looked at every feed_refresh.
+  #kev_file     = "/var/lib/assay/feeds/known_exploited_vulnerabilities.json"
+  #epss_file    = "/var/lib/assay/feeds/epss_scores-current.csv.gz"
+  #feed_refresh = "1m"
+
+  # The list of revoked certificates: a PEM file, and an address where GET /crl answers with it in DER.
+  #crl_file    = "/var/lib/assay/crl.pem"
+  #crl_address = "0.0.0.0:8092"
+
+  # Who is told: withdraw, restore, grace.start, grace.half, grace.ninety, guard.trip, guard.release,
+  # feed.stale, evidence.rejected; all of it without events. Posts are signed with the key in key_file (see
+  # the header Assay-Signature) and tried again until they are taken.
+  #webhook "chat" {
+    #url      = "https://hooks.example.org/assay"
+    #key_file = "/etc/assay/webhook.key"
+    #ca_file  = "/etc/assay/webhook-ca.pem"
+    #events   = ["withdraw", "restore", "guard.trip"]
+  #}
+#}
+
 # GET /live and /ready, for probes. Nobody is asked who they are: keep it on loopback or behind
 # something that asks. Without listener_enabled there is no listener.
 #health_checks {

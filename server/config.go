@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"crypto/x509/pkix"
 	"errors"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/records"
 )
 
@@ -53,6 +55,10 @@ type Config struct {
 	// RequirePQKEM refuses TLS clients that cannot do a post-quantum hybrid key exchange. Without
 	// it, such an exchange is preferred.
 	RequirePQKEM bool
+
+	// Evidence is about image evidence. Nil: no images are judged, and entries that demand a verdict stay
+	// closed.
+	Evidence *Evidence
 
 	// Limits keep one caller from hurting the others.
 	Limits Limits
@@ -175,6 +181,8 @@ type Running struct {
 	Records *records.Records
 	// Reopen closes the audit log and opens its path anew, after it was renamed.
 	Reopen func() error
+	// SetRules puts other rules about evidence in force. Nil if Config.Evidence was.
+	SetRules func(ctx context.Context, rules verdict.Rules) error
 }
 
 // Defaults returns a Config with everything filled in that has a default.

@@ -36,6 +36,7 @@ import (
 	"github.com/assay-id/assay/server/feed"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/boltkv"
+	"github.com/assay-id/assay/server/verdict/rules"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/strict"
 )
@@ -89,8 +90,13 @@ func Run(ctx context.Context, config Config) (err error) {
 		TrustDomain: cfg.TrustDomain, Duration: cfg.Limits.AttestDuration,
 		Log: component("admit"), Metrics: cfg.Metrics, Now: cfg.Now,
 	})
+	judge, err := openEvidence(ctx, &cfg, rec, pictures, authority, log, component("verdict"))
+	if err != nil {
+		return err
+	}
 	services := api.New(api.Parts{
 		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Chain: ownChain(authority), Level: cfg.Level,
+		Evidence: judging(judge), ScanPolicies: rules.ScanPolicies,
 		Snapshots: snapshots,
 	}, api.Config{
 		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT,
@@ -149,6 +155,17 @@ func Run(ctx context.Context, config Config) (err error) {
 	group.Go(func() error { return snapshots.Run(parts) })
 	group.Go(func() error { return authority.Run(parts) })
 	group.Go(func() error { return pictures.Run(parts) })
+	if judge != nil {
+		defer closing(judge, &err)
+		crl, err := listenCRL(&cfg)
+		if err != nil {
+			return err
+		}
+		group.Go(func() error { return judge.Run(parts) })
+		if crl != nil {
+			group.Go(func() error { return serveCRL(parts, crl, judge) })
+		}
+	}
 	group.Go(func() error {
 		select {
 		case <-pictures.Ready():
@@ -163,7 +180,11 @@ func Run(ctx context.Context, config Config) (err error) {
 			"address": listeners.tcp.Addr().String(), "socket": cfg.SocketPath, "attestors": desk.Types(), "store_id": rec.StoreID(),
 		}).Info("server is ready")
 		if cfg.Ready != nil {
-			cfg.Ready(running(&cfg, listeners, store, rec, services, log))
+			r := running(&cfg, listeners, store, rec, services, log)
+			if judge != nil {
+				r.SetRules = judge.Replace
+			}
+			cfg.Ready(r)
 		}
 		return nil
 	})

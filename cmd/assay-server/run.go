@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 
@@ -10,6 +12,7 @@ import (
 	"github.com/assay-id/assay/cmd/daemon"
 	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/server"
+	"github.com/assay-id/assay/server/verdict/rules"
 )
 
 // defaultConfig is the file of "run" and "validate" if -config names none.
@@ -36,7 +39,9 @@ func settings(c *cobra.Command) *cli.Settings {
 
 // load reads the configuration.
 func load(s *cli.Settings) (*conf.Server, error) {
-	c, err := conf.LoadServer(s.Path(), judges(), s.Options())
+	options := s.Options()
+	options.Named, options.CheckNamed = rules.Kinds(), rules.Check
+	c, err := conf.LoadServer(s.Path(), judges(), options)
 	if err != nil {
 		return nil, cli.Invalid("Assay server", err)
 	}
@@ -47,10 +52,14 @@ func validate() *cobra.Command {
 	c := &cobra.Command{Use: "validate", Short: "Says everything that is wrong with a configuration file", Args: cli.NoArgs}
 	s := settings(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		if _, err := load(s); err != nil {
+		from, err := load(s)
+		if err != nil {
 			return err
 		}
-		_, err := fmt.Fprintln(c.OutOrStdout(), "Assay server configuration file is valid.")
+		if _, err := evidence(from); err != nil {
+			return err
+		}
+		_, err = fmt.Fprintln(c.OutOrStdout(), "Assay server configuration file is valid.")
 		return err
 	}
 	return c
@@ -59,7 +68,7 @@ func validate() *cobra.Command {
 func run() *cobra.Command {
 	c := &cobra.Command{
 		Use: "run", Short: "Runs the server", Args: cli.NoArgs,
-		Long: "Runs the server until SIGTERM or SIGINT. SIGHUP opens the log files anew and applies log_level.",
+		Long: "Runs the server until SIGTERM or SIGINT. SIGHUP opens the log files anew, and applies log_level and everything about evidence.",
 	}
 	s := settings(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
@@ -67,6 +76,7 @@ func run() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		var running atomic.Pointer[server.Running]
 		d, err := daemon.Start(daemon.Config{
 			Name: "assay_server", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics, Garbage: garbage,
 			Reload: func() (conf.Log, error) {
@@ -74,13 +84,24 @@ func run() *cobra.Command {
 				if err != nil {
 					return conf.Log{}, err
 				}
-				return now.Log, nil
+				if r := running.Load(); r != nil {
+					err = reloadEvidence(c.Context(), now, r)
+				}
+				return now.Log, err
 			},
 		})
 		if err != nil {
 			return err
 		}
 		config := serverConfig(from, d)
+		if config.Evidence, err = evidence(from); err != nil {
+			return errors.Join(err, d.Close())
+		}
+		ready := config.Ready
+		config.Ready = func(r server.Running) {
+			running.Store(&r)
+			ready(r)
+		}
 		d.Log.WithField("version", cli.VersionText()).WithField("trust_domain", from.TrustDomain).Info("starting")
 		return d.Run(c.Context(), func(ctx context.Context) error { return server.Run(ctx, config) })
 	}

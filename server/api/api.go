@@ -36,8 +36,10 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/adminv1"
+	"github.com/assay-id/assay/server/wire/evidencev1"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -94,6 +96,10 @@ type Parts struct {
 	Audit   Audit
 	// Chain returns the server's own SVID, for debug.v1.
 	Chain func() []*x509.Certificate
+	// Evidence judges images. Nil: evidence.v1 answers Unimplemented. ScanPolicies reads scan_policy
+	// blocks for it.
+	Evidence     Evidence
+	ScanPolicies func(file string, text []byte) ([]*policy.ScanPolicy, error)
 	// Level is the log's. Nil: logger.v1 answers Unimplemented.
 	Level Level
 	// Snapshots copies the store. Nil: admin.v1 answers Unimplemented.
@@ -128,8 +134,9 @@ type API struct {
 	launch  logrus.Level
 	ledgers *Ledgers
 
-	attest, sign, post *rates
-	issued             *prometheus.CounterVec
+	attest, sign, post, push *rates
+	evidence                 *evidenceService
+	issued                   *prometheus.CounterVec
 }
 
 // New returns an API. Its Ledgers' interceptors must be installed behind those of a
@@ -144,11 +151,13 @@ func New(parts Parts, cfg Config) *API {
 		attest:  newRates(cfg.AttestPerSecond, cfg.AttestBurst),
 		sign:    newRates(cfg.SignPerSecond, maxBatch),
 		post:    newRates(cfg.PostPerSecond, 10),
+		push:    newRates(pushPerSecond, pushBurst),
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "assay_server_svids_issued_total",
 			Help: "SVIDs signed and given out, by kind: x509, jwt, agent, mint_x509, mint_jwt.",
 		}, []string{"kind"}),
 	}
+	a.evidence = &evidenceService{api: a, slots: make(chan struct{}, maxPushes)}
 	if parts.Level != nil {
 		a.launch = parts.Level.GetLevel()
 	}
@@ -168,6 +177,7 @@ func (a *API) Register(s grpc.ServiceRegistrar) {
 	bundlev1.RegisterBundleServer(s, &bundleService{api: a})
 	entryv1.RegisterEntryServer(s, &entryService{api: a})
 	svidv1.RegisterSVIDServer(s, &svidService{api: a})
+	evidencev1.RegisterEvidenceServer(s, a.evidence)
 	trustdomainv1.RegisterTrustDomainServer(s, trustdomainv1.UnimplementedTrustDomainServer{})
 	localauthorityv1.RegisterLocalAuthorityServer(s, localauthorityv1.UnimplementedLocalAuthorityServer{})
 }

@@ -14,6 +14,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/verdict"
 )
 
 // failure is a gRPC status together with the error behind it, which goes to the audit line and not
@@ -105,6 +106,14 @@ func code(err error) (codes.Code, string) {
 		return codes.InvalidArgument, err.Error()
 	case errors.Is(err, ca.ErrNoAuthority):
 		return codes.Unavailable, ca.ErrNoAuthority.Error()
+	case errors.Is(err, verdict.ErrStale), errors.Is(err, verdict.ErrHeld):
+		return codes.FailedPrecondition, err.Error()
+	case errors.Is(err, verdict.ErrMany):
+		return codes.ResourceExhausted, err.Error()
+	case errors.Is(err, verdict.ErrRefused):
+		return codes.InvalidArgument, err.Error()
+	case errors.Is(err, verdict.ErrNoImage), errors.Is(err, verdict.ErrNoPolicy), errors.Is(err, verdict.ErrNoException):
+		return codes.NotFound, err.Error()
 	case errors.Is(err, kv.ErrTooLarge):
 		return codes.InvalidArgument, "too large to store"
 	case errors.Is(err, kv.ErrFull):

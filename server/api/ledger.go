@@ -55,6 +55,7 @@ var events = map[string]string{
 	"/assay.admin.v1.Admin/TakeSnapshot":                            "store.snapshot",
 	"/spire.api.server.debug.v1.Debug/GetInfo":                      "debug.get",
 	"/spire.api.server.logger.v1.Logger/GetLogger":                  "log.get",
+	"/assay.evidence.v1.Evidence/Push":                              "evidence.push",
 	"/spire.api.server.logger.v1.Logger/SetLogLevel":                "log.level",
 	"/spire.api.server.logger.v1.Logger/ResetLogLevel":              "log.level",
 }

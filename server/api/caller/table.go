@@ -83,6 +83,17 @@ var table = map[string]Kind{
 
 	"/assay.feed.v1.Feed/Follow": Agent,
 
+	// Who may push is for the trust policies to say, by token or SVID.
+	"/assay.evidence.v1.Evidence/Push":            Local | Admin | Anyone,
+	"/assay.evidence.v1.Evidence/List":            Local | Admin,
+	"/assay.evidence.v1.Evidence/Show":            Local | Admin,
+	"/assay.evidence.v1.Evidence/Explain":         Local | Admin,
+	"/assay.evidence.v1.Evidence/Simulate":        Local | Admin,
+	"/assay.evidence.v1.Evidence/PutException":    Local | Admin,
+	"/assay.evidence.v1.Evidence/ListExceptions":  Local | Admin,
+	"/assay.evidence.v1.Evidence/DeleteException": Local | Admin,
+	"/assay.evidence.v1.Evidence/Release":         Local | Admin,
+
 	"/assay.admin.v1.Admin/Backup":       Local,
 	"/assay.admin.v1.Admin/TakeSnapshot": Local,
 }

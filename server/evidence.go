@@ -1,0 +1,92 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"path/filepath"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/assay-id/assay/server/api"
+	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/verdict"
+	"github.com/assay-id/assay/server/view"
+)
+
+// Evidence is what the server is told about image evidence.
+type Evidence struct {
+	// Rules are the policies, and may be replaced while the server runs; see Running.
+	Rules verdict.Rules
+	// CRLPath is a file that holds the list of revoked certificates as PEM, and CRLAddress an address where
+	// it is served over HTTP as DER; empty: neither.
+	CRLPath, CRLAddress string
+}
+
+// openEvidence returns nil if the configuration has nothing about evidence.
+func openEvidence(ctx context.Context, cfg *Config, rec *records.Records, pictures *view.View, authority *ca.CA, log *audit.Log, logger logrus.FieldLogger) (*verdict.Service, error) {
+	if cfg.Evidence == nil {
+		return nil, nil //nolint:nilnil // evidence is optional
+	}
+	return verdict.Open(ctx, verdict.Parts{Store: rec, View: pictures, Audit: log, Signer: crlSigner(authority)}, cfg.Evidence.Rules, verdict.Config{
+		MarksPath: filepath.Join(cfg.DataDir, "evidence-marks"),
+		CRLPath:   cfg.Evidence.CRLPath,
+		Log:       logger, Metrics: cfg.Metrics, Now: cfg.Now,
+	})
+}
+
+// judging returns the service as the API takes it: no interface around a nil pointer.
+func judging(judge *verdict.Service) api.Evidence {
+	if judge == nil {
+		return nil
+	}
+	return judge
+}
+
+// crlSigner returns the authority as one who signs lists of revoked certificates.
+func crlSigner(authority any) verdict.Signer {
+	s, _ := authority.(verdict.Signer)
+	return s
+}
+
+// listenCRL opens the listener of the list of revoked certificates, nil if there is none.
+func listenCRL(cfg *Config) (net.Listener, error) {
+	if cfg.Evidence == nil || cfg.Evidence.CRLAddress == "" {
+		return nil, nil //nolint:nilnil // no listener is configured
+	}
+	l, err := net.Listen("tcp", cfg.Evidence.CRLAddress)
+	if err != nil {
+		return nil, fmt.Errorf("listen for crl_address: %w", err)
+	}
+	return l, nil
+}
+
+// serveCRL answers GET /crl with the list of revoked certificates (RFC 5280 section 4.2.1.13 asks for DER
+// over plain HTTP: the list is signed and secret to nobody), until ctx ends.
+func serveCRL(ctx context.Context, l net.Listener, judge *verdict.Service) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /crl", func(w http.ResponseWriter, _ *http.Request) {
+		der := judge.CRL()
+		if der == nil {
+			http.Error(w, "there is no list yet", http.StatusServiceUnavailable)
+			return
+		}
+		w.Header().Set("Content-Type", "application/pkix-crl")
+		_, _ = w.Write(der) // the client is gone if it fails
+	})
+	s := &http.Server{
+		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
+		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+	}
+	stop := context.AfterFunc(ctx, func() { _ = s.Close() })
+	defer stop()
+	if err := s.Serve(l); err != nil && !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
