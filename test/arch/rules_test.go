@@ -43,6 +43,7 @@ var rules = []rule{
 	{pattern: "server/audit", floor: tools},
 	{pattern: "server/turn", floor: tools},
 	{pattern: "agent/keep", floor: tools},
+	{pattern: "server/verdict/image", floor: tools, why: "what a digest is proved to lead to, which nothing else of verdict needs"},
 	{pattern: "server/verdict/report", floor: tools, why: "parsers of reports, which nothing else of verdict needs"},
 	{pattern: "server/verdict/policy", floor: tools, also: []string{"server/verdict/report"}, why: "a policy is about reports"},
 	{pattern: "server/verdict/trust", floor: tools, also: []string{"server/verdict/report"}, why: "what was signed is provenance, which report reads"},
