@@ -13,5 +13,5 @@ import (
 func main() { os.Exit(cli.Main(root())) }
 
 func root() *cobra.Command {
-	return cli.Group("assay", "Attested identities on a developer's machine", dev(), cli.VersionCommand())
+	return cli.Group("assay", "Attested identities on a developer's machine and in a pipeline", dev(), evidenceCommands(), cli.VersionCommand())
 }
