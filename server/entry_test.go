@@ -386,3 +386,20 @@ func TestListEntries(t *testing.T) {
 	}
 	w.unharmed()
 }
+
+func TestAnEntryThatIsTwiceInOneUpdate(t *testing.T) {
+	w := start(t)
+	e := w.create(shop())
+	first, second := proto.CloneOf(e), proto.CloneOf(e)
+	first.Hint, second.Hint = "first", "second"
+	resp, err := w.entries().BatchUpdateEntry(w.context(), &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{first, second}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := resp.GetResults()[0]; got.GetStatus().GetCode() != 0 || got.GetEntry().GetHint() != "first" {
+		t.Errorf("the first got %v", got)
+	}
+	if got := resp.GetResults()[1].GetStatus(); got.GetCode() != int32(codes.InvalidArgument) || !strings.Contains(got.GetMessage(), "twice") {
+		t.Errorf("the second got %v", got)
+	}
+}

@@ -124,21 +124,46 @@ func createResult(l *ledger, asked *identity.Entry, m records.EntryResult, rev k
 	return r
 }
 
+// maxUpdates is how many entries of one batch are updated at the same time; they share one write to
+// the disk.
+const maxUpdates = 16
+
+// errTwice refuses what is in a batch for the second time: which of the two would be in force
+// afterwards is nobody's guess.
+var errTwice = malformed("failed to update entry", errors.New("it is in the batch twice"))
+
 func (s *entryService) BatchUpdateEntry(ctx context.Context, req *entryv1.BatchUpdateEntryRequest) (*entryv1.BatchUpdateEntryResponse, error) {
+	type outcome struct {
+		entry *identity.Entry
+		rev   kv.Rev
+		err   error
+	}
+	outcomes := make([]outcome, len(req.GetEntries()))
+	seen := make(map[string]bool, len(outcomes))
+	for i, w := range req.GetEntries() {
+		if id := w.GetId(); id != "" && seen[id] {
+			outcomes[i].err = errTwice
+		}
+		seen[w.GetId()] = true
+	}
+	inParallel(maxUpdates, len(outcomes), func(i int) {
+		if o := &outcomes[i]; o.err == nil {
+			o.entry, o.rev, o.err = s.update(ctx, req.GetEntries()[i], req.GetInputMask())
+		}
+	})
 	resp := &entryv1.BatchUpdateEntryResponse{}
 	l := ledgerOf(ctx)
 	var last kv.Rev
-	for _, w := range req.GetEntries() {
+	for i, o := range outcomes {
 		r := &entryv1.BatchUpdateEntryResponse_Result{Status: itemOK()}
-		e, rev, err := s.update(ctx, w, req.GetInputMask())
-		line := claimedLine(w)
-		if err == nil {
-			line, last = entryLine(e, rev), max(last, rev)
-			r.Entry = maskEntry(e.Wire(), req.GetOutputMask())
+		line := claimedLine(req.GetEntries()[i])
+		if o.err == nil {
+			line, last = entryLine(o.entry, o.rev), max(last, o.rev)
+			r.Entry = maskEntry(o.entry.Wire(), req.GetOutputMask())
 		} else {
-			r.Status = itemFailed(err)
+			r.Status = itemFailed(o.err)
 		}
-		l.item(line, err)
+		l.item(line, o.err)
 		resp.Results = append(resp.Results, r)
 	}
 	s.api.settle(ctx, last)

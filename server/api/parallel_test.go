@@ -11,7 +11,7 @@ func TestInParallel(t *testing.T) {
 		for _, n := range []int{0, 1, 2, 3, 50, 500} {
 			var mu sync.Mutex
 			seen := make([]int, n)
-			inParallel(n, func(i int) {
+			inParallel(runtime.GOMAXPROCS(0), n, func(i int) {
 				mu.Lock()
 				defer mu.Unlock()
 				seen[i]++
@@ -31,7 +31,7 @@ func TestInParallel(t *testing.T) {
 			together.Add(4)
 			got := func() (p any) {
 				defer func() { p = recover() }()
-				inParallel(4, func(i int) {
+				inParallel(runtime.GOMAXPROCS(0), 4, func(i int) {
 					together.Done()
 					together.Wait()
 					if i == culprit {

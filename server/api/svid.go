@@ -58,7 +58,7 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
 	lines, errs := make([]audit.Line, n), make([]error, n)
 	items := make([]*permitted, n)
-	inParallel(n, func(i int) {
+	inParallel(runtime.GOMAXPROCS(0), n, func(i int) {
 		p := req.GetParams()[i]
 		lines[i] = audit.Line{EntryID: p.GetEntryId()}
 		item, chain, err := s.newX509(ctx, picture, p)
@@ -90,11 +90,10 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	return &svidv1.BatchNewX509SVIDResponse{Results: results}, nil
 }
 
-// inParallel calls f(0) to f(n-1) on as many goroutines as there are processors, the caller's own among
-// them: a goroutine for each signature would grow its stack anew each time, and the usual batch has one
-// item. A panic of f comes out in the caller's goroutine, where the interceptors turn it into an error;
+// inParallel calls f(0) to f(n-1) on at most width goroutines, the caller's own among them: a goroutine
+// for each item would grow its stack anew each time, and the usual batch has one item. A panic of f comes out in the caller's goroutine, where the interceptors turn it into an error;
 // anywhere else it would end the server.
-func inParallel(n int, f func(i int)) {
+func inParallel(width, n int, f func(i int)) {
 	var next atomic.Int64
 	work := func() {
 		for i := int(next.Add(1)) - 1; i < n; i = int(next.Add(1)) - 1 {
@@ -103,7 +102,7 @@ func inParallel(n int, f func(i int)) {
 	}
 	var group sync.WaitGroup
 	var panicked atomic.Pointer[any]
-	for range min(n, runtime.GOMAXPROCS(0)) - 1 {
+	for range min(n, width) - 1 {
 		group.Go(func() {
 			defer func() {
 				if p := recover(); p != nil {

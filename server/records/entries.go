@@ -71,8 +71,8 @@ func (r *Records) CreateEntries(ctx context.Context, entries []*identity.Entry) 
 	}
 	var last kv.Rev
 	for len(pending) > 0 {
-		// Two similar entries of one batch cannot be in one transaction; the second finds the
-		// first in its round.
+		// Two similar entries of one batch cannot be in one transaction; the second learns what
+		// became of the first.
 		round, later := distinct(pending)
 		r.commit(ctx, round)
 		again := settle(round, func(p *piece) error {
@@ -82,16 +82,52 @@ func (r *Records) CreateEntries(ctx context.Context, entries []*identity.Entry) 
 			}
 			return err
 		})
+		waits := make(map[*piece]bool, len(again))
+		for _, p := range again {
+			waits[p] = true
+		}
+		fates := map[string]EntryResult{} // of those that are settled, by key
 		for _, p := range round {
 			if p.err == nil {
 				last = max(last, p.rev)
 			} else if results[p.at].Err = p.err; !errors.Is(p.err, ErrExists) {
 				results[p.at].Entry = nil
 			}
+			if !waits[p] {
+				note(fates, p, results[p.at])
+			}
 		}
+		later = slices.DeleteFunc(later, func(p *piece) bool { return follows(fates, p, results) })
 		pending = append(again, later...)
 	}
 	return results, last, nil
+}
+
+// note remembers what became of an entry under the keys that no other may have. Without it a batch of
+// equal entries would be tried one by one, each with a look at all that are left.
+func note(fates map[string]EntryResult, p *piece, r EntryResult) {
+	if r.Entry == nil {
+		for _, c := range p.txn.If {
+			fates[c.Key] = r
+		}
+		return
+	}
+	r.Err = ErrExists
+	fates[entryKey(r.Entry.ID)] = r
+	fates[similarKey(r.Entry)] = r
+}
+
+// follows settles an entry that one before it has settled: it exists now, or failed for the same
+// reason.
+func follows(fates map[string]EntryResult, p *piece, results []EntryResult) bool {
+	e := results[p.at].Entry
+	for _, key := range []string{similarKey(e), entryKey(e.ID)} {
+		if r, ok := fates[key]; ok {
+			results[p.at] = r
+			return true
+		}
+	}
+	return false
 }
 
 // draft returns the entry as it will be stored.

@@ -465,3 +465,21 @@ func TestRacingUpdatesAndDeletes(t *testing.T) {
 		}
 	}
 }
+
+func TestManyEqualEntriesInOneBatch(t *testing.T) {
+	r, _ := open(t)
+	one := entry("web", "unix:uid:1")
+	batch := make([]*identity.Entry, 20_000) // looked at one after the other, each with all that are left: 200 million looks
+	for i := range batch {
+		batch[i] = one
+	}
+	results, _, err := r.CreateEntries(t.Context(), batch)
+	if err != nil || results[0].Err != nil {
+		t.Fatalf("got %v, %v", results[0].Err, err)
+	}
+	for i, got := range results[1:] {
+		if !errors.Is(got.Err, ErrExists) || got.Entry.ID != results[0].Entry.ID {
+			t.Fatalf("entry %d: got %+v", i+1, got)
+		}
+	}
+}
