@@ -373,8 +373,21 @@ func fetch(t *testing.T, url string) (int, string, error) {
 	return resp.StatusCode, string(body), err
 }
 
-// onlyAgents returns the SPIFFE ID paths of the admitted agents.
-func onlyAgents(t *testing.T, s *site.Site) []string {
+// onlyAgent waits for the one agent to be admitted and returns its SPIFFE ID's path.
+func onlyAgent(t *testing.T, s *site.Site) string {
+	t.Helper()
+	var all []string
+	eventually(t, "the agent to be admitted", func() error {
+		if all = agents(t, s); len(all) != 1 {
+			return fmt.Errorf("agents are %v", all)
+		}
+		return nil
+	})
+	return all[0]
+}
+
+// agents returns the SPIFFE ID paths of the admitted agents.
+func agents(t *testing.T, s *site.Site) []string {
 	t.Helper()
 	out, err := s.ServerCLI(patiently(t), "agent", "list", "-output", "json")
 	if err != nil {
