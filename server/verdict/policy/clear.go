@@ -104,13 +104,8 @@ type eraser struct {
 	in *Input
 	c  *clock
 	exempted
-	// trusted are the VEX documents that count, with an index each, those of one trust policy together.
-	trusted []trusted
-}
-
-type trusted struct {
-	doc   *TrustedVEX
-	index *VEXIndex
+	// trusted are the VEX documents that count, those of one trust policy together.
+	trusted []*TrustedVEX
 }
 
 func (p *ScanPolicy) eraser(in *Input, fit exempted, c *clock) *eraser {
@@ -120,17 +115,16 @@ func (p *ScanPolicy) eraser(in *Input, fit exempted, c *clock) *eraser {
 		if doc.VEX == nil || doc.TrustPolicy == "" || !slices.Contains(p.VEX.Trust, doc.TrustPolicy) {
 			continue
 		}
-		index := doc.Index
-		if index == nil || index.of != doc.VEX {
-			index = NewVEXIndex(doc.VEX)
+		if doc.Index == nil || doc.Index.of != doc.VEX {
+			doc.Index = NewVEXIndex(doc.VEX)
 		}
-		x.trusted = append(x.trusted, trusted{doc, index})
+		x.trusted = append(x.trusted, doc)
 	}
 	if len(x.trusted) < 2 {
 		return x
 	}
-	slices.SortStableFunc(x.trusted, func(a, b trusted) int {
-		return cmp.Or(strings.Compare(a.doc.TrustPolicy, b.doc.TrustPolicy), strings.Compare(a.doc.VEX.ID, b.doc.VEX.ID))
+	slices.SortStableFunc(x.trusted, func(a, b *TrustedVEX) int {
+		return cmp.Or(strings.Compare(a.TrustPolicy, b.TrustPolicy), strings.Compare(a.VEX.ID, b.VEX.ID))
 	})
 	return x
 }
@@ -230,9 +224,9 @@ type word struct {
 // one that says affected outweighs all others, however old it is.
 func (x *eraser) vex(r *row) (rule, why string) {
 	for start := 0; start < len(x.trusted); {
-		team := x.trusted[start].doc.TrustPolicy
+		team := x.trusted[start].TrustPolicy
 		end := start + 1
-		for end < len(x.trusted) && x.trusted[end].doc.TrustPolicy == team {
+		for end < len(x.trusted) && x.trusted[end].TrustPolicy == team {
 			end++
 		}
 		newest, any := x.newest(x.trusted[start:end], r)
@@ -250,17 +244,17 @@ func (x *eraser) vex(r *row) (rule, why string) {
 	return rule, why
 }
 
-func (x *eraser) newest(docs []trusted, r *row) (newest word, any bool) {
-	for _, t := range docs {
+func (x *eraser) newest(docs []*TrustedVEX, r *row) (newest word, any bool) {
+	for _, doc := range docs {
 		for _, id := range r.ids {
-			for _, i := range t.index.by[id] {
-				s := &t.doc.VEX.Statements[i]
+			for _, i := range doc.Index.by[id] {
+				s := &doc.VEX.Statements[i]
 				if !x.about(s, r) {
 					continue
 				}
 				w := word{
-					status: s.Status, justification: s.Justification, team: t.doc.TrustPolicy, version: t.doc.VEX.Version,
-					time: earliest(cmp.Or(s.Timestamp, t.doc.VEX.Timestamp), t.doc.VerifiedAt, t.doc.ReceivedAt),
+					status: s.Status, justification: s.Justification, team: doc.TrustPolicy, version: doc.VEX.Version,
+					time: earliest(cmp.Or(s.Timestamp, doc.VEX.Timestamp), doc.VerifiedAt, doc.ReceivedAt),
 				}
 				if !any || w.outranks(&newest, x) {
 					newest, any = w, true

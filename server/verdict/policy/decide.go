@@ -22,7 +22,8 @@ func DecideAll(policies []*ScanPolicy, in Input) []Verdict { return DecideEach(p
 // previous is shorter than policies, Input.Previous is taken.
 func DecideEach(policies []*ScanPolicy, previous []*Verdict, in Input) []Verdict {
 	in.Now = in.Now.Round(0) // a monotonic reading is not part of the time
-	in.Reports = slices.Clone(in.Reports)
+	// What is missing of indexes is made once, in copies.
+	in.Reports, in.VEX = slices.Clone(in.Reports), slices.Clone(in.VEX)
 	shared := &sets{in: &in}
 	fit := exceptions(&in)
 	verdicts := make([]Verdict, len(policies))

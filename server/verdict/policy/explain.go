@@ -4,6 +4,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/assay-id/assay/server/verdict/report"
 )
@@ -115,7 +116,7 @@ func Explain(v Verdict) string {
 	var b strings.Builder
 	say := func(parts ...string) {
 		for _, part := range parts {
-			b.WriteString(part)
+			b.WriteString(strings.Map(printable, part))
 		}
 		b.WriteString(".\n")
 	}
@@ -158,6 +159,14 @@ func Explain(v Verdict) string {
 		say("Unless something new is learned, this holds")
 	}
 	return b.String()
+}
+
+// printable keeps what a report or an operator wrote from commanding a terminal.
+func printable(r rune) rune {
+	if unicode.IsPrint(r) {
+		return r
+	}
+	return '?'
 }
 
 func meaning(v *Verdict) string {

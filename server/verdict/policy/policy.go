@@ -263,7 +263,7 @@ type Verdict struct {
 	// Quarantine and Revoke say what to do, besides, with an identity whose gate is closed.
 	Quarantine, Revoke bool
 	// Effective are the findings that are left after VEX, exceptions and suppressions, with what the
-	// feeds add. The slice may be shared: it must not be changed.
+	// feeds add, by package and then by identifier. The slice may be shared: it must not be changed.
 	Effective []report.Finding
 }
 

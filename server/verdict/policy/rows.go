@@ -193,6 +193,8 @@ func join(rows []ref) []ref {
 	also := map[string][]int{} // another name to the places of its CVEs
 	for _, r := range rows {
 		own := *r.row
+		// These belong to an index: clipped, they are copied when they grow.
+		own.ids, own.packages, own.found.Aliases = slices.Clip(own.ids), slices.Clip(own.packages), slices.Clip(own.found.Aliases)
 		r.row, r.at = &own, -1
 		if r.cve == "" {
 			nameless = append(nameless, r)
@@ -281,21 +283,40 @@ func (r *ref) add(o ref) {
 	if r.hidden = r.hidden && o.hidden; !r.hidden {
 		r.found.Suppressed = ""
 	}
-	// Slices may belong to an index: they are copied, never grown in place.
-	r.ids = slices.Concat(r.ids, o.ids)
-	r.found.Aliases = slices.Concat(r.found.Aliases, o.found.Aliases)
-	if o.found.Package != r.found.Package || len(o.packages) > 0 {
-		r.packages = slices.Concat(r.packages, []string{o.found.Package}, o.packages)
+	r.ids = addNames(r.ids, o.ids...)
+	r.found.Aliases = addNames(r.found.Aliases, o.found.Aliases...)
+	if o.found.Package != r.found.Package {
+		r.packages = addNames(r.packages, o.found.Package)
 	}
+	r.packages = addNames(r.packages, o.packages...)
+}
+
+// maxNames is how many names of one thing are kept. Honest reports have a handful; without a limit a
+// report could tie a hundred thousand findings to each of a hundred thousand others.
+const maxNames = 64
+
+func addNames(names []string, more ...string) []string {
+	for _, name := range more {
+		if len(names) < maxNames && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names
 }
 
 // name settles by which identifier the row goes: a CVE before all others, then the first by alphabet.
 func (r *row) name() {
+	if len(r.packages) > 0 {
+		all := append(slices.Clone(r.packages), r.found.Package)
+		slices.Sort(all)
+		all = slices.Compact(all)
+		r.found.Package, r.packages = all[0], all[1:]
+	}
 	if len(r.ids) == 1 {
 		return
 	}
-	ids := slices.Clone(r.ids)
-	slices.SortFunc(ids, func(a, b string) int {
+	r.ids = slices.Clone(r.ids)
+	slices.SortFunc(r.ids, func(a, b string) int {
 		if isCVE(a) != isCVE(b) {
 			if isCVE(a) {
 				return -1
@@ -304,21 +325,12 @@ func (r *row) name() {
 		}
 		return strings.Compare(a, b)
 	})
-	r.ids = slices.Compact(ids)
-	if r.found.ID == r.ids[0] && len(r.ids) == len(ids) && len(r.packages) == 0 {
-		return
-	}
+	r.ids = slices.Compact(r.ids)
 	aliases := slices.Concat(r.ids[1:], r.found.Aliases)
 	slices.Sort(aliases)
 	aliases = slices.Compact(aliases)
 	r.found.ID = r.ids[0]
 	r.found.Aliases = slices.DeleteFunc(aliases, func(a string) bool { return a == r.found.ID })
-	if len(r.packages) > 0 {
-		all := append(slices.Clone(r.packages), r.found.Package)
-		slices.Sort(all)
-		all = slices.Compact(all)
-		r.found.Package, r.packages = all[0], all[1:]
-	}
 }
 
 // set is what some reports of an image say together, with what the feeds add to it.

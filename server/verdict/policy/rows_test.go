@@ -81,6 +81,41 @@ func TestRows(t *testing.T) {
 	}
 }
 
+func TestHostileReports(t *testing.T) {
+	// Each of these would take hours, or all memory, if a step took time by the square of their size.
+	const many = 20_000
+	for name, finding := range map[string]func(i int) report.Finding{
+		"one finding again and again": func(int) report.Finding {
+			return report.Finding{ID: "CVE-1", Package: "a", Aliases: []string{"GHSA-1"}}
+		},
+		"a chain of names": func(i int) report.Finding {
+			return report.Finding{ID: fmt.Sprint("GHSA-", i), Package: "a", Aliases: []string{fmt.Sprint("GHSA-", i+1)}}
+		},
+		"one package in many writings": func(i int) report.Finding {
+			return report.Finding{ID: "CVE-1", Package: fmt.Sprint("pkg:deb/a@1?x=", i)}
+		},
+		"many findings in one package": func(i int) report.Finding { return report.Finding{ID: fmt.Sprint("CVE-", i), Package: "a"} },
+		"an advisory for very many CVEs": func(i int) report.Finding {
+			return report.Finding{ID: fmt.Sprint("CVE-", i), Package: "a", Aliases: []string{"GHSA-1"}}
+		},
+		"advisories and CVEs by one name": func(i int) report.Finding {
+			return report.Finding{ID: fmt.Sprint([]string{"CVE-", "GO-"}[i%2], i), Package: "a", Aliases: []string{"GHSA-1"}}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := &report.Report{}
+			for i := range many {
+				r.Findings = append(r.Findings, finding(i))
+			}
+			for _, row := range NewIndex(r).rows {
+				if len(row.ids) > maxNames || len(row.packages) > maxNames || len(row.found.Aliases) > 2*maxNames {
+					t.Fatalf("a row has %d names", len(row.ids))
+				}
+			}
+		})
+	}
+}
+
 func TestPackages(t *testing.T) {
 	for _, c := range []struct {
 		pattern, text string
