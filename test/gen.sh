@@ -13,4 +13,6 @@ for proto in $(git ls-files --cached --others --exclude-standard '*.proto'); do
 		--go_out=. --go_opt=paths=source_relative \
 		--go-grpc_out=. --go-grpc_opt=paths=source_relative,require_unimplemented_servers=true \
 		"$proto"
+	# What protoc calls itself differs from system to system; what it made does not.
+	sed -i -E '/^\/\/ (\t|- )protoc +v/d' "${proto%.proto}".pb.go "${proto%.proto}"_grpc.pb.go 2>/dev/null || true
 done

@@ -120,7 +120,9 @@ type ExplainResponse struct {
 	Entries int64  `protobuf:"varint,5,opt,name=entries,proto3" json:"entries,omitempty"`
 	Agent   *Agent `protobuf:"bytes,6,opt,name=agent,proto3" json:"agent,omitempty"`
 	// What to do, in sentences, the most useful first.
-	Advice        []string `protobuf:"bytes,7,rep,name=advice,proto3" json:"advice,omitempty"`
+	Advice []string `protobuf:"bytes,7,rep,name=advice,proto3" json:"advice,omitempty"`
+	// Images that the process runs; more than one if attestors do not agree.
+	Images        []*Image `protobuf:"bytes,8,rep,name=images,proto3" json:"images,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -204,6 +206,170 @@ func (x *ExplainResponse) GetAdvice() []string {
 	return nil
 }
 
+func (x *ExplainResponse) GetImages() []*Image {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+// Image is what the agent holds on an image. Selectors of types scan, sig and prov are its verdict's, and
+// nobody else's.
+type Image struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Config digest, "sha256:…".
+	Digest string `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	// There is a verdict.
+	Verdict bool `protobuf:"varint,2,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// It is in force.
+	Counts        bool        `protobuf:"varint,3,opt,name=counts,proto3" json:"counts,omitempty"`
+	Sequence      uint64      `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	NotAfter      int64       `protobuf:"varint,5,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	Selectors     []*Selector `protobuf:"bytes,6,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	Policies      []*Policy   `protobuf:"bytes,7,rep,name=policies,proto3" json:"policies,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Image) Reset() {
+	*x = Image{}
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Image) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Image) ProtoMessage() {}
+
+func (x *Image) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Image.ProtoReflect.Descriptor instead.
+func (*Image) Descriptor() ([]byte, []int) {
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Image) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Image) GetVerdict() bool {
+	if x != nil {
+		return x.Verdict
+	}
+	return false
+}
+
+func (x *Image) GetCounts() bool {
+	if x != nil {
+		return x.Counts
+	}
+	return false
+}
+
+func (x *Image) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *Image) GetNotAfter() int64 {
+	if x != nil {
+		return x.NotAfter
+	}
+	return 0
+}
+
+func (x *Image) GetSelectors() []*Selector {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Image) GetPolicies() []*Policy {
+	if x != nil {
+		return x.Policies
+	}
+	return nil
+}
+
+type Policy struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Status        string                 `protobuf:"bytes,2,opt,name=status,proto3" json:"status,omitempty"`
+	Summary       string                 `protobuf:"bytes,3,opt,name=summary,proto3" json:"summary,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Policy) Reset() {
+	*x = Policy{}
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Policy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Policy) ProtoMessage() {}
+
+func (x *Policy) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Policy.ProtoReflect.Descriptor instead.
+func (*Policy) Descriptor() ([]byte, []int) {
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Policy) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Policy) GetStatus() string {
+	if x != nil {
+		return x.Status
+	}
+	return ""
+}
+
+func (x *Policy) GetSummary() string {
+	if x != nil {
+		return x.Summary
+	}
+	return ""
+}
+
 type Process struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Pid   int32                  `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
@@ -227,7 +393,7 @@ type Process struct {
 
 func (x *Process) Reset() {
 	*x = Process{}
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[2]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -239,7 +405,7 @@ func (x *Process) String() string {
 func (*Process) ProtoMessage() {}
 
 func (x *Process) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[2]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -252,7 +418,7 @@ func (x *Process) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Process.ProtoReflect.Descriptor instead.
 func (*Process) Descriptor() ([]byte, []int) {
-	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{2}
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Process) GetPid() int32 {
@@ -342,7 +508,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[3]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -354,7 +520,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[3]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -367,7 +533,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{3}
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Selector) GetType() string {
@@ -398,7 +564,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[4]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -410,7 +576,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[4]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -423,7 +589,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{4}
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Finding) GetAttestor() string {
@@ -470,7 +636,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[5]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -482,7 +648,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[5]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -495,7 +661,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{5}
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Entry) GetId() string {
@@ -557,7 +723,7 @@ type Near struct {
 
 func (x *Near) Reset() {
 	*x = Near{}
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[6]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -569,7 +735,7 @@ func (x *Near) String() string {
 func (*Near) ProtoMessage() {}
 
 func (x *Near) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[6]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -582,7 +748,7 @@ func (x *Near) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Near.ProtoReflect.Descriptor instead.
 func (*Near) Descriptor() ([]byte, []int) {
-	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{6}
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Near) GetEntry() *Entry {
@@ -612,7 +778,7 @@ type Missing struct {
 
 func (x *Missing) Reset() {
 	*x = Missing{}
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[7]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +790,7 @@ func (x *Missing) String() string {
 func (*Missing) ProtoMessage() {}
 
 func (x *Missing) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[7]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +803,7 @@ func (x *Missing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Missing.ProtoReflect.Descriptor instead.
 func (*Missing) Descriptor() ([]byte, []int) {
-	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{7}
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Missing) GetSelector() *Selector {
@@ -687,7 +853,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[8]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -699,7 +865,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_admin_wire_admin_proto_msgTypes[8]
+	mi := &file_agent_admin_wire_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -712,7 +878,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{8}
+	return file_agent_admin_wire_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Agent) GetSpiffeId() string {
@@ -821,7 +987,7 @@ const file_agent_admin_wire_admin_proto_rawDesc = "" +
 	"\x0eExplainRequest\x12\x12\n" +
 	"\x03pid\x18\x01 \x01(\x05H\x00R\x03pid\x12\x1e\n" +
 	"\tcontainer\x18\x02 \x01(\tH\x00R\tcontainerB\b\n" +
-	"\x06target\"\xd2\x02\n" +
+	"\x06target\"\x86\x03\n" +
 	"\x0fExplainResponse\x126\n" +
 	"\aprocess\x18\x01 \x01(\v2\x1c.assay.agentadmin.v1.ProcessR\aprocess\x128\n" +
 	"\bfindings\x18\x02 \x03(\v2\x1c.assay.agentadmin.v1.FindingR\bfindings\x124\n" +
@@ -829,7 +995,20 @@ const file_agent_admin_wire_admin_proto_rawDesc = "" +
 	"\anearest\x18\x04 \x03(\v2\x19.assay.agentadmin.v1.NearR\anearest\x12\x18\n" +
 	"\aentries\x18\x05 \x01(\x03R\aentries\x120\n" +
 	"\x05agent\x18\x06 \x01(\v2\x1a.assay.agentadmin.v1.AgentR\x05agent\x12\x16\n" +
-	"\x06advice\x18\a \x03(\tR\x06advice\"\x93\x02\n" +
+	"\x06advice\x18\a \x03(\tR\x06advice\x122\n" +
+	"\x06images\x18\b \x03(\v2\x1a.assay.agentadmin.v1.ImageR\x06images\"\x80\x02\n" +
+	"\x05Image\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x18\n" +
+	"\averdict\x18\x02 \x01(\bR\averdict\x12\x16\n" +
+	"\x06counts\x18\x03 \x01(\bR\x06counts\x12\x1a\n" +
+	"\bsequence\x18\x04 \x01(\x04R\bsequence\x12\x1b\n" +
+	"\tnot_after\x18\x05 \x01(\x03R\bnotAfter\x12;\n" +
+	"\tselectors\x18\x06 \x03(\v2\x1d.assay.agentadmin.v1.SelectorR\tselectors\x127\n" +
+	"\bpolicies\x18\a \x03(\v2\x1b.assay.agentadmin.v1.PolicyR\bpolicies\"N\n" +
+	"\x06Policy\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06status\x18\x02 \x01(\tR\x06status\x12\x18\n" +
+	"\asummary\x18\x03 \x01(\tR\asummary\"\x93\x02\n" +
 	"\aProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12#\n" +
 	"\rnamespace_pid\x18\x02 \x01(\x05R\fnamespacePid\x12\x10\n" +
@@ -905,37 +1084,42 @@ func file_agent_admin_wire_admin_proto_rawDescGZIP() []byte {
 	return file_agent_admin_wire_admin_proto_rawDescData
 }
 
-var file_agent_admin_wire_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_agent_admin_wire_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_agent_admin_wire_admin_proto_goTypes = []any{
 	(*ExplainRequest)(nil),  // 0: assay.agentadmin.v1.ExplainRequest
 	(*ExplainResponse)(nil), // 1: assay.agentadmin.v1.ExplainResponse
-	(*Process)(nil),         // 2: assay.agentadmin.v1.Process
-	(*Selector)(nil),        // 3: assay.agentadmin.v1.Selector
-	(*Finding)(nil),         // 4: assay.agentadmin.v1.Finding
-	(*Entry)(nil),           // 5: assay.agentadmin.v1.Entry
-	(*Near)(nil),            // 6: assay.agentadmin.v1.Near
-	(*Missing)(nil),         // 7: assay.agentadmin.v1.Missing
-	(*Agent)(nil),           // 8: assay.agentadmin.v1.Agent
+	(*Image)(nil),           // 2: assay.agentadmin.v1.Image
+	(*Policy)(nil),          // 3: assay.agentadmin.v1.Policy
+	(*Process)(nil),         // 4: assay.agentadmin.v1.Process
+	(*Selector)(nil),        // 5: assay.agentadmin.v1.Selector
+	(*Finding)(nil),         // 6: assay.agentadmin.v1.Finding
+	(*Entry)(nil),           // 7: assay.agentadmin.v1.Entry
+	(*Near)(nil),            // 8: assay.agentadmin.v1.Near
+	(*Missing)(nil),         // 9: assay.agentadmin.v1.Missing
+	(*Agent)(nil),           // 10: assay.agentadmin.v1.Agent
 }
 var file_agent_admin_wire_admin_proto_depIdxs = []int32{
-	2,  // 0: assay.agentadmin.v1.ExplainResponse.process:type_name -> assay.agentadmin.v1.Process
-	4,  // 1: assay.agentadmin.v1.ExplainResponse.findings:type_name -> assay.agentadmin.v1.Finding
-	5,  // 2: assay.agentadmin.v1.ExplainResponse.matches:type_name -> assay.agentadmin.v1.Entry
-	6,  // 3: assay.agentadmin.v1.ExplainResponse.nearest:type_name -> assay.agentadmin.v1.Near
-	8,  // 4: assay.agentadmin.v1.ExplainResponse.agent:type_name -> assay.agentadmin.v1.Agent
-	3,  // 5: assay.agentadmin.v1.Finding.selectors:type_name -> assay.agentadmin.v1.Selector
-	3,  // 6: assay.agentadmin.v1.Entry.selectors:type_name -> assay.agentadmin.v1.Selector
-	5,  // 7: assay.agentadmin.v1.Near.entry:type_name -> assay.agentadmin.v1.Entry
-	7,  // 8: assay.agentadmin.v1.Near.missing:type_name -> assay.agentadmin.v1.Missing
-	3,  // 9: assay.agentadmin.v1.Missing.selector:type_name -> assay.agentadmin.v1.Selector
-	3,  // 10: assay.agentadmin.v1.Missing.similar:type_name -> assay.agentadmin.v1.Selector
-	0,  // 11: assay.agentadmin.v1.Admin.Explain:input_type -> assay.agentadmin.v1.ExplainRequest
-	1,  // 12: assay.agentadmin.v1.Admin.Explain:output_type -> assay.agentadmin.v1.ExplainResponse
-	12, // [12:13] is the sub-list for method output_type
-	11, // [11:12] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	4,  // 0: assay.agentadmin.v1.ExplainResponse.process:type_name -> assay.agentadmin.v1.Process
+	6,  // 1: assay.agentadmin.v1.ExplainResponse.findings:type_name -> assay.agentadmin.v1.Finding
+	7,  // 2: assay.agentadmin.v1.ExplainResponse.matches:type_name -> assay.agentadmin.v1.Entry
+	8,  // 3: assay.agentadmin.v1.ExplainResponse.nearest:type_name -> assay.agentadmin.v1.Near
+	10, // 4: assay.agentadmin.v1.ExplainResponse.agent:type_name -> assay.agentadmin.v1.Agent
+	2,  // 5: assay.agentadmin.v1.ExplainResponse.images:type_name -> assay.agentadmin.v1.Image
+	5,  // 6: assay.agentadmin.v1.Image.selectors:type_name -> assay.agentadmin.v1.Selector
+	3,  // 7: assay.agentadmin.v1.Image.policies:type_name -> assay.agentadmin.v1.Policy
+	5,  // 8: assay.agentadmin.v1.Finding.selectors:type_name -> assay.agentadmin.v1.Selector
+	5,  // 9: assay.agentadmin.v1.Entry.selectors:type_name -> assay.agentadmin.v1.Selector
+	7,  // 10: assay.agentadmin.v1.Near.entry:type_name -> assay.agentadmin.v1.Entry
+	9,  // 11: assay.agentadmin.v1.Near.missing:type_name -> assay.agentadmin.v1.Missing
+	5,  // 12: assay.agentadmin.v1.Missing.selector:type_name -> assay.agentadmin.v1.Selector
+	5,  // 13: assay.agentadmin.v1.Missing.similar:type_name -> assay.agentadmin.v1.Selector
+	0,  // 14: assay.agentadmin.v1.Admin.Explain:input_type -> assay.agentadmin.v1.ExplainRequest
+	1,  // 15: assay.agentadmin.v1.Admin.Explain:output_type -> assay.agentadmin.v1.ExplainResponse
+	15, // [15:16] is the sub-list for method output_type
+	14, // [14:15] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_agent_admin_wire_admin_proto_init() }
@@ -953,7 +1137,7 @@ func file_agent_admin_wire_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_admin_wire_admin_proto_rawDesc), len(file_agent_admin_wire_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
