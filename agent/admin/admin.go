@@ -36,6 +36,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/agent/admin/wire"
+	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/wire/strict"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -48,6 +49,8 @@ type Held interface {
 	Entries() []*identity.Entry
 	// Rev returns the server's revision that they reflect.
 	Rev() uint64
+	// Picture returns all of it.
+	Picture() *view.Picture
 }
 
 // Attestation asks all attestors about a process; *workloadapi.Attestation is one.

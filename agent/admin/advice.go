@@ -105,6 +105,10 @@ func adviseUnmatched(x explanation, st Status) []string {
 			return append(out, fmt.Sprintf("The nearest entry, %s for %s, needs %s, of which nothing is known until that attestor answers.",
 				n.entry.ID, n.entry.SPIFFEID, strings.Join(unknown, " and ")))
 		}
+		if gates := ungrantedOf(n); len(gates) == len(n.missing) {
+			return append(out, fmt.Sprintf("The nearest entry, %s for %s, demands %s of the image. %s. Ask the server why: assay-server evidence explain%s",
+				n.entry.ID, n.entry.SPIFFEID, strings.Join(gates, " and "), sentence(n.missing[0].reason), digestOf(x)))
+		}
 		var wrong, absent []string
 		for _, m := range n.missing {
 			if len(m.similar) > 0 {

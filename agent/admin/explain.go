@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/assay-id/assay/agent/admin/wire"
+	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
@@ -49,8 +50,9 @@ func (s *Server) explain(ctx context.Context, req *wire.ExplainRequest) (*wire.E
 	about.Exited = !p.Alive()
 
 	now := s.now()
-	entries := slices.DeleteFunc(slices.Clone(s.held.Entries()), forNodes)
-	return respond(weigh(findings, entries, now), findings, about, s.cfg.Status(), s.held.Rev(), len(entries), now), nil
+	picture := s.held.Picture()
+	entries := slices.DeleteFunc(slices.Clone(picture.Entries()), forNodes)
+	return respond(weigh(findings, picture, entries, now), findings, about, s.cfg.Status(), picture.Rev, len(entries), now), nil
 }
 
 // forNodes reports whether an entry is one that no workload is meant to match: the alias that a join
@@ -85,6 +87,9 @@ func respond(
 		}
 		resp.Nearest = append(resp.Nearest, w)
 	}
+	for _, im := range x.images {
+		resp.Images = append(resp.Images, imageWire(im))
+	}
 	resp.Advice = advise(x, about, st, rev, entries, now)
 	return resp
 }
@@ -117,6 +122,7 @@ func (s *Server) target(req *wire.ExplainRequest) (pid, siblings int, err error)
 // explanation is what is known of a process, compared with the entries.
 type explanation struct {
 	facts   attestor.Set
+	images  []image
 	failed  []attestor.Finding
 	matches []match
 	near    []near
@@ -142,7 +148,7 @@ type missing struct {
 }
 
 // weigh compares findings with entries.
-func weigh(findings []attestor.Finding, entries []*identity.Entry, now time.Time) explanation {
+func weigh(findings []attestor.Finding, picture *view.Picture, entries []*identity.Entry, now time.Time) explanation {
 	var x explanation
 	sets := make([]attestor.Set, 0, len(findings))
 	for _, f := range findings {
@@ -152,7 +158,8 @@ func weigh(findings []attestor.Finding, entries []*identity.Entry, now time.Time
 		}
 		sets = append(sets, f.Selectors)
 	}
-	x.facts = attestor.Union(sets...)
+	x.facts = picture.Facts(attestor.Union(sets...))
+	x.images = imagesOf(x.facts, picture)
 	entries = slices.Clone(entries)
 	slices.SortFunc(entries, identity.Older)
 	hints := map[string]bool{}
@@ -181,7 +188,9 @@ func weigh(findings []attestor.Finding, entries []*identity.Entry, now time.Time
 	for i := range x.near {
 		for j := range x.near[i].missing {
 			m := &x.near[i].missing[j]
-			m.similar = similar(m.selector, x.facts)
+			if !identity.Gating(m.selector) { // another verdict is nothing to change an entry to
+				m.similar = similar(m.selector, x.facts)
+			}
 			m.reason = reason(m.selector, findings, x)
 		}
 	}
@@ -201,6 +210,9 @@ func closeness(n near, facts attestor.Set) int {
 
 // reason says why a selector is missing, if it is not simply another value.
 func reason(want attestor.Selector, findings []attestor.Finding, x explanation) string {
+	if identity.Gating(want) {
+		return x.ungranted()
+	}
 	for _, f := range findings {
 		if f.Attestor != want.Type {
 			continue

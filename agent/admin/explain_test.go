@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/agent/admin/wire"
+	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -106,7 +107,7 @@ func TestWeigh(t *testing.T) {
 		entry("one-of-one-close", 1, "unix:uid:8"),
 		entry("unit", 1, "systemd:id:x"),
 	}
-	x := weigh(findings, entries, now)
+	x := weigh(findings, view.New().Picture(), entries, now)
 	var matches, nearest []string
 	for _, m := range x.matches {
 		name := m.entry.ID
@@ -140,7 +141,7 @@ func TestWeigh(t *testing.T) {
 		for i := range 50 {
 			many = append(many, entry("e"+string(rune('a'+i%26)), int64(i), "unix:uid:9"))
 		}
-		if x := weigh(findings, many, now); len(x.near) != maxNear {
+		if x := weigh(findings, view.New().Picture(), many, now); len(x.near) != maxNear {
 			t.Errorf("got %d", len(x.near))
 		}
 	})
@@ -148,7 +149,7 @@ func TestWeigh(t *testing.T) {
 
 // page builds the answer that Explain would give, without a process.
 func answerOf(findings []attestor.Finding, entries []*identity.Entry, about *wire.Process, st Status, rev uint64, now time.Time) *wire.ExplainResponse {
-	x := weigh(findings, entries, now)
+	x := weigh(findings, view.New().Picture(), entries, now)
 	return respond(x, findings, about, st, rev, len(entries), now)
 }
 
@@ -221,7 +222,7 @@ func TestAdvice(t *testing.T) {
 		{"a slow attestor", Status{Connected: true}, []attestor.Finding{{Attestor: "docker", Err: context.DeadlineExceeded}}, "in time"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := strings.Join(advise(weigh(c.f, nil, now), &wire.Process{}, c.st, 0, 0, now), "\n")
+			got := strings.Join(advise(weigh(c.f, view.New().Picture(), nil, now), &wire.Process{}, c.st, 0, 0, now), "\n")
 			if !strings.Contains(got, c.want) {
 				t.Errorf("got %q, want %q in it", got, c.want)
 			}

@@ -45,6 +45,10 @@ func render(w io.Writer, r *wire.ExplainResponse, now time.Time) error {
 	p.process(r.GetProcess(), now)
 	p.title("Proved about it")
 	p.findings(r)
+	if len(r.GetImages()) > 0 {
+		p.title("What the server has decided of its image")
+		p.images(r)
+	}
 	p.title("Entries that match: %d of %d", len(r.GetMatches()), r.GetEntries())
 	for i, e := range r.GetMatches() {
 		note := ""
