@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -91,6 +92,18 @@ func TestPublicBundle(t *testing.T) {
 		if got := proof.Selectors().Strings(); !slices.Equal(got, want) {
 			t.Errorf("selectors are\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 		}
+	})
+	t.Run("many at once get the same answer while policies change", func(t *testing.T) {
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				if _, err := v.Verify(t.Context(), raw, about(npmDigest)); err != nil {
+					t.Error(err)
+				}
+				v.Replace(v.Policies())
+			})
+		}
+		wg.Wait()
 	})
 	t.Run("conditions on extensions hold", func(t *testing.T) {
 		v := of(func(b *trust.SigstoreBlock) {

@@ -2,17 +2,71 @@ package trust_test
 
 import (
 	"bytes"
+	"crypto"
+	"crypto/ed25519"
 	"encoding/json"
 	"errors"
+	"flag"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/assay-id/assay/server/verdict/trust"
 )
 
+var makeSamples = flag.Bool("make-samples", false, "write the samples in testdata anew")
+
+// Samples of a Sigstore that is no more: its bundles verify for ever, by the times in them.
+const (
+	sampleRoot   = "testdata/trusted_root.json"
+	sampleBundle = "testdata/bundle.json"
+	sampleDigest = "testdata/bundle-digest.json"
+)
+
+func TestSamples(t *testing.T) {
+	if *makeSamples {
+		s := newSigstore(t)
+		who := signer{uri: acmeSigner, fields: everything()}
+		root, err := os.ReadFile(s.rootFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(t, sampleRoot, root)
+		put(t, sampleBundle, asJSON(s.bundle(t, who, inToto(slsa1, provenanceV1(), imageA), true)))
+		put(t, sampleDigest, asJSON(s.digestBundle(t, who, imageA)))
+	}
+	none := 0
+	block := trust.SigstoreBlock{TrustedRootPath: sampleRoot, Issuer: str(github), Identity: str(acmeSigner), MinLogEntries: &none}
+	v := now(t, policy(t, trust.PolicyBlock{PredicateTypes: []string{"provenance", "signature"}, Sigstore: []trust.SigstoreBlock{block}}))
+	for _, path := range []string{sampleBundle, sampleDigest} {
+		proof, err := v.Verify(t.Context(), sample(t, path), about(imageA))
+		if err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+		if !slices.Equal(proof.TrustPolicies, []string{"ci"}) || proof.VerifiedAt.IsZero() {
+			t.Errorf("%s: proof is %+v", path, proof)
+		}
+	}
+}
+
+func sample(t testing.TB, path string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// fixedKey is the same in all processes of a fuzz test, and so are its signatures.
+func fixedKey(t testing.TB) key {
+	t.Helper()
+	return goKey(t, ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize)), crypto.Hash(0))
+}
+
 // FuzzEnvelope looks for an envelope that is accepted with another payload than the one that was signed.
 func FuzzEnvelope(f *testing.F) {
-	k := ecKey(f)
+	k := fixedKey(f)
 	payload := inToto(slsa1, provenanceV1(), imageA)
 	good := dsse(payload, k.sign)
 	v := verifier(f, policy(f, trust.PolicyBlock{Keys: []trust.KeyBlock{{PEM: k.pem}}, Map: &trust.MapBlock{Paths: map[string]string{"c": "predicate.a.b"}}}))
@@ -42,7 +96,7 @@ func FuzzEnvelope(f *testing.F) {
 
 // FuzzStatement signs whatever it is given.
 func FuzzStatement(f *testing.F) {
-	k := ecKey(f)
+	k := fixedKey(f)
 	v := verifier(f, policy(f, trust.PolicyBlock{
 		PredicateTypes: []string{"provenance", "scan", "https://x.example/a"}, ProvenanceTypes: []string{"provenance", "https://x.example/a"},
 		Keys: []trust.KeyBlock{{PEM: k.pem}}, Map: &trust.MapBlock{Paths: map[string]string{"c": "predicate.a[0].b", "component": "predicate.runDetails.builder.id"}},
@@ -73,15 +127,12 @@ func FuzzStatement(f *testing.F) {
 // FuzzBundle looks for a bundle that is accepted with another payload than the one that was signed, and
 // for one that ends the process.
 func FuzzBundle(f *testing.F) {
-	s := newSigstore(f)
-	payload := inToto(slsa1, provenanceV1(), imageA)
-	good := asJSON(s.bundle(f, signer{uri: acmeSigner, fields: everything()}, payload, true))
-	digest := asJSON(s.digestBundle(f, signer{uri: acmeSigner, fields: everything()}, imageA))
+	none := 0
 	blocks := []trust.SigstoreBlock{
-		{TrustedRootPath: s.rootFile, Issuer: str(github), Identity: str(acmeSigner)},
-		{TrustedRootPath: s.noLog, Issuer: str(github), Identity: str(acmeSigner)},
+		{TrustedRootPath: sampleRoot, Issuer: str(github), Identity: str(acmeSigner)},
+		{TrustedRootPath: sampleRoot, Issuer: str(github), Identity: str(acmeSigner), MinLogEntries: &none},
 	}
-	accepted := [][]byte{payload, nil}
+	accepted := [][]byte{inToto(slsa1, provenanceV1(), imageA), nil}
 	if raw, err := os.ReadFile(sharedBundle); err == nil {
 		f.Add(raw)
 		blocks = append(blocks, trust.SigstoreBlock{TrustedRootPath: sharedRoot, Issuer: str(github), Identity: str(npmSigner)})
@@ -96,8 +147,8 @@ func FuzzBundle(f *testing.F) {
 		accepted = append(accepted, m.Envelope.Payload)
 	}
 	v := now(f, policy(f, trust.PolicyBlock{PredicateTypes: []string{"provenance", "signature"}, Sigstore: blocks}))
-	f.Add(good)
-	f.Add(digest)
+	f.Add(sample(f, sampleBundle))
+	f.Add(sample(f, sampleDigest))
 	f.Add([]byte(`{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","verificationMaterial":{"publicKey":{}},"dsseEnvelope":{}}`))
 	f.Add([]byte(`{"mediaType":"application/vnd.dev.sigstore.bundle+json;version=0.1","verificationMaterial":{"x509CertificateChain":{},"tlogEntries":[{"logId":{"keyId":"eA=="},"kindVersion":{},"canonicalizedBody":"e30="}]},"dsseEnvelope":{"signatures":[{}]}}`))
 	f.Fuzz(func(t *testing.T, raw []byte) {

@@ -107,6 +107,11 @@ func TestProvenance(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	t.Run("a regular expression is about the whole value, however it is written", func(t *testing.T) {
+		v := verifier(t, policy(t, trust.PolicyBlock{Keys: []trust.KeyBlock{{PEM: k.pem}}, Builders: cty.StringVal("^https://builder|example/v1$")}))
+		_, err := v.Verify(t.Context(), doc, about(imageA))
+		refused(t, err, trust.ErrIdentity)
+	})
 	t.Run("provenance that cannot be read is refused", func(t *testing.T) {
 		v := verifier(t, policy(t, trust.PolicyBlock{Keys: []trust.KeyBlock{{PEM: k.pem}}}))
 		_, err := v.Verify(t.Context(), dsse(inToto(slsa1, map[string]any{"buildDefinition": 1}, imageA), k.sign), about(imageA))

@@ -645,15 +645,12 @@ func TestScopes(t *testing.T) {
 }
 
 func FuzzToken(f *testing.F) {
-	ec, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		f.Fatal(err)
-	}
+	ed := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize)) // the same in all processes of the fuzz test
 	path := filepath.Join(f.TempDir(), "jwks.json")
-	put(f, path, asJSON(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: ec.Public()}}}))
+	put(f, path, asJSON(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: ed.Public()}}}))
 	s := source(f, "shop", trust.OIDCBlock{Issuer: "https://ci.example", Audience: cty.StringVal(audience), JWKSPath: path, Conditions: where(map[string]string{"sub": "x"})})
 	c := callers(f, newClock(), s)
-	good := token(f, ec, "", jose.ES256, map[string]any{"iss": "https://ci.example", "aud": audience, "sub": "x", "exp": received.Unix()})
+	good := token(f, ed, "", jose.EdDSA, map[string]any{"iss": "https://ci.example", "aud": audience, "sub": "x", "exp": received.Unix()})
 	f.Add([]byte(good))
 	f.Add([]byte("a.b.c"))
 	f.Add([]byte("eyJhbGciOiJub25lIn0.eyJpc3MiOiJodHRwczovL2NpLmV4YW1wbGUifQ."))
