@@ -73,7 +73,8 @@ type Proof struct {
 	// certificate, or the key as "sha256:…" over its SubjectPublicKeyInfo. Issuer is the OIDC issuer
 	// that authenticated the signer, empty for keys.
 	Signer, Issuer string
-	// Fields are the extensions of the signer's certificate by name, see Extensions.
+	// Fields are the extensions of the signer's certificate by name (FieldSourceURI
+	// and so on).
 	Fields map[string]string
 	// Subjects are the digests that the statement names, as "sha256:…", sorted; Matched are those of
 	// them that were asked for.
