@@ -25,6 +25,7 @@ import (
 	"github.com/assay-id/assay/agent/uplink"
 	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/workloadapi"
+	"github.com/assay-id/assay/workloadapi/sds"
 )
 
 // Run runs an agent until ctx ends. It returns an error if the agent cannot start or cannot go on
@@ -172,6 +173,9 @@ func (a *agent) openWorkloadAPI() {
 		Metrics:                       a.cfg.Metrics,
 		Now:                           a.cfg.Now,
 	})
+	secrets := a.cfg.SDS
+	secrets.Log = a.cfg.Log.WithField("component", "sds")
+	sds.Register(a.serve, secrets)
 }
 
 // run runs the parts until one fails or ctx ends.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi"
+	"github.com/assay-id/assay/workloadapi/sds"
 )
 
 // Where an agent looks and listens unless told otherwise. The paths and the port are SPIRE's, so
@@ -118,6 +119,8 @@ type Config struct {
 	// AllowedForeignJWTClaims are the claims of JWT-SVIDs of other trust domains that
 	// ValidateJWTSVID returns.
 	AllowedForeignJWTClaims []string
+	// SDS is how Envoy and Istio ask for secrets on the same socket; its Log is not used.
+	SDS sds.Config
 	// LogSelectors are the selector types whose values may appear in logs; values can hold secrets.
 	LogSelectors []string
 	// Audit gets a line for each answer of the Workload API; nil means that nobody does.

@@ -48,6 +48,8 @@ type Agent struct {
 	LogSelectors                  []string
 	AuditFile                     string // empty: no audit log; "-": standard error
 
+	SDS SDS
+
 	KeyManager string // "disk" or "memory"
 	KeysDir    string // of "disk"; empty: DataDir
 	Node       Node
@@ -56,6 +58,12 @@ type Agent struct {
 	Log     Log
 	Health  Health
 	Metrics string // host:port; empty: no listener
+}
+
+// SDS is how Envoy and Istio ask for secrets.
+type SDS struct {
+	DefaultSVIDName, DefaultBundleName, DefaultAllBundlesName string
+	DisableSPIFFEValidation, KeepWithdrawn                    bool
 }
 
 // agentFile is the file's shape. Pointers tell 0 from "not given".
@@ -98,6 +106,17 @@ type agentBlock struct {
 	AllowedForeignJWTClaims       []string `hcl:"allowed_foreign_jwt_claims,optional"`
 	LogSelectors                  []string `hcl:"log_selectors,optional"`
 	AuditFile                     string   `hcl:"audit_log_file,optional"`
+
+	SDS *sdsBlock `hcl:"sds,block"`
+}
+
+// sdsBlock is agent.sds.
+type sdsBlock struct {
+	DefaultSVIDName         string `hcl:"default_svid_name,optional"`
+	DefaultBundleName       string `hcl:"default_bundle_name,optional"`
+	DefaultAllBundlesName   string `hcl:"default_all_bundles_name,optional"`
+	DisableSPIFFEValidation bool   `hcl:"disable_spiffe_cert_validation,optional"`
+	KeepWithdrawn           bool   `hcl:"keep_withdrawn,optional"`
 }
 
 // diskDirectory is key_manager "disk" of the agent.
@@ -157,6 +176,8 @@ func (l *loader) agent(b *agentBlock) *Agent {
 		AllowedForeignJWTClaims:       b.AllowedForeignJWTClaims,
 		LogSelectors:                  b.LogSelectors,
 		AuditFile:                     l.inFile("agent.audit_log_file", b.AuditFile),
+
+		SDS: l.sds(b.SDS),
 	}
 	if a.WorkloadHold == 0 {
 		a.WorkloadHold = -1
@@ -172,6 +193,35 @@ func (l *loader) agent(b *agentBlock) *Agent {
 			"%q is in the directory of the Workload API's socket or below it, which is handed to workloads; choose another directory, or \"\" for no admin socket.", a.AdminSocketPath)
 	}
 	return a
+}
+
+// sds checks the names by which clients ask; each must mean one thing.
+func (l *loader) sds(b *sdsBlock) SDS {
+	if b == nil {
+		b = new(sdsBlock)
+	}
+	s := SDS{
+		DefaultSVIDName: b.DefaultSVIDName, DefaultBundleName: b.DefaultBundleName, DefaultAllBundlesName: b.DefaultAllBundlesName,
+		DisableSPIFFEValidation: b.DisableSPIFFEValidation, KeepWithdrawn: b.KeepWithdrawn,
+	}
+	seen := map[string]string{}
+	for _, n := range []struct {
+		key, without string
+		name         *string
+	}{
+		{"default_svid_name", "default", &s.DefaultSVIDName},
+		{"default_bundle_name", "ROOTCA", &s.DefaultBundleName},
+		{"default_all_bundles_name", "ALL", &s.DefaultAllBundlesName},
+	} {
+		if *n.name == "" {
+			*n.name = n.without
+		}
+		if first := seen[*n.name]; first != "" {
+			l.say("agent.sds."+n.key, "Conflicting names", "%q is what %s is asked for by; choose another name for one of them.", *n.name, first)
+		}
+		seen[*n.name] = n.key
+	}
+	return s
 }
 
 // within reports whether the file is in the directory or below it.

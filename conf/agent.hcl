@@ -74,6 +74,22 @@ agent {
 
   # Claims of JWT-SVIDs of other trust domains that are handed to workloads that validate them.
   #allowed_foreign_jwt_claims = []
+
+  # Envoy's secret discovery service (SDS v3, state of the world and delta) on socket_path, for Envoy and
+  # Istio. Istio looks for its socket at /var/run/secrets/workload-spiffe-uds/socket: write a socket_path
+  # that ends in "/socket" and mount its directory there; the names below are Istio's already.
+  #sds {
+    # What is asked for to get the default identity, the own trust domain's bundle, and all bundles.
+    #default_svid_name        = "default"
+    #default_bundle_name      = "ROOTCA"
+    #default_all_bundles_name = "ALL"
+    # Bundles as plain trusted_ca in place of Envoy's SPIFFE validator. A node can ask for it for itself,
+    # by disable_spiffe_cert_validation in its metadata.
+    #disable_spiffe_cert_validation = false
+    # Envoy has no word for "withdrawn" and uses what it has until it expires. So its certificate is
+    # replaced by one that nobody trusts; true leaves it, as SPIRE does.
+    #keep_withdrawn = false
+  #}
 }
 
 # How the agent proves to the server what node it runs on: exactly one block.

@@ -80,7 +80,7 @@ func TestAgentSample(t *testing.T) {
 		t.Fatal(err)
 	}
 	if a.TrustBundlePath != bundle || a.WorkloadHold != 3*time.Second || a.Node.Kind.Type != "join_token" || len(a.Workloads) != 1 ||
-		a.AdminSocketPath != DefaultAdminSocket {
+		a.AdminSocketPath != DefaultAdminSocket || a.SDS != (SDS{DefaultSVIDName: "default", DefaultBundleName: "ROOTCA", DefaultAllBundlesName: "ALL"}) {
 		t.Errorf("the sample loads as %+v", a)
 	}
 	t.Run("every key is in it, and nothing else", func(t *testing.T) {
@@ -319,6 +319,8 @@ func TestAgentMistakes(t *testing.T) {
 			`F:5,23-44: Unreadable file; /nowhere/bundle.pem: no such file or directory; "assay-server bundle show" prints what belongs into it.`},
 		{"a bundle that is a directory", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_path = "/proc"`),
 			`F:5,23-30: Unreadable file; /proc: it is a directory; "assay-server bundle show" prints what belongs into it.`},
+		{"one name for two secrets", replace(goodAgent, "}\nnode", "  sds {\n    default_all_bundles_name = \"ROOTCA\"\n  }\n}\nnode"),
+			`F:7,32-40: Conflicting names; "ROOTCA" is what default_bundle_name is asked for by; choose another name for one of them.`},
 		{"a bundle by http", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_url = "http://x.example"`),
 			`F:5,22-40: Invalid URL; "http://x.example" is no https URL; without https anybody on the way could take the server's place.`},
 		{"a token file that is not there", replace(goodAgent, "}\nnode", "  join_token_file = \"/nowhere/t\"\n}\nnode"),

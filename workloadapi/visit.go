@@ -66,6 +66,9 @@ func (f *Followed) Renew() error {
 // Exited is closed when the process has exited.
 func (f *Followed) Exited() <-chan struct{} { return f.caller.peer.Done() }
 
+// PID is the process's number.
+func (f *Followed) PID() int { return f.caller.peer.PID }
+
 // Alive reports whether the process is still the one that was attested.
 func (f *Followed) Alive() bool { return f.caller.peer.Alive() }
 
@@ -99,6 +102,9 @@ func (s *Server) Status(ctx context.Context, method string, err error) error {
 // Denied returns an error that tells a caller only that it has no identity; the reason is for the audit
 // line.
 func Denied(reason string) error { return denied(reason) }
+
+// Withdrawn reports whether an error says that a process has lost what it had been given.
+func Withdrawn(err error) bool { return errors.Is(err, withdrawn) }
 
 // Invalid returns an error that tells a caller what is wrong with its request.
 func Invalid(text string) error { return invalid(text) }

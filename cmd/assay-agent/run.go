@@ -14,6 +14,7 @@ import (
 	"github.com/assay-id/assay/cmd/daemon"
 	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/workloadapi"
+	"github.com/assay-id/assay/workloadapi/sds"
 )
 
 // defaultConfig is the file of "run" and "validate" if -config names none.
@@ -114,6 +115,11 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.SyncInterval, c.WorkloadHold = from.SyncInterval, from.WorkloadHold
 	c.AllowUnauthenticatedVerifiers = from.AllowUnauthenticatedVerifiers
 	c.AllowedForeignJWTClaims, c.LogSelectors = from.AllowedForeignJWTClaims, from.LogSelectors
+	c.SDS = sds.Config{
+		DefaultSVIDName: from.SDS.DefaultSVIDName, DefaultBundleName: from.SDS.DefaultBundleName,
+		DefaultAllBundlesName: from.SDS.DefaultAllBundlesName, DisableSPIFFEValidation: from.SDS.DisableSPIFFEValidation,
+		KeepWithdrawn: from.SDS.KeepWithdrawn,
+	}
 	needs := func(kind string) attestor.Needs {
 		return attestor.Needs{TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", "attestor/"+kind), Now: time.Now, JoinToken: from.JoinToken}
 	}
