@@ -244,20 +244,30 @@ func (a *agent) health() (live, ready error) {
 	default:
 		return nil, errors.New("workload API does not listen yet")
 	}
-	switch {
-	case a.join.Banned():
+	if a.join.Banned() {
 		return nil, errors.New("agent is banned")
-	case !a.view.Picture().Held():
-		err := a.join.Err()
-		if err == nil {
-			err = a.uplink.Status().Err
-		}
-		if err != nil {
-			return nil, fmt.Errorf("no picture from the server yet: %w", err)
-		}
-		return nil, errors.New("no picture from the server yet")
 	}
-	return nil, nil
+	var what error
+	own, _ := a.join.Own()
+	switch {
+	case !a.view.Picture().Held():
+		what = errors.New("no picture from the server yet")
+	case own == nil:
+		what = errors.New("the agent has no valid SVID of its own")
+	default:
+		return nil, nil
+	}
+	why := a.join.Err()
+	if why == nil && own != nil {
+		why = a.uplink.Status().Err
+	}
+	if why != nil {
+		what = fmt.Errorf("%w: %w", what, why)
+	}
+	if lost := a.keep.Lost(); lost != nil {
+		what = fmt.Errorf("%w; what was kept from before could not be used: %w", what, lost)
+	}
+	return nil, what
 }
 
 // errBanned keeps pictures out of a banned agent.

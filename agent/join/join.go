@@ -349,6 +349,9 @@ func (j *Joiner) try(ctx context.Context, how action, failures int, said *notice
 	j.mu.Lock()
 	if j.own == nil || j.expired(j.own) || j.refused {
 		j.last = err
+		if how == attesting && j.needsToken(err) {
+			j.last = fmt.Errorf("%w; %s", err, tokenAdvice)
+		}
 	}
 	j.mu.Unlock()
 	if !j.Banned() && said.due(how, err, j.now()) {
@@ -408,6 +411,12 @@ func (j *Joiner) failed(how action, err error, failures int) time.Duration {
 	return jitter(min(firstRetry<<min(failures-1, 10), limit))
 }
 
+// tokenAdvice is what to do about a join token that is spent.
+const tokenAdvice = "make a new one with `assay-server token generate`, give it to this agent as join_token and restart it"
+
+// needsToken reports whether an attestation failed in a way that only a new join token can mend.
+func (j *Joiner) needsToken(err error) bool { return j.cfg.Type == "join_token" && isRefusal(err) }
+
 // complain says what is being waited for.
 func (j *Joiner) complain(how action, err error, wait time.Duration) {
 	log := j.log.WithError(err).WithFields(logrus.Fields{"server": j.cfg.Target, "next_try": wait.Round(time.Millisecond).String()})
@@ -415,14 +424,13 @@ func (j *Joiner) complain(how action, err error, wait time.Duration) {
 	own := j.own
 	j.mu.Unlock()
 	switch {
-	case j.cfg.Type == "join_token" && isRefusal(err) && how == attesting:
+	case how == attesting && j.needsToken(err):
 		lost := "has no SVID"
 		if own != nil {
 			lost = fmt.Sprintf("can no longer use its SVID (expiry %s)", own.Chain[0].NotAfter.UTC().Format(time.RFC3339))
 		}
 		log.Error("the agent " + lost + " and the server refuses the join token it was given, because a token works once and only for a time: " +
-			"make a new one with `assay-server token generate`, give it to this agent as join_token and restart it; " +
-			"workloads are served from what is held meanwhile")
+			tokenAdvice + "; workloads are served from what is held meanwhile")
 	case isRefusal(err):
 		log.Error("server refuses the agent; workloads are served from what is held meanwhile")
 	case summary(err) != "":

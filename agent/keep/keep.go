@@ -68,9 +68,10 @@ type Keep struct {
 
 	// fileMu serializes writes to the directory; taken before mu where both are.
 	fileMu sync.Mutex
-	// mu guards the two below.
+	// mu guards later and lost.
 	mu    sync.Mutex
 	later map[string]func() (any, error)
+	lost  []error
 	kick  chan struct{}
 }
 
@@ -87,11 +88,23 @@ func Open(dir string, keys *Keys, log logrus.FieldLogger) (*Keep, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open seal key: %w", err)
 	}
-	return &Keep{
+	k := &Keep{
 		dir: dir, keys: keys, aead: aead, log: log,
 		later: map[string]func() (any, error){},
 		kick:  make(chan struct{}, 1),
-	}, nil
+	}
+	if keys.lost != nil {
+		k.lost = append(k.lost, keys.lost)
+		log.WithError(keys.lost).Error("agent's key store is damaged and was replaced; what was sealed under it cannot be used any more")
+	}
+	return k, nil
+}
+
+// Lost returns what was kept before and could not be used, nil if there was nothing of the kind.
+func (k *Keep) Lost() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return errors.Join(k.lost...)
 }
 
 // Wipe forgets everything but the key store, on disk too.
@@ -240,6 +253,9 @@ func (k *Keep) spoilt(name string, err error) {
 		log = log.WithField("put_aside", mv)
 	}
 	log.Error("kept state cannot be used; starting without it")
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.lost = append(k.lost, fmt.Errorf("%s: %w", path, err))
 }
 
 func (k *Keep) read(path, name string, v any) error {

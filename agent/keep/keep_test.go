@@ -7,6 +7,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"math/big"
 	"net/url"
 	"os"
@@ -95,7 +96,14 @@ func fill(t *testing.T, k *keep.Keep) (*keep.Own, *identity.Bundle, *keep.Pictur
 		ID: "e1", SPIFFEID: spiffeid.RequireFromPath(td, "/w"), Revision: 3, Hint: "h", CreatedAt: time.Unix(99, 0).UTC(),
 		Selectors: attestor.NewSet(attestor.Selector{Type: "unix", Value: "uid:1"}),
 	}
-	picture := &keep.Picture{StoreID: "store", Rev: 12, Entries: []*identity.Entry{e}, Bundles: []*identity.Bundle{bundle}}
+	picture := &keep.Picture{
+		StoreID: "store", Rev: 12, Entries: []*identity.Entry{e}, Bundles: []*identity.Bundle{bundle}, HeardAt: time.Unix(1234, 0),
+		Verdicts: []*identity.Verdict{{
+			Digest: "sha256:" + strings.Repeat("a", 64), Seq: 7, NotAfter: time.Unix(99, 0).UTC(),
+			Selectors: attestor.NewSet(attestor.Selector{Type: "scan", Value: "policy:prod"}),
+			Policies:  []identity.PolicyVerdict{{Policy: "prod", Status: "pass", Summary: "nothing found"}},
+		}},
+	}
 	k.SavePicture(picture)
 	leaf, leafKey := certificate(t, e.SPIFFEID, false)
 	der, err := x509.MarshalPKCS8PrivateKey(leafKey)
@@ -141,6 +149,9 @@ func TestRoundTrip(t *testing.T) {
 		sets := cmp.Comparer(func(a, b attestor.Set) bool { return a.Equal(b) })
 		if diff := cmp.Diff(picture.Entries, got.Entries, same, sets); diff != "" {
 			t.Error(diff)
+		}
+		if diff := cmp.Diff(picture.Verdicts, got.Verdicts, sets); diff != "" || !got.HeardAt.Equal(picture.HeardAt) {
+			t.Error(diff, got.HeardAt)
 		}
 	})
 	t.Run("the workloads' SVIDs", func(t *testing.T) {
@@ -266,20 +277,60 @@ func TestDamage(t *testing.T) {
 
 func TestKeys(t *testing.T) {
 	for name, content := range map[string]string{
-		"no JSON":         "x",
-		"another version": `{"version":2,"seal":"AAAA"}`,
-		"a short key":     `{"version":1,"seal":"AAAA"}`,
+		"no bytes":    "",
+		"no JSON":     "x",
+		"half of it":  `{"version":1,"seal":"AAAAAAAAAAAAAAAAAAAAAAAA`,
+		"a short key": `{"version":1,"seal":"AAAA"}`,
 	} {
-		t.Run("a key store with "+name+" is an error that names the file", func(t *testing.T) {
+		t.Run("a key store with "+name+" is put aside and replaced, loudly", func(t *testing.T) {
 			dir := t.TempDir()
-			if err := os.WriteFile(filepath.Join(dir, "agent-keys.json"), []byte(content), 0o600); err != nil {
+			path := filepath.Join(dir, "agent-keys.json")
+			if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := keep.DiskKeys(dir); err == nil || !strings.Contains(err.Error(), dir) {
-				t.Errorf("got %v", err)
+			keys, err := keep.DiskKeys(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			log, hook := logtest.NewNullLogger()
+			k, err := keep.Open(dir, keys, log)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := k.Lost(); err == nil || !strings.Contains(err.Error(), path) || strings.Contains(err.Error(), "AAAA") {
+				t.Errorf("lost: %v", err)
+			}
+			if e := hook.LastEntry(); e == nil || e.Level != logrus.ErrorLevel {
+				t.Errorf("logged %v", e)
+			}
+			if aside, err := os.ReadFile(path + ".bad"); err != nil || string(aside) != content {
+				t.Errorf("aside: %q, %v", aside, err)
+			}
+			fill(t, k) // and the new one does
+			if keys, err = keep.DiskKeys(dir); err != nil {
+				t.Fatal(err)
+			}
+			if k, err = keep.Open(dir, keys, log); err != nil || k.Own() == nil || k.Lost() != nil {
+				t.Errorf("not as it was left: %v, %v", err, k.Lost())
 			}
 		})
 	}
+	t.Run("a key store of a newer agent, or one that cannot be read, is an error that names it", func(t *testing.T) {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "agent-keys.json")
+		if err := os.WriteFile(path, []byte(`{"version":2,"seal":"AAAA"}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := keep.DiskKeys(dir); err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("got %v", err)
+		}
+		if err := errors.Join(os.Remove(path), os.Mkdir(path, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := keep.DiskKeys(dir); err == nil || !strings.Contains(err.Error(), path) {
+			t.Errorf("got %v", err)
+		}
+	})
 	t.Run("keys in memory leave nothing on disk", func(t *testing.T) {
 		dir := t.TempDir()
 		log, _ := logtest.NewNullLogger()

@@ -20,6 +20,7 @@ const (
 type Keys struct {
 	seal       []byte
 	persistent bool
+	lost       error // why the key from before could not be used; nil: it could, or there was none
 }
 
 // MemoryKeys returns a key store that ends with the process. Nothing sealed under it can be read by
@@ -35,41 +36,56 @@ type keysJSON struct {
 	Seal    []byte `json:"seal"`
 }
 
-// DiskKeys opens the key store in dir, or makes one, with mode 0600. A store that is there and cannot
-// be read is an error that names the file: replacing it would throw away all that was kept.
+// DiskKeys opens the key store in dir, or makes one, with mode 0600. A store that is damaged is put
+// aside under a name ending in ".bad" and replaced: what was sealed under its key is lost with it, and
+// an agent that runs can get all of it again. Keep.Lost tells of it. A store that cannot be read, or
+// that a newer agent wrote, is an error that names the file.
 func DiskKeys(dir string) (*Keys, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make key directory: %w", err)
 	}
 	path := filepath.Join(dir, keysFile)
 	raw, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		k := MemoryKeys()
-		k.persistent = true
-		raw, err := json.Marshal(keysJSON{Version: keysVersion, Seal: k.seal})
-		if err != nil {
-			return nil, fmt.Errorf("marshal agent keys: %w", err)
-		}
-		if err := writeFile(path, raw); err != nil {
-			return nil, fmt.Errorf("write agent keys: %w", err)
-		}
-		return k, nil
-	}
-	if err != nil {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return newDiskKeys(path)
+	case err != nil:
 		return nil, fmt.Errorf("read agent keys: %w", err)
 	}
 	var stored keysJSON
-	if err := json.Unmarshal(raw, &stored); err != nil {
-		return nil, fmt.Errorf("read agent keys %s: %w; remove the file to start afresh", path, err)
-	}
-	if stored.Version != keysVersion {
+	err = json.Unmarshal(raw, &stored)
+	switch {
+	case err != nil:
+		err = errors.New("not the JSON it was written as") // no part of it: it was a key
+	case stored.Version > keysVersion:
 		return nil, fmt.Errorf("read agent keys %s: version %d is not known to this agent", path, stored.Version)
+	case len(stored.Seal) != sealKeySize:
+		err = fmt.Errorf("key of %d bytes, want %d", len(stored.Seal), sealKeySize)
+	default:
+		return &Keys{seal: stored.Seal, persistent: true}, nil
 	}
-	if len(stored.Seal) != sealKeySize {
-		return nil, fmt.Errorf("read agent keys %s: key of %d bytes, want %d; remove the file to start afresh",
-			path, len(stored.Seal), sealKeySize)
+	if mv := os.Rename(path, path+".bad"); mv != nil {
+		return nil, fmt.Errorf("read agent keys %s: %w; put it aside: %w", path, err, mv)
 	}
-	return &Keys{seal: stored.Seal, persistent: true}, nil
+	k, newErr := newDiskKeys(path)
+	if newErr != nil {
+		return nil, newErr
+	}
+	k.lost = fmt.Errorf("%s: %w", path, err)
+	return k, nil
+}
+
+func newDiskKeys(path string) (*Keys, error) {
+	k := MemoryKeys()
+	k.persistent = true
+	raw, err := json.Marshal(keysJSON{Version: keysVersion, Seal: k.seal})
+	if err != nil {
+		return nil, fmt.Errorf("marshal agent keys: %w", err)
+	}
+	if err := writeFile(path, raw); err != nil {
+		return nil, fmt.Errorf("write agent keys: %w", err)
+	}
+	return k, nil
 }
 
 // writeFile replaces the file at path whole or not at all, with mode 0600, and returns when the
