@@ -58,6 +58,7 @@ func (i *Issuer) enter(s *subject, now time.Time) {
 			i.tell()
 		}
 		im.subjects++
+		i.due(now.Add(lingerImage)) // see stillThere
 	}
 }
 
@@ -78,6 +79,24 @@ func (i *Issuer) leave(s *subject, now time.Time) {
 			i.due(now.Add(lingerImage))
 		}
 	}
+}
+
+// stillThere closes the channel of a subject that nobody has asked about for long, if it names an image:
+// whoever follows asks again, and otherwise the image is not said to run for ever. mu is held.
+func (i *Issuer) stillThere(s *subject, now time.Time) {
+	if len(s.digests) == 0 {
+		return
+	}
+	at := s.askedAt.Add(lingerImage)
+	if s.wokenAt.After(s.askedAt) {
+		at = s.wokenAt.Add(afterWake)
+	}
+	if now.Before(at) {
+		i.due(at)
+		return
+	}
+	s.wake(now)
+	i.due(now.Add(afterWake))
 }
 
 // forgetImages forgets those whose time is over. mu is held.

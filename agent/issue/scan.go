@@ -68,6 +68,7 @@ func (i *Issuer) wanted(sl *slot, now time.Time) bool {
 func (i *Issuer) trim(now time.Time) {
 	for _, s := range i.subjects {
 		if s.followed(now) {
+			i.stillThere(s, now)
 			continue
 		}
 		if now.Sub(s.wokenAt) >= forget {

@@ -75,7 +75,7 @@ type node struct {
 	stop   func()
 }
 
-func start(t *testing.T, server *fakeserver.Server) *node {
+func start(t *testing.T, server *fakeserver.Server, change ...func(*uplink.Config)) *node {
 	t.Helper()
 	n := &node{t: t, server: server, sink: &sink{view: view.New()}}
 	log := logrus.New()
@@ -91,9 +91,13 @@ func start(t *testing.T, server *fakeserver.Server) *node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.link, err = uplink.New(n.join, n.sink, uplink.Config{
+	cfg := uplink.Config{
 		TrustDomain: fakeserver.TrustDomain, Target: server.Addr, Version: "test", SyncInterval: 20 * time.Millisecond, Log: log,
-	})
+	}
+	for _, f := range change {
+		f(&cfg)
+	}
+	n.link, err = uplink.New(n.join, n.sink, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}

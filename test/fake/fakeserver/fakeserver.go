@@ -20,6 +20,7 @@ import (
 	"math/big"
 	"net"
 	"net/url"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -92,9 +93,12 @@ type Server struct {
 	drift   int
 	calls   map[string]int
 	hello   *feedv1.Hello
-	acked   uint64
-	block   chan struct{} // not nil: signing waits for it
-	unknown map[string]bool
+	reports []*feedv1.Running
+	// capabilities are those of the feed.
+	capabilities []string
+	acked        uint64
+	block        chan struct{} // not nil: signing waits for it
+	unknown      map[string]bool
 }
 
 type authority struct {
@@ -330,6 +334,20 @@ func (s *Server) Hello() (*feedv1.Hello, uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.hello, s.acked
+}
+
+// Speak makes the server say on its next feeds what it understands.
+func (s *Server) Speak(capabilities ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.capabilities = capabilities
+}
+
+// Reports returns what agents have said to run, after their Hellos.
+func (s *Server) Reports() []*feedv1.Running {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.reports)
 }
 
 // Rev returns the revision.

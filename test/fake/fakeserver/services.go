@@ -427,7 +427,11 @@ func (f *feedService) Follow(stream feedv1.Feed_FollowServer) error {
 				return
 			}
 			f.s.mu.Lock()
-			f.s.acked = req.GetAck().GetRevision()
+			if running := req.GetRunning(); running != nil {
+				f.s.reports = append(f.s.reports, running)
+			} else {
+				f.s.acked = req.GetAck().GetRevision()
+			}
 			f.s.mu.Unlock()
 		}
 	}()
@@ -485,6 +489,9 @@ func (f *feedService) difference(hello *feedv1.Hello, was holding, first bool) (
 	two := proto.CloneOf(one)
 	two.More = false
 	two.MadeAt = time.Now().UnixNano()
+	if first {
+		one.Capabilities = f.s.capabilities
+	}
 	now := held(&feedv1.Hello{})
 	for id, e := range entries {
 		now.entries[id] = [2]int64{e.GetRevisionNumber(), e.GetCreatedAt()}
