@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"time"
 
@@ -36,6 +37,7 @@ import (
 	"github.com/assay-id/assay/server/feed"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/boltkv"
+	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/verdict/rules"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/strict"
@@ -86,7 +88,8 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err != nil {
 		return err
 	}
-	desk := admit.New(rec, authority, judges, admit.Config{
+	signing := turn.New(runtime.GOMAXPROCS(0), maxSigning)
+	desk := admit.New(rec, urgent{authority, signing}, judges, admit.Config{
 		TrustDomain: cfg.TrustDomain, Duration: cfg.Limits.AttestDuration,
 		Log: component("admit"), Metrics: cfg.Metrics, Now: cfg.Now,
 	})
@@ -95,7 +98,8 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	services := api.New(api.Parts{
-		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Chain: ownChain(authority), Level: cfg.Level,
+		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Signing: signing,
+		Chain: ownChain(authority), Level: cfg.Level,
 		Evidence: judging(judge), ScanPolicies: rules.ScanPolicies,
 		Snapshots: snapshots,
 	}, api.Config{

@@ -127,7 +127,7 @@ func (s *agentService) BanAgent(ctx context.Context, req *agentv1.BanAgentReques
 // the version changed, and nobody waits for it.
 func (s *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRequest) (*agentv1.PostStatusResponse, error) {
 	who := caller.FromContext(ctx)
-	if err := s.api.post.wait(ctx, who.Source(), 1); err != nil {
+	if err := s.api.post.wait(ctx, who.Share(), 1); err != nil {
 		return nil, err
 	}
 	version := req.GetAgentVersion()

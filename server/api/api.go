@@ -36,6 +36,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/adminv1"
@@ -94,6 +95,8 @@ type Parts struct {
 	CA      CA
 	Desk    *admit.Desk
 	Audit   Audit
+	// Signing says whose turn it is to have something signed. Nil: nobody waits but for his own.
+	Signing *turn.Stile
 	// Chain returns the server's own SVID, for debug.v1.
 	Chain func() []*x509.Certificate
 	// Evidence judges images. Nil: evidence.v1 answers Unimplemented. ScanPolicies reads scan_policy

@@ -14,6 +14,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -98,6 +99,31 @@ func TestRates(t *testing.T) {
 			}
 		})
 	})
+	t.Run("those who are sent away are told to come back one after the other", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			r := newRates(1, 1)
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			_ = r.wait(ctx, "a", 1)
+			last := time.Duration(0)
+			for i := range 100 {
+				err := r.wait(ctx, "a", 1)
+				if in := hint(err); status.Code(err) != codes.ResourceExhausted || in-last != time.Second && i > 0 {
+					t.Fatalf("number %d: %v, in %s after %s", i, err, in, last)
+				}
+				last = hint(err)
+			}
+			if last < 100*time.Second || last > 102*time.Second {
+				t.Errorf("the hundredth is to come back in %s", last)
+			}
+			for range 1000 {
+				_ = r.wait(ctx, "a", 1)
+			}
+			if in := hint(r.wait(ctx, "a", 1)); in < maxHint/2 || in > maxHint {
+				t.Errorf("the last is to come back in %s", in)
+			}
+		})
+	})
 	t.Run("sources are forgotten before there are too many", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := newRates(1, 1)
@@ -120,6 +146,16 @@ func TestRates(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// hint returns when a caller is told to come back.
+func hint(err error) time.Duration {
+	for _, d := range status.Convert(err).Details() {
+		if d, ok := d.(*errdetails.RetryInfo); ok {
+			return d.GetRetryDelay().AsDuration()
+		}
+	}
+	return 0
 }
 
 // log is an audit log that may be broken.

@@ -148,7 +148,7 @@ func ask(_ context.Context, stream agentv1.Agent_AttestAgentServer, in func() (*
 // RenewAgent gives the calling agent a new SVID. Its old one stays good until the new one is used.
 func (s *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequest) (*agentv1.RenewAgentResponse, error) {
 	who := caller.FromContext(ctx)
-	if err := s.api.sign.wait(ctx, who.Source(), 1); err != nil {
+	if err := s.api.sign.wait(ctx, who.Share(), 1); err != nil {
 		return nil, err
 	}
 	if req.GetParams() == nil {

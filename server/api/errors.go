@@ -3,10 +3,13 @@ package api
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/admit"
@@ -14,6 +17,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/verdict"
 )
 
@@ -39,6 +43,15 @@ func (f *failure) GRPCStatus() *status.Status { return f.st }
 // refusal returns a failure whose message tells the caller all there is.
 func refusal(c codes.Code, message string) error {
 	return &failure{st: status.New(c, message)}
+}
+
+// comeBack returns a ResourceExhausted failure with a hint when to try again (google.rpc.RetryInfo).
+func comeBack(message string, in time.Duration) error {
+	st := status.New(codes.ResourceExhausted, message)
+	if with, err := st.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(in)}); err == nil {
+		st = with
+	}
+	return &failure{st: st}
 }
 
 // malformed returns an InvalidArgument failure "message: err".
@@ -118,6 +131,8 @@ func code(err error) (codes.Code, string) {
 		return codes.InvalidArgument, "too large to store"
 	case errors.Is(err, kv.ErrFull):
 		return codes.ResourceExhausted, "no space left in the store"
+	case errors.Is(err, turn.ErrFull):
+		return codes.ResourceExhausted, turn.ErrFull.Error()
 	case errors.Is(err, kv.ErrClosed):
 		return codes.Unavailable, "server is stopping"
 	case errors.Is(err, context.DeadlineExceeded):

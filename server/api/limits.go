@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -18,12 +19,18 @@ const (
 	maxWaiters = 256
 	// maxSources bounds the memory of all rates of one kind. Sources that were quiet for a minute
 	// are forgotten first.
-	maxSources = 10_000
+	maxSources = 50_000
 	quiet      = time.Minute
+	// maxHint is the latest that a caller is told to come back.
+	maxHint = 10 * time.Minute
 )
 
-// rates holds a token bucket per source address. Callers over their rate wait, as with SPIRE, whose
-// agents take a refusal for more than it is.
+// rates holds a token bucket per source: an address, or a SPIFFE ID where the caller has proved one.
+// Callers over their rate wait, as with SPIRE, whose agents take a refusal for more than it is.
+//
+// Those who cannot wait, for there are too many or their time is too short, are told when to come back:
+// each at a moment of its own, as if there were a queue for them too. A thousand nodes behind one address
+// that start together come back at the rate that they are admitted at, and not all at once.
 type rates struct {
 	limit rate.Limit
 	burst int
@@ -34,8 +41,11 @@ type rates struct {
 
 type bucket struct {
 	limiter *rate.Limiter
-	waiters int       // guarded by rates.mu
-	last    time.Time // guarded by rates.mu
+	// rates.mu guards the rest.
+	waiters int
+	last    time.Time
+	// promised is until when those who were sent away have been promised turns.
+	promised time.Time
 }
 
 // newRates returns rates of perSecond with a burst, or nil, which limits nothing, for none.
@@ -61,9 +71,27 @@ func (r *rates) wait(ctx context.Context, source string, n int) error {
 			return refusal(codes.Canceled, "call was canceled while it waited for its rate limit")
 		}
 		// The limiter sees beforehand that the call's deadline is too early.
-		return refusal(codes.ResourceExhausted, "rate limit of this address leaves no time for this call")
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return comeBack("rate limit of this address leaves no time for this call", r.promise(b, n))
 	}
 	return nil
+}
+
+// promise returns when one who is sent away is to come back. r.mu is held.
+func (r *rates) promise(b *bucket, n int) time.Duration {
+	now := time.Now()
+	each := time.Duration(float64(min(n, r.burst)) / float64(r.limit) * float64(time.Second))
+	if queued := now.Add(time.Duration(b.waiters) * each); b.promised.Before(queued) {
+		b.promised = queued
+	}
+	b.promised = b.promised.Add(each)
+	in := b.promised.Sub(now)
+	if in > maxHint {
+		b.promised = now.Add(maxHint)
+		in = maxHint/2 + rand.N(maxHint/2) //nolint:gosec // spreads load, hides nothing
+	}
+	return max(in, time.Second)
 }
 
 func (r *rates) enter(source string) (*bucket, error) {
@@ -76,13 +104,14 @@ func (r *rates) enter(source string) (*bucket, error) {
 			r.forget(now)
 		}
 		if len(r.sources) >= maxSources {
-			return nil, refusal(codes.ResourceExhausted, "too many addresses are calling")
+			return nil, comeBack("too many addresses are calling", quiet)
 		}
 		b = &bucket{limiter: rate.NewLimiter(r.limit, r.burst)}
 		r.sources[source] = b
 	}
 	if b.waiters >= maxWaiters {
-		return nil, refusal(codes.ResourceExhausted, "too many calls of this address are waiting for its rate limit")
+		b.last = now
+		return nil, comeBack("too many calls of this address are waiting for its rate limit", r.promise(b, 1))
 	}
 	b.waiters++
 	b.last = now
@@ -100,7 +129,7 @@ func (r *rates) leave(b *bucket) {
 // forget drops sources whose bucket has filled up again. r.mu is held.
 func (r *rates) forget(now time.Time) {
 	for source, b := range r.sources {
-		if b.waiters == 0 && (now.Sub(b.last) > quiet || b.limiter.TokensAt(now) >= float64(r.burst)) {
+		if b.waiters == 0 && b.promised.Before(now) && (now.Sub(b.last) > quiet || b.limiter.TokensAt(now) >= float64(r.burst)) {
 			delete(r.sources, source)
 		}
 	}

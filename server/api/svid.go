@@ -19,6 +19,7 @@ import (
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -49,7 +50,7 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 		return nil, refusal(codes.ResourceExhausted, fmt.Sprintf("batch of %d requests, the limit is %d", n, maxBatch))
 	}
 	who := caller.FromContext(ctx)
-	if err := s.api.sign.wait(ctx, who.Source(), n); err != nil {
+	if err := s.api.sign.wait(ctx, who.Share(), n); err != nil {
 		return nil, err
 	}
 	picture := s.api.View.Agent(who.ID)
@@ -58,10 +59,19 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
 	lines, errs := make([]audit.Line, n), make([]error, n)
 	items := make([]*permitted, n)
+	rank := turn.Usual
+	if n > small {
+		rank = turn.Bulk
+	}
 	inParallel(runtime.GOMAXPROCS(0), n, func(i int) {
 		p := req.GetParams()[i]
 		lines[i] = audit.Line{EntryID: p.GetEntryId()}
-		item, chain, err := s.newX509(ctx, picture, p)
+		var item *permitted
+		var chain []*x509.Certificate
+		err := s.api.inTurn(ctx, rank, who, func() (err error) {
+			item, chain, err = s.newX509(ctx, picture, p)
+			return err
+		})
 		if items[i] = item; item != nil {
 			lines[i] = entryLine(item.entry, picture.Rev)
 			lines[i].Verdicts = item.grant.Names()
@@ -91,8 +101,9 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 }
 
 // inParallel calls f(0) to f(n-1) on at most width goroutines, the caller's own among them: a goroutine
-// for each item would grow its stack anew each time, and the usual batch has one item. A panic of f comes out in the caller's goroutine, where the interceptors turn it into an error;
-// anywhere else it would end the server.
+// for each item would grow its stack anew each time, and the usual batch has one item. A panic of f
+// comes out in the caller's goroutine, where the interceptors turn it into an error; anywhere else it
+// would end the server.
 func inParallel(width, n int, f func(i int)) {
 	var next atomic.Int64
 	work := func() {
@@ -212,7 +223,7 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 		return nil, err
 	}
 	who := caller.FromContext(ctx)
-	if err := s.api.sign.wait(ctx, who.Source(), 1); err != nil {
+	if err := s.api.sign.wait(ctx, who.Share(), 1); err != nil {
 		return nil, err
 	}
 	picture := s.api.View.Agent(who.ID)
@@ -228,7 +239,11 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 		return nil, err
 	}
 	e := item.entry
-	svid, err := s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, MaxTTL: item.grant.JWT, JTI: e.JTI})
+	var svid *identity.JWTSVID
+	err = s.api.inTurn(ctx, turn.Usual, who, func() (err error) {
+		svid, err = s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, MaxTTL: item.grant.JWT, JTI: e.JTI})
+		return err
+	})
 	if err != nil {
 		return nil, fail("failed to sign JWT-SVID", err)
 	}
@@ -244,7 +259,7 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 
 // MintX509SVID signs what an administrator asks for, without an entry.
 func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVIDRequest) (*svidv1.MintX509SVIDResponse, error) {
-	if err := s.api.sign.wait(ctx, caller.FromContext(ctx).Source(), 1); err != nil {
+	if err := s.api.sign.wait(ctx, caller.FromContext(ctx).Share(), 1); err != nil {
 		return nil, err
 	}
 	csr, err := parseCSR(req.GetCsr())
@@ -296,7 +311,7 @@ func (s *svidService) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRe
 	if err := s.jwtOn(); err != nil {
 		return nil, err
 	}
-	if err := s.api.sign.wait(ctx, caller.FromContext(ctx).Source(), 1); err != nil {
+	if err := s.api.sign.wait(ctx, caller.FromContext(ctx).Share(), 1); err != nil {
 		return nil, err
 	}
 	id, err := s.api.workloadIDFromWire(req.GetId())

@@ -103,6 +103,15 @@ func (c *Caller) Source() string {
 	return Source(c.Addr)
 }
 
+// Share is what shares of signing are counted by: the SPIFFE ID that the caller proved to hold, so that a
+// fleet behind one address is not one caller; without one as Source. A local caller's is empty.
+func (c *Caller) Share() string {
+	if c.Kind&Local == 0 && !c.ID.IsZero() {
+		return c.ID.String()
+	}
+	return c.Source()
+}
+
 // Source returns what rates and limits of a source address are counted by: an IPv4 address, or the
 // first half of an IPv6 one, which is what a single customer is given (RFC 6177).
 func Source(addr net.Addr) string {
