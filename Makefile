@@ -7,7 +7,7 @@ LDFLAGS := -s -w -X github.com/assay-id/assay/cmd/cli.Version=$(VERSION)
 # Fuzz targets run this long each in `make fuzz`.
 FUZZTIME ?= 5s
 
-.PHONY: all build demo check fmt vet lint arch unit script gen-check gen test lab compat fuzz bench clean tools setup help
+.PHONY: all build demo demo-evidence check fmt vet lint arch unit script gen-check gen test lab compat fuzz bench clean tools setup help
 
 all: build
 
@@ -21,6 +21,10 @@ build: ## build the three binaries into bin/
 demo: build ## the main job, end to end, in under a minute
 	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)/demo/ ./test/demo ./test/demo/workload
 	@$(BIN)/demo/demo -bin $(BIN)
+
+demo-evidence: build ## identity follows what is known of an image: real containers, a real peer, printed times
+	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)/demo/ ./test/demo ./test/demo/workload
+	@$(BIN)/demo/demo -bin $(BIN) -evidence
 
 check: fmt vet lint arch unit script gen-check ## format, vet, lint, arch, unit tests with -race, scripts, generated code
 

@@ -392,7 +392,7 @@ func (in *incoming) slot(source string, subjects []string) (id, subject string) 
 // sourced is the document as a scan policy sees it.
 func (d *document) sourced(i *image) policy.SourcedReport {
 	return policy.SourcedReport{
-		Source: d.GetRepository() + " " + d.GetSource(), TrustPolicy: d.GetSource(), Report: d.report, Index: d.index,
+		Source: d.GetRepository(), TrustPolicy: d.GetSource(), Report: d.report, Index: d.index,
 		ReceivedAt: timeOf(d.GetReceivedAt()), VerifiedAt: timeOf(d.GetVerifiedAt()), Hash: d.GetHash(), Match: d.match(i),
 	}
 }
@@ -481,7 +481,7 @@ func (s *Service) admit(in *incoming) (map[string]string, map[string]*stored.Evi
 		}
 		if r := in.read.Report; r != nil {
 			next := policy.SourcedReport{
-				Source: in.repository + " " + source, TrustPolicy: source, Report: r,
+				Source: in.repository, TrustPolicy: source, Report: r,
 				ReceivedAt: in.now, VerifiedAt: in.proof.VerifiedAt, Hash: in.hash,
 			}
 			if err := s.newer(old, next, s.state.marks[id]); err != nil {

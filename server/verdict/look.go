@@ -260,7 +260,7 @@ func (s *Service) Explain(text, only string) (digest string, lines []string, err
 	say("Image %s%s", w.Digest, parenthesis(strings.Join(w.Names, ", ")))
 	switch n := len(w.Agents); {
 	case n > 0:
-		say("%d agents run it: %s", n, joinIDs(w.Agents))
+		say("It is run by %s", joinIDs(w.Agents))
 	case w.SeenAt.IsZero():
 		say("No agent has ever reported that it runs it")
 	default:

@@ -38,9 +38,14 @@ const (
 
 func main() {
 	bin := flag.String("bin", "bin", "folder with the built binaries")
+	evidence := flag.Bool("evidence", false, "show image evidence instead: identity follows what is known of an image")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, *bin)
+	steps := plain
+	if *evidence {
+		steps = proved
+	}
+	err := run(ctx, *bin, steps)
 	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "\ndemo: %v\n", err)
@@ -60,7 +65,12 @@ type demo struct {
 	cleanup []func()
 }
 
-func run(ctx context.Context, bin string) (err error) {
+// plain are the steps of the main job.
+func plain(d *demo) []func(context.Context) error {
+	return []func(context.Context) error{d.startServer, d.startAgent, d.runWorkloads}
+}
+
+func run(ctx context.Context, bin string, steps func(*demo) []func(context.Context) error) (err error) {
 	dir, err := os.MkdirTemp("", "assay-demo-")
 	if err != nil {
 		return err
@@ -78,9 +88,7 @@ func run(ctx context.Context, bin string) (err error) {
 	if err := d.findEngine(ctx); err != nil {
 		return err
 	}
-	for _, step := range []func(context.Context) error{
-		d.startServer, d.startAgent, d.runWorkloads,
-	} {
+	for _, step := range steps(d) {
 		stepCtx, cancel := context.WithTimeout(ctx, stepTime)
 		err := step(stepCtx)
 		cancel()
@@ -148,15 +156,8 @@ func report(err error) {
 
 // runWorkloads is the main job: identities given, used, changed and taken away.
 func (d *demo) runWorkloads(ctx context.Context) error {
-	program := filepath.Join(d.Dir, "workload")
-	if err := copyProgram(filepath.Join(d.Bin, "demo", "workload"), program); err != nil {
-		return err
-	}
-	shared := filepath.Join(d.Dir, "shared")
-	if err := os.MkdirAll(shared, 0o777); err != nil {
-		return err
-	}
-	if err := os.Chmod(shared, 0o777); err != nil {
+	program, shared, err := d.place()
+	if err != nil {
 		return err
 	}
 
@@ -236,6 +237,18 @@ func (d *demo) startShop(ctx context.Context, client *seen, program, shared stri
 		return nil, err
 	}
 	return d.entry(ctx, shop)
+}
+
+// place puts the workloads' program, and a folder that they share, where they can reach them.
+func (d *demo) place() (program, shared string, err error) {
+	program, shared = filepath.Join(d.Dir, "workload"), filepath.Join(d.Dir, "shared")
+	if err := copyProgram(filepath.Join(d.Bin, "demo", "workload"), program); err != nil {
+		return "", "", err
+	}
+	if err := os.MkdirAll(shared, 0o777); err != nil {
+		return "", "", err
+	}
+	return program, shared, os.Chmod(shared, 0o777)
 }
 
 func (d *demo) environment() []string {
@@ -410,6 +423,15 @@ func (s *seen) Write(p []byte) (int, error) {
 	close(s.wake)
 	s.wake = make(chan struct{})
 	return len(p), nil
+}
+
+// add takes an event that is none of a workload's.
+func (s *seen) add(e event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.events = append(s.events, e)
+	close(s.wake)
+	s.wake = make(chan struct{})
 }
 
 // next takes the first event of a kind that is good, and those before it of the same kind.

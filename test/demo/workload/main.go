@@ -64,18 +64,19 @@ func main() {
 		peer     = flag.String("peer", "", "SPIFFE ID the peer must have")
 		audience = flag.String("audience", "", "also fetch a JWT-SVID for this audience")
 		write    = flag.String("write", "", "folder to write svid.pem and bundle.pem to")
+		again    = flag.Bool("again", false, "call the peer again whenever the identity has changed, and tell if it refuses")
 	)
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	if err := run(ctx, *listen, *dial, *peer, *audience, *write); err != nil && ctx.Err() == nil {
+	if err := run(ctx, *listen, *dial, *peer, *audience, *write, *again); err != nil && ctx.Err() == nil {
 		emit(event{Event: "error", Error: err.Error()})
 		stop()
 		os.Exit(1) //nolint:gocritic // stop ran
 	}
 }
 
-func run(ctx context.Context, listen, dial, peer, audience, write string) error {
+func run(ctx context.Context, listen, dial, peer, audience, write string, again bool) error {
 	client, err := workloadapi.New(ctx)
 	if err != nil {
 		return err
@@ -108,7 +109,15 @@ func run(ctx context.Context, listen, dial, peer, audience, write string) error 
 			go serve(ctx, listen, tlsconfig.MTLSServerConfig(source, source, tlsconfig.AuthorizeID(want)))
 		}
 		if dial != "" {
-			call(ctx, dial, tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(want)))
+			changed := source.Updated()
+			call(ctx, dial, tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(want)), again)
+			for again && ctx.Err() == nil {
+				select {
+				case <-changed:
+					call(ctx, dial, tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(want)), again)
+				case <-ctx.Done():
+				}
+			}
 		}
 	}
 	return <-watched
@@ -184,7 +193,12 @@ func serve(ctx context.Context, socket string, config *tls.Config) {
 	}
 }
 
-func call(ctx context.Context, socket string, config *tls.Config) {
+// call calls the peer once. If that may go wrong, it is told as "refused".
+func call(ctx context.Context, socket string, config *tls.Config, mayFail bool) {
+	failed := "error"
+	if mayFail {
+		failed = "refused"
+	}
 	dialer := &net.Dialer{}
 	conn, err := dialer.DialContext(ctx, "unix", socket)
 	if err != nil {
@@ -196,7 +210,7 @@ func call(ctx context.Context, socket string, config *tls.Config) {
 	_ = secure.SetDeadline(time.Now().Add(10 * time.Second))
 	line, err := bufio.NewReader(secure).ReadString('\n')
 	if err != nil {
-		emit(event{Event: "error", Error: err.Error()})
+		emit(event{Event: failed, Error: err.Error()})
 		return
 	}
 	id := secure.ConnectionState().PeerCertificates[0].URIs[0].String()
