@@ -43,6 +43,7 @@ type Agent struct {
 	X509CacheSize, JWTCacheSize   int
 	SyncInterval                  time.Duration
 	WorkloadHold                  time.Duration // negative: none
+	VerdictLease                  time.Duration
 	AllowUnauthenticatedVerifiers bool
 	AllowedForeignJWTClaims       []string
 	LogSelectors                  []string
@@ -102,6 +103,7 @@ type agentBlock struct {
 	JWTCacheSize                  *int     `hcl:"jwt_svid_cache_max_size,optional"`
 	SyncInterval                  string   `hcl:"sync_interval,optional"`
 	WorkloadHold                  string   `hcl:"workload_hold,optional"`
+	VerdictLease                  string   `hcl:"verdict_lease,optional"`
 	AllowUnauthenticatedVerifiers bool     `hcl:"allow_unauthenticated_verifiers,optional"`
 	AllowedForeignJWTClaims       []string `hcl:"allowed_foreign_jwt_claims,optional"`
 	LogSelectors                  []string `hcl:"log_selectors,optional"`
@@ -172,6 +174,7 @@ func (l *loader) agent(b *agentBlock) *Agent {
 		JWTCacheSize:                  l.number("agent.jwt_svid_cache_max_size", b.JWTCacheSize, 1000, 1, many),
 		SyncInterval:                  l.duration("agent.sync_interval", b.SyncInterval, 5*time.Second, time.Second),
 		WorkloadHold:                  l.duration("agent.workload_hold", b.WorkloadHold, 3*time.Second, 0),
+		VerdictLease:                  l.duration("agent.verdict_lease", b.VerdictLease, 15*time.Minute, time.Second),
 		AllowUnauthenticatedVerifiers: b.AllowUnauthenticatedVerifiers,
 		AllowedForeignJWTClaims:       b.AllowedForeignJWTClaims,
 		LogSelectors:                  b.LogSelectors,

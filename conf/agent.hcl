@@ -66,6 +66,11 @@ agent {
   # so that a container that starts a moment before its entry does not fail. "0s" is not at all.
   #workload_hold = "3s"
 
+  # How long the server's verdicts on images count without word from the server. After that, entries
+  # that demand one (scan, sig and prov selectors) match nobody until it is back; all others are served
+  # on.
+  #verdict_lease = "15m"
+
   # How often a SPIRE server is asked for changes. An Assay server pushes them.
   #sync_interval = "5s"
 

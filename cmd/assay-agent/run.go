@@ -112,7 +112,7 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.InsecureBootstrap = from.InsecureBootstrap
 	c.WorkloadKeyType = from.WorkloadKeyType
 	c.X509CacheSize, c.JWTCacheSize = from.X509CacheSize, from.JWTCacheSize
-	c.SyncInterval, c.WorkloadHold = from.SyncInterval, from.WorkloadHold
+	c.SyncInterval, c.WorkloadHold, c.VerdictLease = from.SyncInterval, from.WorkloadHold, from.VerdictLease
 	c.AllowUnauthenticatedVerifiers = from.AllowUnauthenticatedVerifiers
 	c.AllowedForeignJWTClaims, c.LogSelectors = from.AllowedForeignJWTClaims, from.LogSelectors
 	c.SDS = sds.Config{

@@ -114,7 +114,7 @@ func TestAChangeBeatsWhatIsBeingSigned(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := resp.GetResults()[0]
-			if codes.Code(got.GetStatus().GetCode()) != c.want || (got.GetSvid() != nil) != (c.want == codes.OK) { //nolint:gosec // codes are small
+			if codes.Code(got.GetStatus().GetCode()) != c.want || (got.GetSvid() != nil) != (c.want == codes.OK) {
 				t.Errorf("X509-SVID: %v, want %s", got, c.want)
 			}
 			if len(c.now.Verdicts) > 0 && r.issued.MaxTTL != time.Minute {

@@ -162,7 +162,7 @@ func BenchmarkVerdict(b *testing.B) {
 	for _, n := range []int{1_000, 10_000} {
 		v, snap := crowd(n)
 		for i, node := range snap.Nodes {
-			v.SetRunning(node.ID, uint64(i), []string{fmt.Sprintf("sha256:%064x", i), digestOf("f")}) //nolint:gosec // not negative
+			v.SetRunning(node.ID, uint64(i), []string{fmt.Sprintf("sha256:%064x", i), digestOf("f")})
 		}
 		rev, seq := kv.Rev(1), uint64(0)
 		commit := func(digest string) {

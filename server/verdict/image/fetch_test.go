@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log"
+	"log" //nolint:depguard // what the registry of these tests writes to
 	"net"
 	"net/http"
 	"net/http/httptest"
