@@ -60,6 +60,7 @@ var rules = []rule{
 		why:  "the services hand over to the flows, and feed answers SPIRE's sync calls",
 	},
 	{pattern: "server/trust", floor: flows, also: []string{"server/view"}, why: "publishes the bundle of the picture"},
+	{pattern: "server/verdict/rules", floor: flows, also: []string{"server/verdict", "server/verdict/policy", "server/verdict/trust"}, why: "reads their blocks from the file"},
 	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/policy", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
 	{pattern: "agent/issue", floor: flows, also: []string{"agent/view"}, why: "signs what the picture shows"},
 	{pattern: "agent/admin", floor: flows, also: []string{"agent/view", "workloadapi"}, why: "explains what they decided"},
@@ -113,7 +114,7 @@ var homes = []struct {
 	{"github.com/godbus/dbus", []string{"attestor/systemd/...", "test/..."}},
 	{"github.com/envoyproxy", []string{"workloadapi/sds", "test/..."}},
 	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "test/..."}},
-	{"github.com/hashicorp/hcl", []string{"conf", "attestor/attestortest", "cmd/...", "test/..."}},
+	{"github.com/hashicorp/hcl", []string{"conf", "server/verdict/rules", "attestor/attestortest", "cmd/...", "test/..."}},
 	{"github.com/spf13/cobra", []string{"cmd/...", "test/..."}},
 }
 
