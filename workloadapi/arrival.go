@@ -14,7 +14,7 @@ import (
 const (
 	// maxArrivals is how many calls may be under way whose request has not come, over all users. Each
 	// may take maxRequest of memory.
-	maxArrivals = 4096
+	maxArrivals = 1024
 	// maxDialogues is how many calls may be open in which the caller goes on sending, over all users. Each
 	// may take maxRequest of memory at any time.
 	maxDialogues = 1024
