@@ -8,17 +8,15 @@ import (
 	"sync"
 	"time"
 
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
-	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/turn"
+	"github.com/assay-id/assay/server/wire/later"
 )
 
 const (
@@ -90,7 +88,7 @@ func (b *budget) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	}
 	name, big := callerName(ctx), large[method]
 	if !b.enter(name, big) {
-		return ctx, later("too many calls are open", time.Second)
+		return ctx, soon("too many calls are open")
 	}
 	limit := streamTime
 	if b.single[method] {
@@ -154,16 +152,10 @@ func shownID(state tls.ConnectionState) (string, bool) {
 	return state.PeerCertificates[0].URIs[0].String(), true
 }
 
-// later is the answer to a caller who is to come back, with a hint when (google.rpc.RetryInfo, which
-// gRPC's retry guidance names). The hint is spread, so that those who are sent away together do not
-// come back together.
-func later(why string, in time.Duration) error {
-	in += rand.N(in) //nolint:gosec // spreads load, hides nothing
-	st := status.New(codes.ResourceExhausted, why)
-	if with, err := st.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(in)}); err == nil {
-		st = with
-	}
-	return st.Err()
+// soon is the answer to a caller who is to come back in a second or two: those who are sent away together
+// must not come back together.
+func soon(why string) error {
+	return later.Status(why, time.Second+rand.N(time.Second)).Err() //nolint:gosec // spreads load, hides nothing
 }
 
 // registrar returns one that registers services whose single requests are received in turn.
@@ -202,7 +194,7 @@ func (b *budget) receive(ctx context.Context, receive func(any) error, req any) 
 		if ctx.Err() != nil {
 			return status.FromContextError(ctx.Err()).Err()
 		}
-		return later("too many requests are being received", time.Second)
+		return soon("too many requests are being received")
 	}
 	defer b.receiving.Leave()
 	slow := time.AfterFunc(receiveTime, call.end)

@@ -7,13 +7,14 @@ import (
 	"testing/synctest"
 	"time"
 
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/assay-id/assay/server/wire/later"
 )
 
 // patient answers when it is told to.
@@ -57,16 +58,6 @@ func budgeted(t *testing.T, limits Limits) (*budget, *patient, *grpc.ClientConn)
 	return b, p, conn
 }
 
-// hint returns when the caller is told to come back.
-func hint(err error) time.Duration {
-	for _, d := range status.Convert(err).Details() {
-		if d, ok := d.(*errdetails.RetryInfo); ok {
-			return d.GetRetryDelay().AsDuration()
-		}
-	}
-	return 0
-}
-
 func TestTheBudgetOfCalls(t *testing.T) {
 	t.Run("a caller gets as many as are free, is told when to come back, and gives them back", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
@@ -81,8 +72,8 @@ func TestTheBudgetOfCalls(t *testing.T) {
 			}
 			synctest.Wait()
 			_, err := client.Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
-			if status.Code(err) != codes.ResourceExhausted || hint(err) < time.Second {
-				t.Errorf("the fourth call of one caller got %v, hint %s", err, hint(err))
+			if in, ok := later.Hint(err); status.Code(err) != codes.ResourceExhausted || !ok || in < time.Second {
+				t.Errorf("the fourth call of one caller got %v, hint %s", err, in)
 			}
 			if !b.enter("another", false) {
 				t.Error("there is no room for another caller")

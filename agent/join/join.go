@@ -24,6 +24,7 @@ import (
 
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/wire/later"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -408,7 +409,12 @@ func (j *Joiner) failed(how action, err error, failures int) time.Duration {
 	if isRefusal(err) {
 		limit = maxRefused
 	}
-	return jitter(min(firstRetry<<min(failures-1, 10), limit))
+	wait := jitter(min(firstRetry<<min(failures-1, 10), limit))
+	if hint, ok := later.Hint(err); ok {
+		// The server spreads those it sends away; a little is added for the clocks.
+		wait = max(wait, hint+jitter(max(hint/10, time.Second)))
+	}
+	return wait
 }
 
 // tokenAdvice is what to do about a join token that is spent.

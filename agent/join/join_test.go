@@ -158,6 +158,16 @@ func TestAttest(t *testing.T) {
 			t.Errorf("said %q", n.said())
 		}
 	})
+	t.Run("a server that has too much to do is asked again, not before it says", func(t *testing.T) {
+		server := fakeserver.New(t, fakeserver.Config{})
+		server.Busy("AttestAgent", 1500*time.Millisecond)
+		began := time.Now()
+		n := prepare(t, server).start()
+		n.until("attestation", there)
+		if took := time.Since(began); took < 1500*time.Millisecond || server.Calls("AttestAgent") != 2 {
+			t.Errorf("it took %s and %d attempts", took, server.Calls("AttestAgent"))
+		}
+	})
 	t.Run("a restart uses the SVID there is", func(t *testing.T) {
 		server := fakeserver.New(t, fakeserver.Config{})
 		server.Token("secret-token")

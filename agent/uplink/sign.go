@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/server/wire/later"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -21,6 +22,8 @@ const (
 	maxBatch = 500
 	// signTimeout bounds one call. Servers make callers wait for their share.
 	signTimeout = 30 * time.Second
+	// minPause is the least between two calls to a server that has too much to do.
+	minPause = 100 * time.Millisecond
 	// otherTimeout is how long a refused call waits for another own SVID. Attesting takes less.
 	otherTimeout = 2 * time.Second
 )
@@ -72,7 +75,8 @@ func (u *Uplink) SignX509(ctx context.Context, entryIDs []string, csrs [][]byte)
 		if err == nil && len(resp.GetResults()) != end-at {
 			err = fmt.Errorf("server answered %d requests of %d", len(resp.GetResults()), end-at)
 		}
-		tooLarge := codeOf(err) == codes.ResourceExhausted
+		_, busy := later.Hint(err) // then it is not the batch that is too large
+		tooLarge := codeOf(err) == codes.ResourceExhausted && !busy
 		u.batch.tried(end-at, tooLarge)
 		if tooLarge && end-at > 1 {
 			continue // with half of them
@@ -139,11 +143,15 @@ func (u *Uplink) SignJWT(ctx context.Context, entryID string, audience []string)
 }
 
 // call makes one call on the connection of the moment. A call that was refused because the own SVID
-// was being replaced while it was under way is made once more as the new one.
+// was being replaced while it was under way is made once more as the new one. A server that has too
+// much to do is asked again when it says, if that is soon enough.
 func (u *Uplink) call(ctx context.Context, do func(context.Context, *grpc.ClientConn) error) error {
 	ctx, cancel := context.WithTimeout(ctx, signTimeout)
 	defer cancel()
 	own, err := u.callOnce(ctx, do)
+	for u.heeded(ctx, err) {
+		own, err = u.callOnce(ctx, do)
+	}
 	if codeOf(err) != codes.PermissionDenied {
 		return err
 	}
@@ -156,6 +164,27 @@ func (u *Uplink) call(ctx context.Context, do func(context.Context, *grpc.Client
 	return err
 }
 
+// heeded waits as long as the server asks for, and reports whether it did. If there is less time than
+// that, it does not begin to.
+func (u *Uplink) heeded(ctx context.Context, err error) bool {
+	hint, ok := later.Hint(err)
+	if !ok {
+		return false
+	}
+	wait := hint + jitter(max(hint/10, minPause))
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < wait {
+		return false
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
 func (u *Uplink) callOnce(ctx context.Context, do func(context.Context, *grpc.ClientConn) error) (*keep.Own, error) {
 	u.calls.RLock()
 	defer u.calls.RUnlock()
@@ -166,6 +195,10 @@ func (u *Uplink) callOnce(ctx context.Context, do func(context.Context, *grpc.Cl
 	switch codeOf(err) {
 	case codes.Unavailable, codes.DeadlineExceeded:
 		err = fmt.Errorf("%w: %w", identity.ErrUnavailable, err)
+	case codes.ResourceExhausted:
+		if _, busy := later.Hint(err); busy {
+			err = fmt.Errorf("%w: %w", identity.ErrUnavailable, err)
+		}
 	}
 	return u.own, err
 }

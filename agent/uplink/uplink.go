@@ -35,6 +35,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/server/wire/later"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -284,6 +285,9 @@ func (u *Uplink) Run(ctx context.Context) error {
 		cause := causeOf(err)
 		u.breaks.WithLabelValues(cause).Inc()
 		wait := jitter(min(firstRetry<<min(failures-1, 10), maxRetry))
+		if hint, ok := later.Hint(err); ok {
+			wait = max(wait, tenth(hint))
+		}
 		// The server ends connections by age as a matter of course, and a break is worth a word only
 		// when the first attempt to mend it has failed too.
 		if failures > 1 && (u.said != cause || u.now().Sub(u.saidAt) >= remindEvery) {

@@ -371,6 +371,25 @@ func TestSign(t *testing.T) {
 			t.Errorf("bad CSR: %v", errs[61])
 		}
 	})
+	t.Run("a server that has too much to do is asked again when it says, with the same batch", func(t *testing.T) {
+		server := fakeserver.New(t, fakeserver.Config{})
+		server.Put(fakeserver.Entry("e", "/e", "a:1"), fakeserver.Entry("f", "/f", "a:1"))
+		n := start(t, server)
+		n.until("picture", has("e", "f"))
+		server.Busy("BatchNewX509SVID", 10*time.Millisecond, 10*time.Millisecond)
+		_, errs := n.link.SignX509(t.Context(), []string{"e", "f"}, [][]byte{csr(t, "/e"), csr(t, "/f")})
+		if errs[0] != nil || errs[1] != nil || server.Calls("BatchNewX509SVID") != 3 {
+			t.Errorf("got %v in %d calls", errs, server.Calls("BatchNewX509SVID"))
+		}
+		server.Busy("NewJWTSVID", 10*time.Millisecond)
+		if _, err := n.link.SignJWT(t.Context(), "e", []string{"x"}); err != nil {
+			t.Error(err)
+		}
+		server.Busy("NewJWTSVID", time.Hour)
+		if _, err := n.link.SignJWT(t.Context(), "e", []string{"x"}); !errors.Is(err, identity.ErrUnavailable) {
+			t.Errorf("one that says to come back later than the call may take: %v", err)
+		}
+	})
 	t.Run("JWT-SVIDs", func(t *testing.T) {
 		server := fakeserver.New(t, fakeserver.Config{})
 		server.Put(fakeserver.Entry("e", "/e", "a:1"))

@@ -14,7 +14,6 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -27,6 +26,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/wire/later"
 )
 
 func TestRates(t *testing.T) {
@@ -119,7 +119,7 @@ func TestRates(t *testing.T) {
 			for range 1000 {
 				_ = r.wait(ctx, "a", 1)
 			}
-			if in := hint(r.wait(ctx, "a", 1)); in < maxHint/2 || in > maxHint {
+			if in := hint(r.wait(ctx, "a", 1)); in < later.Max/2 || in > later.Max {
 				t.Errorf("the last is to come back in %s", in)
 			}
 		})
@@ -150,12 +150,8 @@ func TestRates(t *testing.T) {
 
 // hint returns when a caller is told to come back.
 func hint(err error) time.Duration {
-	for _, d := range status.Convert(err).Details() {
-		if d, ok := d.(*errdetails.RetryInfo); ok {
-			return d.GetRetryDelay().AsDuration()
-		}
-	}
-	return 0
+	in, _ := later.Hint(err)
+	return in
 }
 
 // log is an audit log that may be broken.

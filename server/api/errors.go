@@ -6,10 +6,8 @@ import (
 	"time"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/admit"
@@ -19,6 +17,7 @@ import (
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/verdict"
+	"github.com/assay-id/assay/server/wire/later"
 )
 
 // failure is a gRPC status together with the error behind it, which goes to the audit line and not
@@ -45,13 +44,9 @@ func refusal(c codes.Code, message string) error {
 	return &failure{st: status.New(c, message)}
 }
 
-// comeBack returns a ResourceExhausted failure with a hint when to try again (google.rpc.RetryInfo).
+// comeBack returns a ResourceExhausted failure with a hint when to try again.
 func comeBack(message string, in time.Duration) error {
-	st := status.New(codes.ResourceExhausted, message)
-	if with, err := st.WithDetails(&errdetails.RetryInfo{RetryDelay: durationpb.New(in)}); err == nil {
-		st = with
-	}
-	return &failure{st: st}
+	return &failure{st: later.Status(message, in)}
 }
 
 // malformed returns an InvalidArgument failure "message: err".

@@ -9,6 +9,8 @@ import (
 
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
+
+	"github.com/assay-id/assay/server/wire/later"
 )
 
 const (
@@ -21,8 +23,6 @@ const (
 	// are forgotten first.
 	maxSources = 50_000
 	quiet      = time.Minute
-	// maxHint is the latest that a caller is told to come back.
-	maxHint = 10 * time.Minute
 )
 
 // rates holds a token bucket per source: an address, or a SPIFFE ID where the caller has proved one.
@@ -87,9 +87,9 @@ func (r *rates) promise(b *bucket, n int) time.Duration {
 	}
 	b.promised = b.promised.Add(each)
 	in := b.promised.Sub(now)
-	if in > maxHint {
-		b.promised = now.Add(maxHint)
-		in = maxHint/2 + rand.N(maxHint/2) //nolint:gosec // spreads load, hides nothing
+	if in > later.Max {
+		b.promised = now.Add(later.Max)
+		in = later.Max/2 + rand.N(later.Max/2) //nolint:gosec // spreads load, hides nothing
 	}
 	return max(in, time.Second)
 }

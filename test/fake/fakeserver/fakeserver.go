@@ -92,6 +92,7 @@ type Server struct {
 	changed chan struct{}
 	drift   int
 	calls   map[string]int
+	busy    map[string][]time.Duration
 	hello   *feedv1.Hello
 	reports []*feedv1.Running
 	// capabilities are those of the feed.
@@ -132,7 +133,7 @@ func New(t testing.TB, cfg Config) *Server {
 	s := &Server{
 		t: t, cfg: cfg, jwtKeys: map[string]*ecdsa.PrivateKey{}, tainted: map[string]bool{}, storeID: "store-1", rev: 1,
 		entries: map[string]*types.Entry{}, others: map[string]*types.Bundle{}, agents: map[string]*agent{},
-		tokens: map[string]bool{}, changed: make(chan struct{}), calls: map[string]int{}, unknown: map[string]bool{},
+		tokens: map[string]bool{}, changed: make(chan struct{}), calls: map[string]int{}, busy: map[string][]time.Duration{}, unknown: map[string]bool{},
 	}
 	s.ca = newAuthority(t)
 	s.newJWTKey("key-1")
@@ -288,6 +289,13 @@ func (s *Server) Block() (release func()) {
 		s.mu.Unlock()
 		close(block)
 	})
+}
+
+// Busy makes the next calls of a method be sent away, one for each hint when to come back.
+func (s *Server) Busy(method string, hints ...time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.busy[method] = append(s.busy[method], hints...)
 }
 
 // Unknown makes signing for the entry fail with NotFound, as on a server that lags behind.

@@ -27,22 +27,34 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/assay-id/assay/server/wire/feedv1"
+	"github.com/assay-id/assay/server/wire/later"
 )
 
 func (s *Server) countUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
-	s.count(info.FullMethod)
+	if err := s.count(info.FullMethod); err != nil {
+		return nil, err
+	}
 	return next(ctx, req)
 }
 
 func (s *Server) countStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, next grpc.StreamHandler) error {
-	s.count(info.FullMethod)
+	if err := s.count(info.FullMethod); err != nil {
+		return err
+	}
 	return next(srv, stream)
 }
 
-func (s *Server) count(method string) {
+// count counts a call, and sends it away if the server is busy.
+func (s *Server) count(method string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.calls[path.Base(method)]++
+	method = path.Base(method)
+	s.calls[method]++
+	if busy := s.busy[method]; len(busy) > 0 {
+		s.busy[method] = busy[1:]
+		return later.Status("too much to do", busy[0]).Err()
+	}
+	return nil
 }
 
 func denied(reason types.PermissionDeniedDetails_Reason) error {
