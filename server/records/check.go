@@ -119,6 +119,11 @@ func (c *check) record(key string, value []byte) {
 		if _, err = c.words.decodeVerdict(rest, value); err == nil {
 			c.out.Verdicts++
 		}
+	case federations:
+		var td spiffeid.TrustDomain
+		if td, err = spiffeid.TrustDomainFromString(rest); err == nil {
+			_, err = decodeFederation(td, value)
+		}
 	case journalKeys:
 		var j Journal
 		if j, err = decodeJournal(rest, value); err == nil {
@@ -147,7 +152,7 @@ func split(key string) (kind, rest string) {
 	if key == schemaKey {
 		return schemaKey, ""
 	}
-	for _, prefix := range []string{entryPrefix, nodePrefix, bundlePrefix, verdictKeys, similarIndex, aliasIndex, journalKeys, tokenPrefix, expiryPrefix} {
+	for _, prefix := range []string{entryPrefix, nodePrefix, bundlePrefix, verdictKeys, similarIndex, aliasIndex, federations, journalKeys, tokenPrefix, expiryPrefix} {
 		if rest, ok := strings.CutPrefix(key, prefix); ok {
 			return prefix, rest
 		}

@@ -188,7 +188,7 @@ func (w *words) decodeNode(id spiffeid.ID, b []byte) (*Node, error) {
 }
 
 func encodeBundle(b *identity.Bundle) ([]byte, error) {
-	m := &stored.Bundle{RefreshHint: int64(b.RefreshHint / time.Second), Sequence: b.Sequence}
+	m := &stored.Bundle{RefreshHint: int64(b.RefreshHint / time.Second), Sequence: b.Sequence, Origin: b.Origin}
 	for _, a := range b.X509 {
 		m.X509 = append(m.X509, &stored.X509Authority{Certificate: a.Certificate.Raw, Tainted: a.Tainted})
 	}
@@ -211,6 +211,7 @@ func decodeBundle(td spiffeid.TrustDomain, b []byte) (*identity.Bundle, error) {
 		TrustDomain: td,
 		RefreshHint: time.Duration(m.GetRefreshHint()) * time.Second,
 		Sequence:    m.GetSequence(),
+		Origin:      m.GetOrigin(),
 	}
 	for _, a := range m.GetX509() {
 		cert, err := x509.ParseCertificate(a.GetCertificate())
@@ -227,6 +228,29 @@ func decodeBundle(td spiffeid.TrustDomain, b []byte) (*identity.Bundle, error) {
 		bundle.JWT = append(bundle.JWT, identity.JWTAuthority{KeyID: a.GetKeyId(), Key: key, ExpiresAt: timeOf(a.GetExpiresAt()), Tainted: a.GetTainted()})
 	}
 	return bundle, nil
+}
+
+func encodeFederation(f *Federation) ([]byte, error) {
+	m := &stored.Federation{Url: f.URL}
+	if !f.EndpointID.IsZero() {
+		m.EndpointId = f.EndpointID.String()
+	}
+	return encode(m)
+}
+
+func decodeFederation(td spiffeid.TrustDomain, b []byte) (*Federation, error) {
+	var m stored.Federation
+	if err := decode(b, &m); err != nil {
+		return nil, err
+	}
+	f := &Federation{TrustDomain: td, URL: m.GetUrl()}
+	if m.GetEndpointId() != "" {
+		var err error
+		if f.EndpointID, err = spiffeid.FromString(m.GetEndpointId()); err != nil {
+			return nil, fmt.Errorf("endpoint SPIFFE ID: %w", err)
+		}
+	}
+	return f, nil
 }
 
 func encodeJournal(j Journal) ([]byte, error) {

@@ -58,17 +58,21 @@ func fullVerdict() *Verdict {
 func fullBundle(t testing.TB) *identity.Bundle {
 	cert, key := certificate(t)
 	return &identity.Bundle{
-		TrustDomain: other, RefreshHint: time.Minute, Sequence: 9,
+		TrustDomain: other, RefreshHint: time.Minute, Sequence: 9, Origin: 4,
 		X509: []identity.X509Authority{{Certificate: cert, Tainted: true}},
 		JWT:  []identity.JWTAuthority{{KeyID: "k", Key: key, ExpiresAt: noon, Tainted: true}},
 	}
+}
+
+func fullFederation() *Federation {
+	return &Federation{TrustDomain: other, URL: "https://other.test:8443/bundle", EndpointID: spiffeid.RequireFromPath(other, "/spire/server")}
 }
 
 func TestRoundTrip(t *testing.T) {
 	var w words
 	t.Run("the test values have every field set", func(t *testing.T) {
 		j := fullJournal()
-		for _, v := range []any{fullEntry(), fullNode(), &j, fullBundle(t), fullVerdict(), &fullVerdict().Policies[0]} {
+		for _, v := range []any{fullEntry(), fullNode(), &j, fullBundle(t), fullFederation(), fullVerdict(), &fullVerdict().Policies[0]} {
 			s := reflect.ValueOf(v).Elem()
 			for i := range s.NumField() {
 				if s.Field(i).IsZero() {
@@ -134,6 +138,21 @@ func TestRoundTrip(t *testing.T) {
 			}
 			if !reflect.DeepEqual(bundle, got) {
 				t.Errorf("put %+v, got %+v", bundle, got)
+			}
+		}
+	})
+	t.Run("federation", func(t *testing.T) {
+		for _, f := range []*Federation{fullFederation(), {TrustDomain: other, URL: "https://other.test"}} {
+			b, err := encodeFederation(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := decodeFederation(other, b)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(f, got, equal); diff != "" {
+				t.Error(diff)
 			}
 		}
 	})
@@ -230,6 +249,15 @@ func TestVersion1(t *testing.T) {
 			t.Errorf("%+v", got)
 		}
 	})
+	t.Run("federation", func(t *testing.T) {
+		got, err := decodeFederation(other, read(t, "federation", func() ([]byte, error) { return encodeFederation(fullFederation()) }))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(fullFederation(), got, equal); diff != "" {
+			t.Error(diff)
+		}
+	})
 	t.Run("verdict", func(t *testing.T) {
 		got, err := w.decodeVerdict(digest, read(t, "verdict", func() ([]byte, error) { return encodeVerdict(fullVerdict()) }))
 		if err != nil {
@@ -263,6 +291,7 @@ func TestVersion1(t *testing.T) {
 			entryKey(e.ID):                    "p/e/id-1",
 			nodeKey(e.ParentID):               "p/n/spire/agent/join_token/secret",
 			bundleKey(other):                  "p/b/other.test",
+			federationKey(other):              "f/other.test",
 			verdictKey(digest):                "p/v/" + digest,
 			journalKey("a"):                   "j/a",
 			tokenKey(hashToken("secret")):     "t/K7gNU3sdo-OL0wNhqoVWhr3g6s1xYv72ol_pe_Unols",
@@ -337,6 +366,10 @@ func FuzzDecodeNode(f *testing.F) {
 
 func FuzzDecodeBundle(f *testing.F) {
 	fuzz(f, "bundle", func(b []byte) (*identity.Bundle, error) { return decodeBundle(other, b) }, encodeBundle)
+}
+
+func FuzzDecodeFederation(f *testing.F) {
+	fuzz(f, "federation", func(b []byte) (*Federation, error) { return decodeFederation(other, b) }, encodeFederation)
 }
 
 func FuzzDecodeVerdict(f *testing.F) {

@@ -26,6 +26,7 @@ import (
 //	i/                              indexes
 //	├── s/<hash>                    ID of the one entry with this SPIFFE ID, parent and selectors
 //	└── a/<token hash>/<entry ID>   (empty) an alias: an entry that a join token's node was given
+//	f/<trust domain>                Federation
 //	j/<authority ID>                Journal
 //	t/<token hash>                  Token; the token itself is nowhere
 //	v/                              what is known about images; see evidence.go
@@ -50,6 +51,7 @@ const (
 	verdictKeys  = "p/v/"
 	similarIndex = "i/s/"
 	aliasIndex   = "i/a/"
+	federations  = "f/"
 	journalKeys  = "j/"
 	tokenPrefix  = "t/"
 	expiryPrefix = "x/"
@@ -68,6 +70,8 @@ const joinTokenPath = "/spire/agent/join_token/" //nolint:gosec // a path, no to
 func entryKey(id string) string { return entryPrefix + id }
 
 func bundleKey(td spiffeid.TrustDomain) string { return bundlePrefix + td.Name() }
+
+func federationKey(td spiffeid.TrustDomain) string { return federations + td.Name() }
 
 func nodeKey(id spiffeid.ID) string { return nodePrefix + strings.TrimPrefix(id.Path(), "/") }
 

@@ -30,6 +30,9 @@ type Bundle struct {
 	JWT         []JWTAuthority
 	RefreshHint time.Duration // whole seconds; 0: none
 	Sequence    uint64        // grows by one with each change
+	// Origin is the sequence number that another trust domain's bundle endpoint gave its document. 0: it
+	// gave none, or the bundle came from elsewhere. It stays inside the server.
+	Origin uint64
 }
 
 // X509Authority is a CA certificate that X509-SVIDs are verified against.

@@ -424,8 +424,10 @@ type Bundle struct {
 	X509  []*X509Authority       `protobuf:"bytes,1,rep,name=x509,proto3" json:"x509,omitempty"`
 	Jwt   []*JWTAuthority        `protobuf:"bytes,2,rep,name=jwt,proto3" json:"jwt,omitempty"`
 	// Seconds.
-	RefreshHint   int64  `protobuf:"varint,3,opt,name=refresh_hint,json=refreshHint,proto3" json:"refresh_hint,omitempty"`
-	Sequence      uint64 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	RefreshHint int64  `protobuf:"varint,3,opt,name=refresh_hint,json=refreshHint,proto3" json:"refresh_hint,omitempty"`
+	Sequence    uint64 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// The number that the other trust domain's own document had; 0: it had none, or was put here by hand.
+	Origin        uint64 `protobuf:"varint,5,opt,name=origin,proto3" json:"origin,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -488,6 +490,67 @@ func (x *Bundle) GetSequence() uint64 {
 	return 0
 }
 
+func (x *Bundle) GetOrigin() uint64 {
+	if x != nil {
+		return x.Origin
+	}
+	return 0
+}
+
+// f/…
+type Federation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Url   string                 `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// Whole SPIFFE ID of the bundle endpoint; empty: it is authenticated by the web's authorities.
+	EndpointId    string `protobuf:"bytes,2,opt,name=endpoint_id,json=endpointId,proto3" json:"endpoint_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Federation) Reset() {
+	*x = Federation{}
+	mi := &file_server_records_stored_stored_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Federation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Federation) ProtoMessage() {}
+
+func (x *Federation) ProtoReflect() protoreflect.Message {
+	mi := &file_server_records_stored_stored_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Federation.ProtoReflect.Descriptor instead.
+func (*Federation) Descriptor() ([]byte, []int) {
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Federation) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *Federation) GetEndpointId() string {
+	if x != nil {
+		return x.EndpointId
+	}
+	return ""
+}
+
 type X509Authority struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Certificate   []byte                 `protobuf:"bytes,1,opt,name=certificate,proto3" json:"certificate,omitempty"`
@@ -498,7 +561,7 @@ type X509Authority struct {
 
 func (x *X509Authority) Reset() {
 	*x = X509Authority{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[5]
+	mi := &file_server_records_stored_stored_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -510,7 +573,7 @@ func (x *X509Authority) String() string {
 func (*X509Authority) ProtoMessage() {}
 
 func (x *X509Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[5]
+	mi := &file_server_records_stored_stored_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -523,7 +586,7 @@ func (x *X509Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use X509Authority.ProtoReflect.Descriptor instead.
 func (*X509Authority) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{5}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *X509Authority) GetCertificate() []byte {
@@ -552,7 +615,7 @@ type JWTAuthority struct {
 
 func (x *JWTAuthority) Reset() {
 	*x = JWTAuthority{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[6]
+	mi := &file_server_records_stored_stored_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -564,7 +627,7 @@ func (x *JWTAuthority) String() string {
 func (*JWTAuthority) ProtoMessage() {}
 
 func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[6]
+	mi := &file_server_records_stored_stored_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -577,7 +640,7 @@ func (x *JWTAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JWTAuthority.ProtoReflect.Descriptor instead.
 func (*JWTAuthority) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{6}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *JWTAuthority) GetKeyId() string {
@@ -626,7 +689,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[7]
+	mi := &file_server_records_stored_stored_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -638,7 +701,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[7]
+	mi := &file_server_records_stored_stored_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -651,7 +714,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{7}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Verdict) GetSequence() uint64 {
@@ -723,7 +786,7 @@ type PolicyVerdict struct {
 
 func (x *PolicyVerdict) Reset() {
 	*x = PolicyVerdict{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[8]
+	mi := &file_server_records_stored_stored_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +798,7 @@ func (x *PolicyVerdict) String() string {
 func (*PolicyVerdict) ProtoMessage() {}
 
 func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[8]
+	mi := &file_server_records_stored_stored_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +811,7 @@ func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyVerdict.ProtoReflect.Descriptor instead.
 func (*PolicyVerdict) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{8}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PolicyVerdict) GetPolicy() string {
@@ -796,7 +859,7 @@ type Token struct {
 
 func (x *Token) Reset() {
 	*x = Token{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[9]
+	mi := &file_server_records_stored_stored_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -808,7 +871,7 @@ func (x *Token) String() string {
 func (*Token) ProtoMessage() {}
 
 func (x *Token) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[9]
+	mi := &file_server_records_stored_stored_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -821,7 +884,7 @@ func (x *Token) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Token.ProtoReflect.Descriptor instead.
 func (*Token) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{9}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Token) GetExpiresAt() int64 {
@@ -849,7 +912,7 @@ type Journal struct {
 
 func (x *Journal) Reset() {
 	*x = Journal{}
-	mi := &file_server_records_stored_stored_proto_msgTypes[10]
+	mi := &file_server_records_stored_stored_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +924,7 @@ func (x *Journal) String() string {
 func (*Journal) ProtoMessage() {}
 
 func (x *Journal) ProtoReflect() protoreflect.Message {
-	mi := &file_server_records_stored_stored_proto_msgTypes[10]
+	mi := &file_server_records_stored_stored_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +937,7 @@ func (x *Journal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Journal.ProtoReflect.Descriptor instead.
 func (*Journal) Descriptor() ([]byte, []int) {
-	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{10}
+	return file_server_records_stored_stored_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Journal) GetKind() string {
@@ -990,12 +1053,18 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\ragent_version\x18\t \x01(\tR\fagentVersion\x12\x1f\n" +
 	"\vattested_at\x18\n" +
 	" \x01(\x03R\n" +
-	"attestedAt\"\xac\x01\n" +
+	"attestedAt\"\xc4\x01\n" +
 	"\x06Bundle\x122\n" +
 	"\x04x509\x18\x01 \x03(\v2\x1e.assay.stored.v1.X509AuthorityR\x04x509\x12/\n" +
 	"\x03jwt\x18\x02 \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03jwt\x12!\n" +
 	"\frefresh_hint\x18\x03 \x01(\x03R\vrefreshHint\x12\x1a\n" +
-	"\bsequence\x18\x04 \x01(\x04R\bsequence\"K\n" +
+	"\bsequence\x18\x04 \x01(\x04R\bsequence\x12\x16\n" +
+	"\x06origin\x18\x05 \x01(\x04R\x06origin\"?\n" +
+	"\n" +
+	"Federation\x12\x10\n" +
+	"\x03url\x18\x01 \x01(\tR\x03url\x12\x1f\n" +
+	"\vendpoint_id\x18\x02 \x01(\tR\n" +
+	"endpointId\"K\n" +
 	"\rX509Authority\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12\x18\n" +
 	"\atainted\x18\x02 \x01(\bR\atainted\"}\n" +
@@ -1051,27 +1120,28 @@ func file_server_records_stored_stored_proto_rawDescGZIP() []byte {
 	return file_server_records_stored_stored_proto_rawDescData
 }
 
-var file_server_records_stored_stored_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_server_records_stored_stored_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_server_records_stored_stored_proto_goTypes = []any{
 	(*Schema)(nil),        // 0: assay.stored.v1.Schema
 	(*Entry)(nil),         // 1: assay.stored.v1.Entry
 	(*Selector)(nil),      // 2: assay.stored.v1.Selector
 	(*Node)(nil),          // 3: assay.stored.v1.Node
 	(*Bundle)(nil),        // 4: assay.stored.v1.Bundle
-	(*X509Authority)(nil), // 5: assay.stored.v1.X509Authority
-	(*JWTAuthority)(nil),  // 6: assay.stored.v1.JWTAuthority
-	(*Verdict)(nil),       // 7: assay.stored.v1.Verdict
-	(*PolicyVerdict)(nil), // 8: assay.stored.v1.PolicyVerdict
-	(*Token)(nil),         // 9: assay.stored.v1.Token
-	(*Journal)(nil),       // 10: assay.stored.v1.Journal
+	(*Federation)(nil),    // 5: assay.stored.v1.Federation
+	(*X509Authority)(nil), // 6: assay.stored.v1.X509Authority
+	(*JWTAuthority)(nil),  // 7: assay.stored.v1.JWTAuthority
+	(*Verdict)(nil),       // 8: assay.stored.v1.Verdict
+	(*PolicyVerdict)(nil), // 9: assay.stored.v1.PolicyVerdict
+	(*Token)(nil),         // 10: assay.stored.v1.Token
+	(*Journal)(nil),       // 11: assay.stored.v1.Journal
 }
 var file_server_records_stored_stored_proto_depIdxs = []int32{
 	2, // 0: assay.stored.v1.Entry.selectors:type_name -> assay.stored.v1.Selector
 	2, // 1: assay.stored.v1.Node.selectors:type_name -> assay.stored.v1.Selector
-	5, // 2: assay.stored.v1.Bundle.x509:type_name -> assay.stored.v1.X509Authority
-	6, // 3: assay.stored.v1.Bundle.jwt:type_name -> assay.stored.v1.JWTAuthority
+	6, // 2: assay.stored.v1.Bundle.x509:type_name -> assay.stored.v1.X509Authority
+	7, // 3: assay.stored.v1.Bundle.jwt:type_name -> assay.stored.v1.JWTAuthority
 	2, // 4: assay.stored.v1.Verdict.selectors:type_name -> assay.stored.v1.Selector
-	8, // 5: assay.stored.v1.Verdict.policies:type_name -> assay.stored.v1.PolicyVerdict
+	9, // 5: assay.stored.v1.Verdict.policies:type_name -> assay.stored.v1.PolicyVerdict
 	6, // [6:6] is the sub-list for method output_type
 	6, // [6:6] is the sub-list for method input_type
 	6, // [6:6] is the sub-list for extension type_name
@@ -1090,7 +1160,7 @@ func file_server_records_stored_stored_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_records_stored_stored_proto_rawDesc), len(file_server_records_stored_stored_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

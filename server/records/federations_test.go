@@ -1,0 +1,87 @@
+package records
+
+import (
+	"errors"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/assay-id/assay/server/store/kv"
+)
+
+func TestFederations(t *testing.T) {
+	r, _ := open(t)
+	ctx := t.Context()
+	third := spiffeid.RequireTrustDomainFromString("third.test")
+	begin, err := r.CreateFederation(ctx, fullFederation())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Run("one is created once", func(t *testing.T) {
+		if _, err := r.CreateFederation(ctx, fullFederation()); !errors.Is(err, ErrExists) {
+			t.Errorf("again: %v", err)
+		}
+		got, err := r.Federation(ctx, other)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(fullFederation(), got, equal); diff != "" {
+			t.Error(diff)
+		}
+	})
+	t.Run("there is none with oneself", func(t *testing.T) {
+		for _, td := range []spiffeid.TrustDomain{domain, {}} {
+			if _, err := r.CreateFederation(ctx, &Federation{TrustDomain: td, URL: "https://a"}); err == nil {
+				t.Errorf("%q was created", td.Name())
+			}
+		}
+	})
+	t.Run("what does not change is not written", func(t *testing.T) {
+		_, rev, err := r.UpdateFederation(ctx, other, func(*Federation) error { return nil })
+		if err != nil || rev != begin {
+			t.Errorf("revision %d, %v, want %d", rev, err, begin)
+		}
+	})
+	t.Run("a change is seen by who follows", func(t *testing.T) {
+		_, rev, err := r.UpdateFederation(ctx, other, func(f *Federation) error {
+			f.URL, f.EndpointID = "https://new.test", spiffeid.ID{}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		stop := errors.New("stop")
+		if err := r.FollowFederations(ctx, begin, func(at kv.Rev) error {
+			if at != rev {
+				t.Errorf("change at %d, want %d", at, rev)
+			}
+			return stop
+		}); !errors.Is(err, stop) {
+			t.Error(err)
+		}
+	})
+	t.Run("all are listed by name", func(t *testing.T) {
+		if _, err := r.CreateFederation(ctx, &Federation{TrustDomain: third, URL: "https://third.test"}); err != nil {
+			t.Fatal(err)
+		}
+		all, _, err := r.Federations(ctx)
+		if err != nil || len(all) != 2 || all[0].TrustDomain != other || all[0].URL != "https://new.test" || all[1].TrustDomain != third {
+			t.Errorf("%v, %v", all, err)
+		}
+	})
+	t.Run("none that is not there can be changed or deleted", func(t *testing.T) {
+		if _, err := r.DeleteFederation(ctx, third); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.DeleteFederation(ctx, third); !errors.Is(err, ErrNotFound) {
+			t.Errorf("delete: %v", err)
+		}
+		if _, _, err := r.UpdateFederation(ctx, third, func(*Federation) error { return nil }); !errors.Is(err, ErrNotFound) {
+			t.Errorf("update: %v", err)
+		}
+		if _, err := r.Federation(ctx, third); !errors.Is(err, ErrNotFound) {
+			t.Errorf("read: %v", err)
+		}
+	})
+}
