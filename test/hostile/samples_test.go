@@ -10,6 +10,7 @@ import (
 	"os"
 	"time"
 
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	workload "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	agentdebugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/debug/v1"
 	agentloggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/logger/v1"
@@ -210,6 +211,10 @@ var samples = map[string]sample{
 	"/SpiffeWorkloadAPI/FetchWITSVID":    notYet("workload", &workload.WITSVIDRequest{}),
 	"/SpiffeWorkloadAPI/FetchWITBundles": notYet("workload", &workload.WITBundlesRequest{}),
 
+	"/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets": call("workload", fixed(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}})).endlessly(),
+	"/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets":  call("workload", fixed(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"default"}})).endlessly(),
+	"/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets":  call("workload", fixed(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}})),
+
 	"/assay.agentadmin.v1.Admin/Explain": call("operator", fixed(&adminwire.ExplainRequest{
 		Target: &adminwire.ExplainRequest_Pid{Pid: int32(os.Getpid())}, //nolint:gosec // PIDs are small
 	})),
@@ -238,6 +243,9 @@ var lenient = map[string]string{
 	"spire.api.types.WITKey.expires_at": "likewise",
 
 	"spire.api.server.entry.v1.SyncAuthorizedEntriesRequest.ids": "an ID the agent may not have is skipped, so that the answer tells it nothing",
+
+	"envoy.config.core.v3.SocketAddress.protocol": "what Envoy tells about itself; only its version and metadata are read",
+	"google.rpc.Status.code":                      "why a client refused its secrets is its own affair, and logged",
 
 	"grpc.health.v1.HealthCheckRequest.service": "a service nobody knows is answered as such, and watched for, by gRPC's own code",
 
