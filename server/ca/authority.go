@@ -30,10 +30,12 @@ const (
 	KindJWT  = "jwt"
 )
 
-// States of an authority, as the journal spells them. They follow each other in this order.
+// States of an authority, as the journal spells them. They follow each other in this order; most
+// authorities are never aside.
 const (
 	StatePrepared = "prepared" // has a key; verifies, does not sign yet
 	StateActive   = "active"   // signs
+	StateAside    = "aside"    // made way because of the clock, and has its key; may sign again
 	StateOld      = "old"      // verifies what it signed
 	StateTainted  = "tainted"  // an old one whose SVIDs are to be replaced at once
 )
@@ -58,7 +60,7 @@ func (a *authority) with(state string, now time.Time) *authority {
 	b.line.State = state
 	if state == StateActive {
 		b.line.ActivatedAt = now.Truncate(time.Second).UTC()
-	} else if state != StatePrepared {
+	} else if state != StatePrepared && state != StateAside {
 		b.signer = nil
 	}
 	return &b
@@ -146,7 +148,7 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 		return nil, fmt.Errorf("%w: %s authority %q: %w", ErrJournal, line.Kind, line.AuthorityID, fmt.Errorf(format, args...))
 	}
 	switch line.State {
-	case StatePrepared, StateActive, StateOld, StateTainted:
+	case StatePrepared, StateActive, StateAside, StateOld, StateTainted:
 	default:
 		return broken("state %q is unknown: was it written by a newer version?", line.State)
 	}

@@ -14,7 +14,8 @@
 // does not name. The successor is prepared at NotAfter − min(lifetime/2, 30 days) and takes over at
 // NotAfter − min(lifetime/6, 7 days), which is also the longest that an SVID can live without being
 // cut short by its authority. An authority that is no longer active keeps its line in the journal and its
-// place in the bundle until 24 hours after it expired; its private key is deleted at once.
+// place in the bundle until 24 hours after it expired; its private key is deleted at once where its
+// successor took over on schedule.
 //
 // # What can go wrong
 //
@@ -27,7 +28,9 @@
 //
 // A clock that is set ahead makes authorities expire before their time, and one that is set back again
 // leaves an active authority that nobody accepts yet. Either way there is another within seconds, what
-// was signed before stays verifiable, and nothing is ever signed that is not valid yet.
+// was signed before stays verifiable, and nothing is ever signed that is not valid yet. Agents that were
+// away know only the authorities from before, so one that made way because of the clock keeps its key
+// until a day after it expired, and takes over again when the clock is right.
 //
 // # What leaves
 //

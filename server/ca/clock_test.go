@@ -2,7 +2,9 @@ package ca
 
 import (
 	"bytes"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -18,17 +20,24 @@ func TestClock(t *testing.T) {
 	// jump is a clock that goes ahead, or back, by a day and comes back after an hour. In between the
 	// wheel turns as Run turns it, and everything that was given out while the clock was right must
 	// verify by the right clock as long as it lives.
-	jump := func(t *testing.T, by time.Duration) {
+	jump := func(t *testing.T, age, by time.Duration) {
 		t.Helper()
 		now := &clock{now: epoch}
 		store := newStore()
-		c, err := Open(t.Context(), &durable{InMemory: keys.Memory()}, store, testTD, Config{Now: now.Now})
+		km := &durable{InMemory: keys.Memory()}
+		c, err := Open(t.Context(), km, store, testTD, Config{Now: now.Now})
 		if err != nil {
 			t.Fatal(err)
 		}
-		now.pass(2 * time.Hour)
+		for range int(age / time.Hour) {
+			now.pass(time.Hour)
+			if err := c.step(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
 		before := issueChecked(t, c, store, now.Now())
 		right := now.Now()
+		known := store.held() // to agents that are away from now on
 
 		now.pass(by)
 		if err := c.step(t.Context()); err != nil {
@@ -53,12 +62,34 @@ func TestClock(t *testing.T) {
 		if err := verify(store.held(), before, now.Now().Add(time.Minute)); err != nil {
 			t.Errorf("after the jump, what was signed before: %v", err)
 		}
+		if err := verify(known, after, now.Now()); err != nil {
+			t.Errorf("after the jump, agents that were away do not know the authority: %v", err)
+		}
+		if held, err := c.ServerCertificate()(nil); err != nil || verify(known, []*x509.Certificate{held.Leaf}, now.Now()) != nil {
+			t.Errorf("after the jump, agents that were away do not know the server: %v", err)
+		}
+		// A restart in the middle changes nothing about it.
+		now.pass(by)
+		if c, err = Open(t.Context(), km, store, testTD, Config{Now: now.Now}); err != nil {
+			t.Fatal(err)
+		}
+		now.pass(-by)
+		if c, err = Open(t.Context(), km, store, testTD, Config{Now: now.Now}); err != nil {
+			t.Fatal(err)
+		}
+		if err := verify(known, issueChecked(t, c, store, now.Now()), now.Now()); err != nil {
+			t.Errorf("after a restart, agents that were away do not know the authority: %v", err)
+		}
 		if held, err := c.ServerCertificate()(nil); err != nil || held.Leaf.NotBefore.After(now.Now()) || !now.Now().Before(held.Leaf.NotAfter) {
 			t.Errorf("the server's own SVID is not valid now: %v", err)
 		}
 	}
-	t.Run("a day ahead and back, and there always is somebody to sign what is valid now", func(t *testing.T) { jump(t, 24*time.Hour) })
-	t.Run("a day back and ahead, likewise", func(t *testing.T) { jump(t, -24*time.Hour) })
+	for _, age := range []time.Duration{0, 2 * time.Hour, 13 * time.Hour, 19 * time.Hour, 21 * time.Hour, 50 * time.Hour} {
+		t.Run(fmt.Sprintf("a day ahead and back after %s, and there always is somebody to sign what is valid now", age), func(t *testing.T) {
+			jump(t, age, 24*time.Hour)
+		})
+		t.Run(fmt.Sprintf("a day back and ahead after %s, likewise", age), func(t *testing.T) { jump(t, age, -24*time.Hour) })
+	}
 	t.Run("a week ahead and back, likewise but for the bundle", func(t *testing.T) {
 		now := &clock{now: epoch}
 		c, store := open(t, Config{Now: now.Now})
@@ -93,7 +124,7 @@ func TestClock(t *testing.T) {
 		if err := c.step(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if n := store.states(); n["x509 prepared"] != 1 || n["x509 old"] != 1 {
+		if n := store.states(); n["x509 prepared"] != 1 || n["x509 aside"] != 1 {
 			t.Errorf("states %v", n)
 		}
 		issueChecked(t, c, store, now.Now())

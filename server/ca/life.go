@@ -36,7 +36,7 @@ func (c *CA) load(ctx context.Context) error {
 	}
 	for _, line := range stored {
 		var signer crypto.Signer
-		if line.State == StatePrepared || line.State == StateActive {
+		if line.State == StatePrepared || line.State == StateActive || line.State == StateAside {
 			if signer, err = c.keys.Get(ctx, line.KeyID); err != nil && !errors.Is(err, keys.ErrNotFound) {
 				return fmt.Errorf("get key of %s authority %s: %w", line.Kind, line.AuthorityID, err)
 			}
@@ -137,7 +137,7 @@ func (c *CA) turn(ctx context.Context) error {
 	now := c.cfg.Now()
 	var errs []error
 	for _, kind := range kinds {
-		errs = append(errs, c.prepare(ctx, kind, now))
+		errs = append(errs, c.resume(ctx, kind, now), c.prepare(ctx, kind, now))
 	}
 	if err := c.publish(ctx, now); err != nil {
 		return errors.Join(append(errs, err)...) // nothing takes over that is not published
@@ -149,6 +149,33 @@ func (c *CA) turn(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// resume lets an authority sign again that made way because of the clock, now that the clock says that
+// it is valid and the active one is not. Who was away meanwhile knows it, and no other.
+func (c *CA) resume(ctx context.Context, kind string, now time.Time) error {
+	active := c.find(kind, StateActive)
+	if active != nil && active.valid(now) {
+		return nil
+	}
+	var back *authority
+	for _, a := range c.lines {
+		if a.line.Kind == kind && a.line.State == StateAside && a.signer != nil && a.valid(now) && (back == nil || older(back, a) < 0) {
+			back = a
+		}
+	}
+	if back == nil {
+		return nil
+	}
+	changed := []*authority{back.with(StateActive, now)}
+	if active != nil {
+		changed = append(changed, active.with(StateAside, now))
+	}
+	if err := c.put(ctx, changed...); err != nil {
+		return fmt.Errorf("resume %s authority: %w", kind, err)
+	}
+	c.log.WithFields(back.fields()).Error("The clock was set: an authority that was taken for expired, or for early, signs again")
+	return nil
+}
+
 // prepare makes the successor when it is time, or the first authority, and journals it.
 func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
 	active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
@@ -157,8 +184,8 @@ func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
 		if prepared.valid(now) {
 			return nil
 		}
-		// The server was down all its life, or it was made while the clock was ahead.
-		changed = append(changed, prepared.with(StateOld, now))
+		// The server was down all its life, or the clock was set.
+		changed = append(changed, prepared.with(StateAside, now))
 	} else if active != nil && !active.early(now) && !active.shouldPrepare(now) {
 		return nil
 	}
@@ -186,7 +213,7 @@ func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
 func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 	active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
 	slot := c.slot(kind)
-	if active != nil && slot.Load() == nil { // the start: it is in the bundle, so it may sign
+	if active != nil && slot.Load() != active { // the start, or resumed: it is in the bundle, so it may sign
 		slot.Store(active)
 		c.metrics.active(kind, active.line.NotAfter)
 	}
@@ -204,8 +231,12 @@ func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 		}
 	}
 	changed := []*authority{prepared.with(StateActive, now)}
+	state := StateOld
 	if active != nil {
-		changed = append(changed, active.with(StateOld, now))
+		if !active.valid(now) {
+			state = StateAside // the clock may be wrong, and be set right
+		}
+		changed = append(changed, active.with(state, now))
 	}
 	if err := c.put(ctx, changed...); err != nil {
 		return fmt.Errorf("activate %s authority: %w", kind, err)
@@ -213,7 +244,7 @@ func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 	slot.Store(changed[0])
 	c.metrics.active(kind, changed[0].line.NotAfter)
 	c.log.WithFields(changed[0].fields()).Info("Authority activated")
-	if active != nil {
+	if active != nil && state == StateOld {
 		c.deleteKey(ctx, active)
 	}
 	return nil
