@@ -298,8 +298,8 @@ func decodeToken(b []byte) (expires time.Time, err error) {
 	return timeOf(m.GetExpiresAt()), nil
 }
 
-func encodeSchema(td spiffeid.TrustDomain) ([]byte, error) {
-	return encode(&stored.Schema{Version: schemaVersion, TrustDomain: td.Name()})
+func encodeSchema(td spiffeid.TrustDomain, version uint32) ([]byte, error) {
+	return encode(&stored.Schema{Version: version, TrustDomain: td.Name()})
 }
 
 func unix(t time.Time) int64 {

@@ -297,7 +297,8 @@ func TestVersion1(t *testing.T) {
 			tokenKey(hashToken("secret")):     "t/K7gNU3sdo-OL0wNhqoVWhr3g6s1xYv72ol_pe_Unols",
 			aliasKey(e):                       "i/a/K7gNU3sdo-OL0wNhqoVWhr3g6s1xYv72ol_pe_Unols/id-1",
 			entryExpiryKey(e):                 "x/001772366400/e/id-1",
-			similarKey(fullEntry()):           "i/s/dD7XyL5kW-Xom021IOxu1TiU5VOx4NJPCxC8F3zRo6U",
+			similarKey(fullEntry()):           "i/s/web:dD7XyL5kW-Xom021IOxu1Q",
+			similarKeyV1(fullEntry()):         "i/s/dD7XyL5kW-Xom021IOxu1TiU5VOx4NJPCxC8F3zRo6U",
 			expiryKey(noon, kindToken, "a_-"): "x/001772366400/t/a_-",
 			expiryBefore(noon.Unix() + 1):     "x/001772366401/",
 		} {

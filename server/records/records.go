@@ -212,7 +212,7 @@ func (r *Records) claim(ctx context.Context) error {
 		if m.GetTrustDomain() != r.td.Name() {
 			return fmt.Errorf("the store belongs to trust domain %q, this server is configured for %q", m.GetTrustDomain(), r.td.Name())
 		}
-		return nil
+		return r.upgrade(ctx, m.GetVersion(), item.Rev)
 	}
 	items, _, err := r.store.Range(ctx, "", "", 1)
 	if err != nil {
@@ -221,7 +221,7 @@ func (r *Records) claim(ctx context.Context) error {
 	if len(items) > 0 {
 		return fmt.Errorf("%w: it has keys but no %s", ErrDamaged, schemaKey)
 	}
-	value, err := encodeSchema(r.td)
+	value, err := encodeSchema(r.td, schemaVersion)
 	if err != nil {
 		return err
 	}
