@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/hcl/v2"
@@ -58,7 +59,11 @@ type Evidence struct {
 	RequireSigned bool
 	// CRLFile and CRLAddress are where the list of revoked certificates is to be found.
 	CRLFile, CRLAddress string
-	Webhooks            []Webhook
+	// Registries are where manifests may be fetched, RegistryHosts where these may send on to, and
+	// PlainRegistries those of both without TLS. PrivateRegistries lets names lead to private addresses.
+	Registries, RegistryHosts, PlainRegistries []string
+	PrivateRegistries                          bool
+	Webhooks                                   []Webhook
 }
 
 // Webhook is webhook "name" { … }.
@@ -74,6 +79,10 @@ type evidenceBlock struct {
 	Require     string         `hcl:"require_evidence,optional"`
 	CRLFile     string         `hcl:"crl_file,optional"`
 	CRLAddress  string         `hcl:"crl_address,optional"`
+	Registries  []string       `hcl:"registries,optional"`
+	Hosts       []string       `hcl:"registry_hosts,optional"`
+	Plain       []string       `hcl:"plain_registries,optional"`
+	Private     bool           `hcl:"allow_private_registries,optional"`
 	Webhooks    []webhookBlock `hcl:"webhook,block"`
 }
 
@@ -104,6 +113,12 @@ func (l *loader) evidence(b *evidenceBlock) Evidence {
 			l.say(key+"crl_address", "Invalid address", "%q is no address to listen on: write an IP address and a port, as in \"127.0.0.1:8092\".", b.CRLAddress)
 		}
 		e.CRLAddress = b.CRLAddress
+	}
+	e.Registries, e.RegistryHosts, e.PlainRegistries, e.PrivateRegistries = b.Registries, b.Hosts, b.Plain, b.Private
+	for _, name := range slices.Concat(b.Registries, b.Hosts, b.Plain) {
+		if name == "" || strings.ContainsAny(name, "/@ ") {
+			l.say(key+"registries", "Invalid registry", "%q is no registry: write its host, with the port if it is not 443, as in \"registry.example.org:5000\".", name)
+		}
 	}
 	for _, w := range b.Webhooks {
 		e.Webhooks = append(e.Webhooks, l.webhook(w, e.Webhooks))

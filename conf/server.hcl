@@ -152,6 +152,15 @@ key_manager "disk" {
   #crl_file    = "/var/lib/assay/crl.pem"
   #crl_address = "0.0.0.0:8092"
 
+  # Registries that may be asked for manifests, to prove which image the digest of a manifest or an index
+  # leads to; without any, whoever pushes evidence brings the manifests. registry_hosts are others that they
+  # may send on to (token services, blob stores), plain_registries those of all that speak no TLS. A name
+  # that leads to a private address is refused unless that is allowed.
+  #registries               = ["registry.example.org"]
+  #registry_hosts           = ["auth.example.org"]
+  #plain_registries         = ["localhost:5000"]
+  #allow_private_registries = false
+
   # Who is told: withdraw, restore, grace.start, grace.half, grace.ninety, guard.trip, guard.release,
   # feed.stale, evidence.rejected; all of it without events. Posts are signed with the key in key_file (see
   # the header Assay-Signature) and tried again until they are taken.

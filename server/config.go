@@ -14,8 +14,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
-	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/verdict"
 )
 
 // Config is everything a server needs to know. Start from Defaults and fill in TrustDomain, DataDir
@@ -55,6 +55,10 @@ type Config struct {
 	// RequirePQKEM refuses TLS clients that cannot do a post-quantum hybrid key exchange. Without
 	// it, such an exchange is preferred.
 	RequirePQKEM bool
+
+	// RequireSigned refuses entries whose selectors are all claims that nobody proved: labels, environment
+	// variables. Otherwise there is a warning.
+	RequireSigned bool
 
 	// Evidence is about image evidence. Nil: no images are judged, and entries that demand a verdict stay
 	// closed.

@@ -16,6 +16,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/verdict"
+	registry "github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/view"
 )
 
@@ -26,6 +27,8 @@ type Evidence struct {
 	// CRLPath is a file that holds the list of revoked certificates as PEM, and CRLAddress an address where
 	// it is served over HTTP as DER; empty: neither.
 	CRLPath, CRLAddress string
+	// Registries say where manifests may be fetched; without any, nothing is.
+	Registries registry.Config
 }
 
 // openEvidence returns nil if the configuration has nothing about evidence.
@@ -33,7 +36,17 @@ func openEvidence(ctx context.Context, cfg *Config, rec *records.Records, pictur
 	if cfg.Evidence == nil {
 		return nil, nil //nolint:nilnil // evidence is optional
 	}
-	return verdict.Open(ctx, verdict.Parts{Store: rec, View: pictures, Audit: log, Signer: crlSigner(authority)}, cfg.Evidence.Rules, verdict.Config{
+	parts := verdict.Parts{Store: rec, View: pictures, Audit: log, Signer: authority}
+	if len(cfg.Evidence.Registries.Registries) > 0 {
+		registries := cfg.Evidence.Registries
+		registries.Dir = filepath.Join(cfg.DataDir, "manifests")
+		fetcher, err := registry.NewFetcher(registries)
+		if err != nil {
+			return nil, fmt.Errorf("open registries: %w", err)
+		}
+		parts.Fetcher = fetcher
+	}
+	return verdict.Open(ctx, parts, cfg.Evidence.Rules, verdict.Config{
 		MarksPath: filepath.Join(cfg.DataDir, "evidence-marks"),
 		CRLPath:   cfg.Evidence.CRLPath,
 		Log:       logger, Metrics: cfg.Metrics, Now: cfg.Now,
@@ -46,12 +59,6 @@ func judging(judge *verdict.Service) api.Evidence {
 		return nil
 	}
 	return judge
-}
-
-// crlSigner returns the authority as one who signs lists of revoked certificates.
-func crlSigner(authority any) verdict.Signer {
-	s, _ := authority.(verdict.Signer)
-	return s
 }
 
 // listenCRL opens the listener of the list of revoked certificates, nil if there is none.

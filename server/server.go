@@ -103,7 +103,7 @@ func Run(ctx context.Context, config Config) (err error) {
 		Evidence: judging(judge), ScanPolicies: rules.ScanPolicies,
 		Snapshots: snapshots,
 	}, api.Config{
-		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT,
+		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT, RequireSigned: cfg.RequireSigned,
 		AttestPerSecond: cfg.Limits.AttestPerSecond, AttestBurst: cfg.Limits.AttestBurst,
 		SignPerSecond: cfg.Limits.SignPerSecond, PostPerSecond: cfg.Limits.PostPerSecond,
 		AttestDuration: cfg.Limits.AttestDuration,

@@ -15,6 +15,7 @@ import (
 	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/server"
 	"github.com/assay-id/assay/server/verdict"
+	"github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/verdict/rules"
 	"github.com/assay-id/assay/server/verdict/trust"
@@ -29,7 +30,11 @@ func evidence(from *conf.Server) (*server.Evidence, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &server.Evidence{Rules: r, CRLPath: from.Evidence.CRLFile, CRLAddress: from.Evidence.CRLAddress}, nil
+	e := from.Evidence
+	return &server.Evidence{
+		Rules: r, CRLPath: e.CRLFile, CRLAddress: e.CRLAddress,
+		Registries: image.Config{Registries: e.Registries, Hosts: e.RegistryHosts, Plain: e.PlainRegistries, AllowPrivate: e.PrivateRegistries},
+	}, nil
 }
 
 // reloadEvidence puts the rules of a file that was read anew in force.

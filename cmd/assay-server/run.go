@@ -121,7 +121,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 		X509SVIDTTL: from.X509SVIDTTL, JWTSVIDTTL: from.JWTSVIDTTL, AgentTTL: from.AgentTTL,
 		JWTIssuer: from.JWTIssuer, DisableJWT: from.DisableJWT, NewAuthorityOnLostKey: from.NewAuthorityOnLostKey,
 	}
-	c.AdminIDs, c.RequirePQKEM = from.AdminIDs, from.RequirePQKEM
+	c.AdminIDs, c.RequirePQKEM, c.RequireSigned = from.AdminIDs, from.RequirePQKEM, from.Evidence.RequireSigned
 	orDefault(&c.Limits.MaxConnections, from.Limits.MaxConnections)
 	orDefault(&c.Limits.MaxPerSource, from.Limits.MaxPerSource)
 	orDefault(&c.Limits.AttestPerSecond, from.Limits.AttestPerSecond)

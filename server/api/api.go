@@ -112,6 +112,8 @@ type Parts struct {
 // Config is what an API needs beside its parts.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
+	// RequireSigned refuses entries whose selectors are all claims that nobody proved.
+	RequireSigned bool
 	// DisableJWT makes every JWT-SVID call answer Unimplemented.
 	DisableJWT bool
 	// AttestPerSecond and AttestBurst limit AttestAgent, SignPerSecond what signs (a batch counts

@@ -87,7 +87,7 @@ func (a *API) entryFromWire(w *types.Entry) (*identity.Entry, error) {
 			return nil, errors.New("an SVID that is to be stored cannot be left unfetched")
 		}
 	}
-	return e, nil
+	return e, a.lint(e)
 }
 
 func isEntryIDRune(r rune) bool {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/verdict/trust"
@@ -33,6 +34,8 @@ type Evidence interface {
 	Exceptions() []policy.Exception
 	DeleteException(ctx context.Context, id, who string) error
 	Release(ctx context.Context, policy, who string) ([]string, error)
+	// Issued writes down certificates that rest on verdicts, before they are given out.
+	Issued(ctx context.Context, serials ...records.Serial) error
 }
 
 // Limits on pushes.

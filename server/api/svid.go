@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,6 +20,8 @@ import (
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/records/stored"
 	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -58,7 +61,7 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
 	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
 	lines, errs := make([]audit.Line, n), make([]error, n)
-	items := make([]*permitted, n)
+	items, serials := make([]*permitted, n), make([]records.Serial, n)
 	rank := turn.Usual
 	if n > small {
 		rank = turn.Bulk
@@ -81,11 +84,18 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 			return
 		}
 		lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
+		serials[i] = item.serial(who.ID, chain[0], s.api.cfg.Now())
 		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, item.entry)}
 	})
+	// Before it is looked whether the verdicts still stand: what is revoked from here on is found.
+	noted := s.noteSerials(ctx, serials)
 	now := s.api.View.Agent(who.ID)
 	signed := 0
 	for i, line := range lines {
+		if errs[i] == nil && noted != nil && len(items[i].grant.By) > 0 {
+			errs[i] = noted
+			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(noted)}
+		}
 		if errs[i] == nil {
 			if errs[i] = s.still(picture, now, items[i]); errs[i] != nil {
 				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(errs[i])}
@@ -152,6 +162,32 @@ func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p
 		return item, nil, fail("failed to sign X509-SVID", err)
 	}
 	return item, chain, nil
+}
+
+// serial is what is to be known of a certificate to revoke it; without a number if it rests on no verdict.
+func (p *permitted) serial(agent spiffeid.ID, cert *x509.Certificate, now time.Time) records.Serial {
+	if len(p.grant.By) == 0 {
+		return records.Serial{}
+	}
+	m := &stored.EvidenceSerial{
+		EntryId: p.entry.ID, Agent: agent.String(), SpiffeId: p.entry.SPIFFEID.String(), IssuedAt: now.Unix(), ExpiresAt: cert.NotAfter.Unix(),
+	}
+	for _, v := range p.grant.By {
+		m.Digests = append(m.Digests, v.Digest)
+	}
+	return records.Serial{Number: cert.SerialNumber.String(), EvidenceSerial: m}
+}
+
+// noteSerials writes down what may have to be revoked.
+func (s *svidService) noteSerials(ctx context.Context, serials []records.Serial) error {
+	serials = slices.DeleteFunc(serials, func(one records.Serial) bool { return one.Number == "" })
+	if len(serials) == 0 || s.api.Evidence == nil {
+		return nil
+	}
+	if err := s.api.Evidence.Issued(ctx, serials...); err != nil {
+		return fail("failed to note the serial number", err)
+	}
+	return nil
 }
 
 // permitted is an entry that may be signed for, and what the verdicts say to it.

@@ -77,7 +77,7 @@ type Line struct {
 	// Policy, Finding and Report name what decided on an image: the scan policy, the vulnerability, the
 	// hash of the document.
 	Policy, Finding, Report string
-	Rev      kv.Rev // of the picture that was decided on, or of the commit that was made
+	Rev                     kv.Rev // of the picture that was decided on, or of the commit that was made
 
 	Outcome string // Allow, Deny or Error
 	Reason  string // why not, in full: the caller is told less

@@ -13,12 +13,6 @@ import (
 	"github.com/assay-id/assay/server/records/stored"
 )
 
-// Revoked is one certificate that is revoked.
-type Revoked struct {
-	Serial string // decimal
-	At     time.Time
-}
-
 // Signer signs lists of revoked certificates; *ca.CA is one.
 type Signer interface {
 	// SignCRL returns the list of those of the certificates that the active authority signed, as DER.
@@ -50,6 +44,9 @@ func (s *Service) CRL() []byte {
 // Issued writes down a certificate that is about to be given out on the strength of a verdict. Without
 // that line it could not be revoked, so on an error it must not be given out.
 func (s *Service) Issued(ctx context.Context, serials ...records.Serial) error {
+	if !s.revokes.Load() {
+		return nil // no policy ever revokes
+	}
 	if err := s.Store.PutSerials(ctx, serials...); err != nil {
 		return fmt.Errorf("note issued certificate: %w", err)
 	}

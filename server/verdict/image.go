@@ -2,7 +2,6 @@ package verdict
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -15,9 +14,9 @@ import (
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/records/stored"
+	proofs "github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/verdict/report"
-	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // The kinds of document.
@@ -185,9 +184,12 @@ func (d *document) match(i *image) policy.Match {
 	return ""
 }
 
-// samePlatform compares os/arch or os/arch/variant. arm64 is always v8.
+// samePlatform compares os/arch or os/arch/variant in whatever way they are written.
 func samePlatform(a, b string) bool {
-	norm := func(p string) string { return strings.TrimSuffix(p, "/v8") }
+	norm := func(text string) string {
+		parts := strings.SplitN(text+"//", "/", 4)
+		return proofs.Platform(parts[0], parts[1], strings.Trim(parts[2], "/"))
+	}
 	return norm(a) == norm(b)
 }
 
@@ -197,69 +199,30 @@ const (
 	linkIndex    = "index"
 )
 
-// maxManifest is the largest manifest in bytes, as the distribution specification has it.
-const maxManifest = 4 << 20
-
-// maxManifests is how many of them one push may bring.
+// maxManifests is how many manifests one push may bring.
 const maxManifests = 32
 
 // chain is what manifests prove: the images that a digest leads to.
 type chain map[string]map[string]link // config digest to the digests that lead there
 
-// errManifest marks manifests that prove nothing.
-var errManifest = errors.New("manifest refused")
-
-type descriptor struct {
-	Digest   string `json:"digest"`
-	Platform *struct {
-		OS      string `json:"os"`
-		Arch    string `json:"architecture"`
-		Variant string `json:"variant"`
-	} `json:"platform"`
-}
-
-func (d *descriptor) platform() string {
-	if d.Platform == nil {
-		return ""
-	}
-	p := d.Platform.OS + "/" + d.Platform.Arch
-	if d.Platform.Variant != "" {
-		p += "/" + d.Platform.Variant
-	}
-	return p
-}
-
 // prove reads manifests and indexes. Each is known by the hash of its own bytes and nothing else, so it
 // does not matter who brings them.
 func prove(blobs [][]byte) (chain, error) {
 	if len(blobs) > maxManifests {
-		return nil, fmt.Errorf("%w: there are %d, the limit is %d", errManifest, len(blobs), maxManifests)
+		return nil, fmt.Errorf("there are %d manifests, the limit is %d", len(blobs), maxManifests)
 	}
-	configs := map[string]string{} // by manifest
-	type index struct {
-		digest string
-		list   []descriptor
-	}
-	var indexes []index
+	var links proofs.Links
+	configs, indexes := map[string]string{}, map[string][]proofs.Link{}
 	for n, blob := range blobs {
-		if len(blob) > maxManifest {
-			return nil, fmt.Errorf("%w: number %d has %d bytes, the limit is %d", errManifest, n+1, len(blob), maxManifest)
-		}
-		var m struct {
-			Config    *descriptor  `json:"config"`
-			Manifests []descriptor `json:"manifests"`
-		}
-		if err := json.Unmarshal(blob, &m); err != nil {
-			return nil, fmt.Errorf("%w: number %d is no JSON: %w", errManifest, n+1, err)
-		}
 		digest := digestOf(blob)
-		switch {
-		case m.Config != nil && m.Manifests == nil && identity.ValidDigest(m.Config.Digest):
-			configs[digest] = m.Config.Digest
-		case m.Config == nil && len(m.Manifests) > 0:
-			indexes = append(indexes, index{digest: digest, list: m.Manifests})
-		default:
-			return nil, fmt.Errorf("%w: number %d is neither a manifest with a config nor an index", errManifest, n+1)
+		p, err := links.Prove(digest, blob)
+		if err != nil {
+			return nil, fmt.Errorf("manifest number %d: %w", n+1, err)
+		}
+		if p.Config != "" {
+			configs[digest] = p.Config
+		} else {
+			indexes[digest] = p.Manifests
 		}
 	}
 	out := chain{}
@@ -272,17 +235,40 @@ func prove(blobs [][]byte) (chain, error) {
 	for manifest, config := range configs {
 		add(config, manifest, link{kind: linkManifest})
 	}
-	for _, x := range indexes {
-		for _, d := range x.list {
-			if config := configs[d.Digest]; config != "" {
-				add(config, x.digest, link{kind: linkIndex, platform: d.platform()})
-				if p := d.platform(); p != "" {
-					add(config, d.Digest, link{kind: linkManifest, platform: p})
-				}
+	for digest, list := range indexes {
+		for _, l := range list {
+			if config := configs[l.To]; config != "" {
+				add(config, digest, link{kind: linkIndex, platform: l.Platform})
+				add(config, l.To, link{kind: linkManifest, platform: l.Platform})
 			}
 		}
 	}
 	return out, nil
+}
+
+// fetch gets from the registry what is needed to prove where a digest leads.
+func (s *Service) fetch(ctx context.Context, repository, digest string) ([][]byte, error) {
+	first, err := s.Fetcher.Fetch(ctx, repository, digest)
+	if err != nil {
+		return nil, err
+	}
+	var links proofs.Links
+	p, err := links.Prove(digest, first)
+	if err != nil {
+		return nil, err
+	}
+	blobs := [][]byte{first}
+	for _, l := range p.Manifests {
+		if len(blobs) == maxManifests {
+			break
+		}
+		child, err := s.Fetcher.Fetch(ctx, repository, l.To)
+		if err != nil {
+			return nil, err
+		}
+		blobs = append(blobs, child)
+	}
+	return blobs, nil
 }
 
 // load reads everything that is stored.

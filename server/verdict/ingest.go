@@ -155,6 +155,7 @@ type incoming struct {
 	unsigned   []string // those of them that vouch for unsigned documents
 	sources    []string // that vouch for the document
 	notes      []string
+	unresolved string // why the registry was of no help
 }
 
 func (s *Service) push(ctx context.Context, who Pusher, d Document) (*Pushed, error) {
@@ -164,7 +165,13 @@ func (s *Service) push(ctx context.Context, who Pusher, d Document) (*Pushed, er
 	}
 	s.mu.Lock()
 	in.wanted = s.sameImage(in)
+	known := s.state.images[in.digest] != nil || len(s.state.leads[in.digest]) > 0 || len(in.proved) > 0
 	s.mu.Unlock()
+	if !known && s.Fetcher != nil && in.repository != "" {
+		if err := s.resolve(ctx, in); err != nil {
+			in.unresolved = ", and the registry could not say it either: " + clip(err.Error())
+		}
+	}
 	if err := s.vouch(ctx, in, who, d); err != nil {
 		return nil, err
 	}
@@ -202,6 +209,21 @@ func (in *incoming) image(who Pusher, d Document) error {
 	if in.proved, err = prove(d.Manifests); err != nil {
 		return clash(ErrImage, "%w", err)
 	}
+	return nil
+}
+
+// resolve asks the registry where the digest leads.
+func (s *Service) resolve(ctx context.Context, in *incoming) error {
+	blobs, err := s.fetch(ctx, in.repository, in.digest)
+	if err != nil {
+		return err
+	}
+	if in.proved, err = prove(blobs); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	in.wanted = s.sameImage(in)
 	return nil
 }
 
@@ -457,7 +479,7 @@ func (s *Service) take(ctx context.Context, in *incoming, who Pusher, d Document
 	}
 	maps.Copy(s.state.marks, marks)
 	if len(concerned) == 0 {
-		out.Notes = append(out.Notes, "it is not known which image this digest leads to; push the manifest with it, or the config digest")
+		out.Notes = append(out.Notes, "it is not known which image this digest leads to"+in.unresolved+"; push the manifest with it, or the config digest")
 	}
 	out.Images = concerned
 	return out, s.evaluate(ctx, "push", concerned)

@@ -30,6 +30,7 @@ import (
 	"io"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -112,6 +113,13 @@ type Parts struct {
 	Audit Audit
 	// Signer signs the list of revoked certificates. Nil: there is none.
 	Signer Signer
+	// Fetcher gets manifests from registries. Nil: only what pushers bring proves where a digest leads.
+	Fetcher Fetcher
+}
+
+// Fetcher gets manifests and indexes by digest; *image.Fetcher is one.
+type Fetcher interface {
+	Fetch(ctx context.Context, repository, digest string) ([]byte, error)
 }
 
 // Service holds the evidence. It is safe for concurrent use.
@@ -125,6 +133,8 @@ type Service struct {
 
 	woken  chan struct{} // holds a token when Run should look at the time again
 	posted chan struct{} // holds a token when there is an alert to send
+
+	revokes atomic.Bool // some policy revokes
 
 	// mu guards all below and is held while a change of it is written.
 	mu     sync.Mutex
@@ -177,6 +187,7 @@ func Open(ctx context.Context, parts Parts, rules Rules, cfg Config) (*Service, 
 		},
 	}
 	s.m = newMetrics(cfg.Metrics)
+	s.revokes.Store(slices.ContainsFunc(rules.Policies, revokes))
 	var err error
 	if s.verifier, err = trust.New(rules.Trust, trust.Config{Now: cfg.Now, Metrics: cfg.Metrics}); err != nil {
 		return nil, fmt.Errorf("open verdicts: %w", err)
@@ -331,6 +342,7 @@ func (s *Service) Replace(ctx context.Context, rules Rules) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rules = rules
+	s.revokes.Store(slices.ContainsFunc(rules.Policies, revokes))
 	s.verifier.Replace(rules.Trust)
 	s.callers.Replace(rules.Sources)
 	err := s.verifyAgain(ctx)
@@ -342,6 +354,8 @@ func (s *Service) Replace(ctx context.Context, rules Rules) error {
 	}
 	return nil
 }
+
+func revokes(p *policy.ScanPolicy) bool { return p.OnFail == policy.Revoke }
 
 // Callers knows who may push evidence.
 func (s *Service) Callers() *trust.Callers { return s.callers }

@@ -61,7 +61,7 @@ var rules = []rule{
 	},
 	{pattern: "server/trust", floor: flows, also: []string{"server/view"}, why: "publishes the bundle of the picture"},
 	{pattern: "server/verdict/rules", floor: flows, also: []string{"server/verdict", "server/verdict/policy", "server/verdict/trust"}, why: "reads their blocks from the file"},
-	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/policy", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
+	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/image", "server/verdict/policy", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
 	{pattern: "agent/issue", floor: flows, also: []string{"agent/view"}, why: "signs what the picture shows"},
 	{pattern: "agent/admin", floor: flows, also: []string{"agent/view", "workloadapi"}, why: "explains what they decided"},
 	{pattern: "agent/join", floor: flows},
