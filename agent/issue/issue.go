@@ -25,6 +25,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -79,11 +80,18 @@ const (
 	maxJWT     = 32
 	// soft is how long somebody who could be given something waits for something better.
 	soft = 2 * time.Second
+	// scanEvery is how often everything is looked at although nothing is known to be due.
+	scanEvery = time.Hour
+	// keepOver is how long an SVID that has expired is kept: a clock that was set a day ahead may be set
+	// back, and then nobody needs another.
+	keepOver = 25 * time.Hour
 	// maxWait is how long Run trusts its timer: the wall clock may jump, timers do not.
 	maxWait = 30 * time.Second
 	// firstRetry and maxRetry bound the wait after a failed request.
 	firstRetry = 500 * time.Millisecond
 	maxRetry   = 15 * time.Second
+	// clockRetry is how often a server is asked whose answers are of no use because of a clock.
+	clockRetry = time.Minute
 	// minRenewal keeps a server that gives lifetimes of next to nothing from being asked all the time.
 	minRenewal = 500 * time.Millisecond
 	// afterWake is how soon those who follow a subject ask again after its channel was closed.
@@ -107,6 +115,8 @@ type Issuer struct {
 	metrics *metrics
 
 	kick chan struct{} // something for Run to look at, capacity 1
+	// clockPhase spreads the agents that have errClock over the minute.
+	clockPhase time.Duration
 
 	// mu guards what follows, and all that hangs on it.
 	mu       sync.Mutex
@@ -155,7 +165,7 @@ func New(v *view.View, signer Signer, store Store, cfg Config) (*Issuer, error) 
 	}
 	i := &Issuer{
 		cfg: cfg, view: v, signer: signer, store: store, log: cfg.Log, now: cfg.Now, pool: p, metrics: m,
-		kick: make(chan struct{}, 1), picture: v.Picture(),
+		kick: make(chan struct{}, 1), picture: v.Picture(), clockPhase: rand.N(clockRetry), //nolint:gosec // spreads load, hides nothing
 		subjects: map[string]*subject{}, order: list.New(), images: newImages(), slots: map[string]*slot{}, jwts: newJWTCache(cfg.JWTSize),
 		nextScan: cfg.Now(),
 	}
@@ -174,7 +184,7 @@ func (i *Issuer) restore() {
 			continue
 		}
 		sl := &slot{entry: e, users: map[*subject]struct{}{}, used: now}
-		sl.put(k.SVID, k.SVID.NotBefore, k.EntryRevision, k.EntryCreatedAt)
+		sl.put(k.SVID, renewalTime(k.SVID.NotBefore, k.SVID.NotAfter), k.EntryRevision, k.EntryCreatedAt)
 		if sl.tainted(i.own()) {
 			sl.renewAt = now
 		}
@@ -200,7 +210,8 @@ func (i *Issuer) Run(ctx context.Context) error {
 		i.mu.Lock()
 		now := i.now()
 		i.refresh(picture, now)
-		if !now.Before(i.nextScan) {
+		// The next scan is never further away than scanEvery, unless the clock was set back.
+		if !now.Before(i.nextScan) || i.nextScan.Sub(now) > scanEvery {
 			i.scan(now)
 		}
 		if len(i.queue) > 0 && !i.gathering && i.batches < maxBatches {
@@ -266,8 +277,9 @@ func (i *Issuer) Retry() {
 func (i *Issuer) Counts() (x509, jwt int) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	now := i.now()
 	for _, sl := range i.slots {
-		if sl.svid != nil {
+		if sl.svid != nil && now.Before(sl.svid.NotAfter) {
 			x509++
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -221,7 +222,7 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	i.signing--
 	now := i.now()
 	if err == nil && !now.Before(svid.ExpiresAt) {
-		err = errors.New("server sent a token that has expired; check the clocks")
+		err = fmt.Errorf("server sent a token that has expired: %w", errClock)
 	}
 	if err != nil {
 		sl.err = err
@@ -237,7 +238,7 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	hinted.Hint = sl.entry.Hint
 	sl.svid, sl.keyID, sl.used = &hinted, keyID(svid.Token), false // who waits for it says that it is used
 	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
-	sl.renewAt = renewalTime(latest(now, svid.IssuedAt), svid.ExpiresAt)
+	sl.renewAt = renewalFrom(now, svid.IssuedAt, svid.ExpiresAt)
 	if sl.place != nil {
 		i.due(sl.renewAt)
 	}

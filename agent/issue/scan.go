@@ -10,22 +10,14 @@ import (
 // scan looks at everything that has a time: what is to be renewed or tried again, what has expired,
 // and what nobody wants any more. mu is held.
 func (i *Issuer) scan(now time.Time) {
-	i.nextScan = now.Add(time.Hour) // what follows brings it nearer
+	i.nextScan = now.Add(scanEvery) // what follows brings it nearer
 	stale := map[*subject]bool{}
 	for _, sl := range i.slots {
-		if sl.svid != nil && !now.Before(sl.svid.NotAfter) {
-			sl.svid, sl.top = nil, nil
-			for s := range sl.users {
-				stale[s] = true
-			}
-		}
-		if sl.svid != nil {
-			i.due(sl.svid.NotAfter)
-		}
+		i.scanSlot(sl, stale, now)
 		if !i.wanted(sl, now) {
 			continue
 		}
-		if sl.svid == nil || !sl.current() || !now.Before(sl.renewAt) {
+		if !sl.usable(now) || !sl.current() || !now.Before(sl.renewAt) {
 			i.request(sl, now) // if it may not be tried yet, request says when
 		} else {
 			i.due(sl.renewAt)
@@ -51,6 +43,26 @@ func (i *Issuer) scan(now time.Time) {
 	i.metrics.held.WithLabelValues("x509").Set(float64(len(i.slots)))
 	i.metrics.held.WithLabelValues("jwt").Set(float64(len(i.jwts.slots)))
 	i.metrics.subjects.Set(float64(len(i.subjects)))
+}
+
+// scanSlot finds out whether a slot's SVID has expired, or has not after all, and notes whom that
+// concerns. mu is held.
+func (i *Issuer) scanSlot(sl *slot, stale map[*subject]bool, now time.Time) {
+	if sl.svid == nil {
+		return
+	}
+	since := now.Sub(sl.svid.NotAfter)
+	if over := since >= 0; over != sl.over {
+		sl.over = over
+		for s := range sl.users {
+			stale[s] = true
+		}
+	}
+	if since >= keepOver {
+		sl.svid, sl.top = nil, nil
+	} else if since < 0 {
+		i.due(sl.svid.NotAfter)
+	}
 }
 
 // wanted reports whether somebody follows a subject that has the slot's entry.

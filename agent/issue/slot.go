@@ -32,6 +32,9 @@ type slot struct {
 	// top is the chain's last certificate, which an authority signed.
 	top     *x509.Certificate
 	renewAt time.Time
+	// over says that the SVID had expired when it was last looked at. It is kept for a while: the clock
+	// may be set right again.
+	over bool
 
 	// call is queued or under way; nil: none.
 	call *call
@@ -63,10 +66,10 @@ func (sl *slot) follow(e *identity.Entry) {
 	}
 }
 
-// put takes an SVID whose life counts from the given time.
-func (sl *slot) put(svid *identity.X509SVID, from time.Time, revision int64, createdAt time.Time) {
+// put takes an SVID that is to be renewed at the given time.
+func (sl *slot) put(svid *identity.X509SVID, renewAt time.Time, revision int64, createdAt time.Time) {
 	sl.svid, sl.revision, sl.createdAt = svid, revision, createdAt
-	sl.renewAt = renewalTime(from, svid.NotAfter)
+	sl.renewAt, sl.over = renewAt, false
 	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
 	sl.top, _ = x509.ParseCertificate(svid.Chain[len(svid.Chain)-1])
 }
@@ -100,11 +103,29 @@ func renewalTime(from, to time.Time) time.Time {
 	return from.Add(half + time.Duration((mathrand.Float64()*2-1)*0.1*float64(half))) //nolint:gosec // spreads load, hides nothing
 }
 
+// renewalFrom is renewalTime for what was signed just now. Servers date back, by more than the whole
+// lifetime if that is short; and one whose clock is ahead of ours dates what it signs into our future,
+// which must not put the renewal off: the life is counted from now, by a clock that nobody sets.
+func renewalFrom(now, notBefore, to time.Time) time.Time {
+	life := to.Sub(latest(now, notBefore))
+	return renewalTime(now, now.Add(life))
+}
+
 func latest(a, b time.Time) time.Time {
 	if a.After(b) {
 		return a
 	}
 	return b
+}
+
+// errClock says that our clock and the server's disagree by so much that nothing it signs is of use.
+var errClock = errors.New("check the clocks")
+
+// nextClockRetry is when to ask again after errClock: each try costs the server a signature for nothing,
+// so all SVIDs go together, once a minute, at this agent's own second of it.
+func (i *Issuer) nextClockRetry(now time.Time) time.Time {
+	since := (time.Duration(now.UnixNano()) + i.clockPhase) % clockRetry
+	return now.Add(clockRetry - since)
 }
 
 // backoff is the jittered wait after so many failures.
@@ -137,7 +158,7 @@ func (i *Issuer) request(sl *slot, now time.Time) *call {
 		sl.err = errStopped
 		return nil
 	}
-	if now.Before(sl.retryAt) {
+	if wait := sl.retryAt.Sub(now); wait > 0 && wait <= clockRetry { // more: the clock was set back
 		i.due(sl.retryAt)
 		return nil
 	}
@@ -246,6 +267,9 @@ func (i *Issuer) complete(sl *slot, asked *identity.Entry, svid *identity.X509SV
 		sl.err = err
 		sl.failures++
 		sl.retryAt = now.Add(backoff(sl.failures))
+		if errors.Is(err, errClock) {
+			sl.retryAt = i.nextClockRetry(now)
+		}
 		i.due(sl.retryAt)
 		switch {
 		case errors.Is(err, identity.ErrUnavailable), errors.Is(err, identity.ErrUnknownEntry), errors.Is(err, context.Canceled):
@@ -259,8 +283,7 @@ func (i *Issuer) complete(sl *slot, asked *identity.Entry, svid *identity.X509SV
 		i.due(now)
 		return false
 	}
-	// Servers date SVIDs back, by more than the whole lifetime if that is short.
-	sl.put(svid, latest(now, svid.NotBefore), asked.Revision, asked.CreatedAt)
+	sl.put(svid, renewalFrom(now, svid.NotBefore, svid.NotAfter), asked.Revision, asked.CreatedAt)
 	if !sl.current() {
 		i.due(now)
 	}
@@ -314,7 +337,7 @@ func (i *Issuer) parse(e *identity.Entry, chain [][]byte, key crypto.Signer) (*i
 	case !ok || !public.Equal(leaf.PublicKey):
 		return nil, errors.New("server sent a certificate for another key")
 	case !i.now().Before(leaf.NotAfter):
-		return nil, fmt.Errorf("server sent a certificate that expired at %s; check the clocks", leaf.NotAfter.UTC().Format(time.RFC3339))
+		return nil, fmt.Errorf("server sent a certificate that expired at %s: %w", leaf.NotAfter.UTC().Format(time.RFC3339), errClock)
 	}
 	der, err := x509.MarshalPKCS8PrivateKey(key)
 	if err != nil {
