@@ -38,6 +38,7 @@ const (
 	StateAside    = "aside"    // made way because of the clock, and has its key; may sign again
 	StateOld      = "old"      // verifies what it signed
 	StateTainted  = "tainted"  // an old one whose SVIDs are to be replaced at once
+	StateRevoked  = "revoked"  // a tainted one that verifies nothing any more: it is in no bundle
 )
 
 // authority is a line of the journal in its parsed form. It is immutable; with changes its line.
@@ -97,9 +98,10 @@ func (a *authority) shouldPrepare(now time.Time) bool {
 	return !now.Before(a.line.NotAfter.Add(-preparation(a.lifetime())))
 }
 
-func (a *authority) shouldActivate(now time.Time) bool {
-	return !now.Before(a.line.NotAfter.Add(-activation(a.lifetime())))
-}
+func (a *authority) shouldActivate(now time.Time) bool { return !now.Before(a.activateAt()) }
+
+// activateAt is when the successor of an active authority takes over.
+func (a *authority) activateAt() time.Time { return a.line.NotAfter.Add(-activation(a.lifetime())) }
 
 // prunable says that nothing the authority signed can be valid anywhere.
 func (a *authority) prunable(now time.Time) bool {
@@ -148,7 +150,7 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 		return nil, fmt.Errorf("%w: %s authority %q: %w", ErrJournal, line.Kind, line.AuthorityID, fmt.Errorf(format, args...))
 	}
 	switch line.State {
-	case StatePrepared, StateActive, StateAside, StateOld, StateTainted:
+	case StatePrepared, StateActive, StateAside, StateOld, StateTainted, StateRevoked:
 	default:
 		return broken("state %q is unknown: was it written by a newer version?", line.State)
 	}

@@ -115,6 +115,10 @@ type Config struct {
 	// the active one is gone from keys that were meant to last. SVIDs of the lost one stay valid.
 	NewAuthorityOnLostKey bool
 
+	// Behind counts the connected agents that do not have the bundle of the revision yet. A successor
+	// whose time has come waits a while for them. Nil: nobody is waited for.
+	Behind func(bundle kv.Rev) int
+
 	Now     func() time.Time      // default time.Now
 	Log     logrus.FieldLogger    // default: nothing is logged
 	Metrics prometheus.Registerer // default: nothing is registered
@@ -137,6 +141,8 @@ type CA struct {
 	// could not be journaled yet. Both are guarded by mu.
 	lines   map[string]*authority
 	pending map[string]*authority
+	// bundleRev is the revision of the last bundle that this CA wrote, 0 if it wrote none. mu guards it.
+	bundleRev kv.Rev
 
 	server serverSVID
 }

@@ -49,7 +49,7 @@ func Check(ctx context.Context, journal []records.Journal, bundle *identity.Bund
 		say("the journal of authorities is empty, but the bundle of %s names %d", td.Name(), len(bundle.X509)+len(bundle.JWT))
 	}
 	for _, a := range c.sorted() {
-		if !a.prunable(now) && a.line.State != StatePrepared && !inBundle(bundle, a) {
+		if !a.prunable(now) && a.line.State != StatePrepared && a.line.State != StateRevoked && !inBundle(bundle, a) {
 			say("%s authority %s is %s and not in the bundle of %s", a.line.Kind, a.line.AuthorityID, a.line.State, td.Name())
 		}
 	}

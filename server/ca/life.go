@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto"
+	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"sync/atomic"
@@ -225,11 +227,24 @@ func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 			Error("The clock was set back to before the active authority was made: what it signs is not accepted yet, another one takes over")
 	}
 	if active != nil && active.valid(now) {
-		grace := min(maxGrace, active.lifetime()/60)
-		if !active.shouldActivate(now) || now.Before(prepared.line.CreatedAt.Add(grace)) {
+		due := active.activateAt()
+		if ready := prepared.line.CreatedAt.Add(min(maxGrace, active.lifetime()/60)); ready.After(due) {
+			due = ready
+		}
+		if now.Before(due) {
+			return nil
+		}
+		if n := c.behind(); n > 0 && now.Before(due.Add(patience(active.lifetime()))) {
+			c.log.WithFields(prepared.fields()).WithField("agents", n).
+				Info("The prepared authority's time has come; it waits for connected agents that do not have it in their bundle")
 			return nil
 		}
 	}
+	return c.takeOver(ctx, kind, active, prepared, now)
+}
+
+// takeOver lets the prepared authority sign instead of the active one, if there is one.
+func (c *CA) takeOver(ctx context.Context, kind string, active, prepared *authority, now time.Time) error {
 	changed := []*authority{prepared.with(StateActive, now)}
 	state := StateOld
 	if active != nil {
@@ -241,7 +256,7 @@ func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 	if err := c.put(ctx, changed...); err != nil {
 		return fmt.Errorf("activate %s authority: %w", kind, err)
 	}
-	slot.Store(changed[0])
+	c.slot(kind).Store(changed[0])
 	c.metrics.active(kind, changed[0].line.NotAfter)
 	c.log.WithFields(changed[0].fields()).Info("Authority activated")
 	if active != nil && state == StateOld {
@@ -260,13 +275,14 @@ func (c *CA) publish(ctx context.Context, now time.Time) error {
 	if err == nil && !c.merge(b.Clone(), now) {
 		return nil
 	}
-	b, _, err = c.store.UpdateBundle(ctx, c.td, func(b *identity.Bundle) error {
+	b, rev, err := c.store.UpdateBundle(ctx, c.td, func(b *identity.Bundle) error {
 		c.merge(b, now)
 		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("publish authorities: %w", err)
 	}
+	c.bundleRev = rev
 	c.log.WithFields(logrus.Fields{"sequence": b.Sequence, "x509": len(b.X509), "jwt": len(b.JWT)}).Info("Bundle published")
 	return nil
 }
@@ -277,7 +293,7 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 	limit := now.Add(-pruneAfter)
 	x509s := make([]identity.X509Authority, 0, len(b.X509)+1)
 	for _, a := range b.X509 {
-		if !a.Certificate.NotAfter.After(limit) {
+		if !a.Certificate.NotAfter.After(limit) || c.revokedX509(a.Certificate) {
 			changed = true
 			continue
 		}
@@ -285,14 +301,14 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 	}
 	jwts := make([]identity.JWTAuthority, 0, len(b.JWT)+1)
 	for _, a := range b.JWT {
-		if !a.ExpiresAt.IsZero() && !a.ExpiresAt.After(limit) {
+		if !a.ExpiresAt.IsZero() && !a.ExpiresAt.After(limit) || c.revokedJWT(a.KeyID) {
 			changed = true
 			continue
 		}
 		jwts = append(jwts, a)
 	}
 	for _, a := range c.sorted() {
-		if a.prunable(now) {
+		if a.prunable(now) || a.line.State == StateRevoked {
 			continue
 		}
 		var entryChanged bool
@@ -305,6 +321,17 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 	}
 	b.X509, b.JWT = x509s, jwts
 	return changed
+}
+
+// revokedX509 and revokedJWT say of an authority in a bundle that it was revoked, whoever put it there.
+func (c *CA) revokedX509(cert *x509.Certificate) bool {
+	a := c.lines[hex.EncodeToString(cert.SubjectKeyId)]
+	return a != nil && a.line.State == StateRevoked && samePublic(a.public, cert.PublicKey)
+}
+
+func (c *CA) revokedJWT(keyID string) bool {
+	a := c.lines[keyID]
+	return a != nil && a.line.State == StateRevoked && a.line.Kind == KindJWT
 }
 
 func addX509(list []identity.X509Authority, a *authority) ([]identity.X509Authority, bool) {
@@ -374,7 +401,7 @@ func (c *CA) put(ctx context.Context, changed ...*authority) error {
 // that no line names stay: after a backup of the store was restored, they may be all there is.
 func (c *CA) sweepKeys(ctx context.Context) {
 	for _, a := range c.lines {
-		if a.line.State == StateOld || a.line.State == StateTainted {
+		if a.line.State == StateOld || a.line.State == StateTainted || a.line.State == StateRevoked {
 			c.deleteKey(ctx, a)
 		}
 	}

@@ -29,7 +29,9 @@ type want struct {
 	now       time.Time
 }
 
+// authority says that the certificate is self-signed, ca that it is one of those that sign others.
 func (w *want) authority() bool { return w.profile == profileAuthority }
+func (w *want) ca() bool        { return w.authority() || w.profile == profileDownstream }
 
 // rule is one thing that holds for every certificate that leaves.
 type rule struct {
@@ -73,7 +75,7 @@ var rules = []rule{
 		return unless(len(w.dnsNames) == 0 || cert.Subject.CommonName == w.dnsNames[0], "is not the first DNS name")
 	}},
 	{"authority name", "RFC 5280 4.1.2.4", func(cert *x509.Certificate, w *want) error {
-		return unless(!w.authority() || cert.Subject.SerialNumber == cert.SerialNumber.String(), "no serialNumber attribute makes it unique")
+		return unless(!w.ca() || cert.Subject.SerialNumber == cert.SerialNumber.String(), "no serialNumber attribute makes it unique")
 	}},
 	{"public key", "RFC 5280 4.1.2.7", func(cert *x509.Certificate, w *want) error {
 		return unless(bytes.Equal(cert.RawSubjectPublicKeyInfo, w.spki), "is not the one that was asked for")
@@ -85,7 +87,7 @@ var rules = []rule{
 		return unless(len(cert.URIs) == 1 && cert.URIs[0].String() == w.id.String(), "URIs %v, want %s", cert.URIs, w.id)
 	}},
 	{"authority ID", "X509-SVID 4.2", func(_ *x509.Certificate, w *want) error {
-		return unless((w.id.Path() == "") == w.authority(), "a path goes with SVIDs only, and with all of them")
+		return unless((w.id.Path() == "") == w.ca(), "a path goes with SVIDs only, and with all of them")
 	}},
 	{"reserved ID", "SPIRE's profile", func(_ *x509.Certificate, w *want) error {
 		switch path := w.id.Path(); w.profile {
@@ -114,21 +116,21 @@ var rules = []rule{
 	}},
 	{"key usage", "X509-SVID 4.3", func(cert *x509.Certificate, w *want) error {
 		usage := leafUsage
-		if w.authority() {
+		if w.ca() {
 			usage = authorityUsage
 		}
 		return unless(cert.KeyUsage == usage, "%b, want %b", cert.KeyUsage, usage)
 	}},
 	{"extended key usage", "X509-SVID 4.4", func(cert *x509.Certificate, w *want) error {
 		var usage []x509.ExtKeyUsage
-		if !w.authority() {
+		if !w.ca() {
 			usage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
 		}
 		return unless(slices.Equal(cert.ExtKeyUsage, usage) && len(cert.UnknownExtKeyUsage) == 0, "%v, want %v", cert.ExtKeyUsage, usage)
 	}},
 	{"basic constraints", "X509-SVID 4.1", func(cert *x509.Certificate, w *want) error {
-		return unless(cert.BasicConstraintsValid && cert.IsCA == w.authority() && cert.MaxPathLen <= 0 && !cert.MaxPathLenZero,
-			"CA %t, want %t without a path length", cert.IsCA, w.authority())
+		return unless(cert.BasicConstraintsValid && cert.IsCA == w.ca() && cert.MaxPathLen <= 0 && !cert.MaxPathLenZero,
+			"CA %t, want %t without a path length", cert.IsCA, w.ca())
 	}},
 	{"subject key identifier", "RFC 5280 4.2.1.2", func(cert *x509.Certificate, w *want) error {
 		return unless(bytes.Equal(cert.SubjectKeyId, w.keyID), "%x, want %x", cert.SubjectKeyId, w.keyID)
@@ -172,22 +174,23 @@ var (
 
 // extension is one of those that a certificate may, and in the case of most must, have.
 type extension struct {
-	name      string
-	id        asn1.ObjectIdentifier
-	critical  bool
-	authority bool // authorities have it
-	leaf      bool // SVIDs have it
+	name       string
+	id         asn1.ObjectIdentifier
+	critical   bool
+	authority  bool // authorities have it
+	downstream bool // authorities of downstream servers have it
+	leaf       bool // SVIDs have it
 }
 
 var subjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 
 var extensions = []extension{
-	{"subjectKeyIdentifier", asn1.ObjectIdentifier{2, 5, 29, 14}, false, true, true},
-	{"keyUsage", asn1.ObjectIdentifier{2, 5, 29, 15}, true, true, true},
-	{"subjectAltName", subjectAltName, false, true, true}, // not critical: the subject is never empty
-	{"basicConstraints", asn1.ObjectIdentifier{2, 5, 29, 19}, true, true, true},
-	{"authorityKeyIdentifier", asn1.ObjectIdentifier{2, 5, 29, 35}, false, false, true},
-	{"extKeyUsage", asn1.ObjectIdentifier{2, 5, 29, 37}, false, false, true},
+	{"subjectKeyIdentifier", asn1.ObjectIdentifier{2, 5, 29, 14}, false, true, true, true},
+	{"keyUsage", asn1.ObjectIdentifier{2, 5, 29, 15}, true, true, true, true},
+	{"subjectAltName", subjectAltName, false, true, true, true}, // not critical: the subject is never empty
+	{"basicConstraints", asn1.ObjectIdentifier{2, 5, 29, 19}, true, true, true, true},
+	{"authorityKeyIdentifier", asn1.ObjectIdentifier{2, 5, 29, 35}, false, false, true, true},
+	{"extKeyUsage", asn1.ObjectIdentifier{2, 5, 29, 37}, false, false, false, true},
 }
 
 // checkExtensions wants exactly the extensions of the table, so that neither a CRL address nor a
@@ -195,8 +198,11 @@ var extensions = []extension{
 func checkExtensions(cert *x509.Certificate, w *want) error {
 	for _, e := range extensions {
 		wanted, found := e.leaf, 0
-		if w.authority() {
+		switch w.profile {
+		case profileAuthority:
 			wanted = e.authority
+		case profileDownstream:
+			wanted = e.downstream
 		}
 		for _, has := range cert.Extensions {
 			if !has.Id.Equal(e.id) {

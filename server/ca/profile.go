@@ -34,14 +34,17 @@ import (
 //
 // An authority has subject C=US, O=SPIFFE and the serial number as its serialNumber attribute, so
 // that no two authorities share a name, the trust domain's own ID as its one URI (X509-SVID 4.2),
-// CA:true and keyUsage keyCertSign, cRLSign. There are no other extensions.
+// CA:true and keyUsage keyCertSign, cRLSign. The authority of a downstream server is the same but for its
+// subject, which is that of the authority that signed it with OU=DOWNSTREAM-n, where n counts the
+// authorities above it, and for its authorityKeyIdentifier. There are no other extensions.
 const (
-	profileWorkload  = "workload"
-	profileAgent     = "agent"
-	profileServer    = "server"
-	profileMint      = "mint"
-	profileAuthority = "authority"
-	profileJWT       = "jwt"
+	profileWorkload   = "workload"
+	profileAgent      = "agent"
+	profileServer     = "server"
+	profileMint       = "mint"
+	profileAuthority  = "authority"
+	profileDownstream = "downstream"
+	profileJWT        = "jwt"
 )
 
 // Reserved paths (SPIRE's convention).

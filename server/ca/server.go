@@ -54,6 +54,18 @@ func (s *serverSVID) get(c *CA) (*tls.Certificate, error) {
 	if held := s.now.Load(); held.fresh(c.cfg.Now()) {
 		return held.certificate, nil
 	}
+	return s.make(c)
+}
+
+// renew makes a new certificate, however fresh the held one is.
+func (s *serverSVID) renew(c *CA) (*tls.Certificate, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.make(c)
+}
+
+// make makes a new certificate and holds it. mu is held.
+func (s *serverSVID) make(c *CA) (*tls.Certificate, error) {
 	key, err := keys.Generate(keys.EC256)
 	if err != nil {
 		return nil, fmt.Errorf("renew the server's SVID: %w", err)
