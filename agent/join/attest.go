@@ -128,12 +128,14 @@ func (j *Joiner) adopt(own *keep.Own, what string) {
 		j.log.WithError(err).Warn("agent SVID cannot be kept on disk; a restart will need fresh evidence")
 	}
 	leaf := own.Chain[0]
-	// Servers date SVIDs back, by more than the whole lifetime if that is short.
-	from := j.now()
-	if leaf.NotBefore.After(from) {
-		from = leaf.NotBefore
+	// Servers date SVIDs back, by more than the whole lifetime if that is short; and one whose clock is
+	// ahead of ours dates them into our future, which must not put the rotation off.
+	now := j.now()
+	life := leaf.NotAfter.Sub(now)
+	if leaf.NotBefore.After(now) {
+		life = leaf.NotAfter.Sub(leaf.NotBefore)
 	}
-	j.take(own, from)
+	j.take(own, rotationTime(now, now.Add(life)))
 	j.log.WithFields(map[string]any{
 		"spiffe_id":    leaf.URIs[0].String(),
 		"expires_at":   leaf.NotAfter.UTC().Format(time.RFC3339),

@@ -133,7 +133,7 @@ func New(store Store, cfg Config) (*Joiner, error) {
 		if id.TrustDomain() != cfg.TrustDomain {
 			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q", id.TrustDomain(), cfg.TrustDomain)
 		}
-		j.take(own, own.Chain[0].NotBefore)
+		j.take(own, rotationTime(own.Chain[0].NotBefore, own.Chain[0].NotAfter))
 	}
 	return j, nil
 }
@@ -253,12 +253,12 @@ func (j *Joiner) ban(err error) {
 	j.poke()
 }
 
-// take makes own, whose life counts from the given time, the SVID in force.
-func (j *Joiner) take(own *keep.Own, from time.Time) {
+// take makes own the SVID in force, to be replaced at the given time.
+func (j *Joiner) take(own *keep.Own, rotateAt time.Time) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.own, j.refused, j.banned, j.last = own, false, false, nil
-	j.rotateAt = rotationTime(from, own.Chain[0].NotAfter)
+	j.rotateAt = rotateAt
 	close(j.changed)
 	j.changed = make(chan struct{})
 	j.expiry.Set(float64(own.Chain[0].NotAfter.Unix()))

@@ -250,6 +250,7 @@ const (
 	maxRetry    = 30 * time.Second
 	steadyAfter = 10 * time.Second // a connection that held this long is no failure
 	remindEvery = 10 * time.Minute
+	lookAgain   = 2 * time.Second // for an SVID to call the server with
 	// probeFeed is how long a server that knows no feed is taken to stay like that; it may be upgraded.
 	probeFeed = 10 * time.Minute
 )
@@ -263,10 +264,14 @@ func (u *Uplink) Run(ctx context.Context) error {
 		if own == nil {
 			u.replace(nil, nil)
 			u.state(StateNoSVID, nil)
+			// An SVID that had expired is valid again when the clock is set back, and nobody replaced it.
+			timer := time.NewTimer(lookAgain)
 			select {
 			case <-ctx.Done():
 			case <-changed:
+			case <-timer.C:
 			}
+			timer.Stop()
 			continue
 		}
 		began := u.now()

@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -460,6 +461,43 @@ func TestOwnRotation(t *testing.T) {
 			n.until("a picture as the new one", func(p *view.Picture) bool { return p.Rev == rev })
 		})
 	}
+}
+
+// flickering is a Joiner whose SVID is not valid while the clock is wrong.
+type flickering struct {
+	*join.Joiner
+	wrong atomic.Bool
+}
+
+func (f *flickering) Own() (*keep.Own, <-chan struct{}) {
+	own, changed := f.Joiner.Own()
+	if f.wrong.Load() {
+		own = nil
+	}
+	return own, changed
+}
+
+func TestClock(t *testing.T) {
+	t.Run("an SVID that a clock took for expired is used again when the clock is right, though nothing replaced it", func(t *testing.T) {
+		server := fakeserver.New(t, fakeserver.Config{})
+		server.Put(fakeserver.Entry("e", "/e", "a:1"))
+		n := start(t, server)
+		n.until("picture", has("e"))
+		self := &flickering{Joiner: n.join}
+		self.wrong.Store(true)
+		sink := &sink{view: view.New()}
+		link, err := uplink.New(self, sink, uplink.Config{TrustDomain: fakeserver.TrustDomain, Target: server.Addr})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan struct{})
+		go func() { defer close(done); _ = link.Run(ctx) }()
+		defer func() { cancel(); <-done }()
+		wait(t, "no SVID", func() bool { return link.Status().State == uplink.StateNoSVID })
+		self.wrong.Store(false)
+		wait(t, "picture", func() bool { return has("e")(sink.view.Picture()) })
+	})
 }
 
 func TestEviction(t *testing.T) {
