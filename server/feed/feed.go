@@ -53,6 +53,10 @@ type Config struct {
 	// that it returns ends the stream as it is, details included. Required.
 	Authorize func(ctx context.Context) error
 
+	// Authority names the authority that signed the certificate the agent calls with, from the context
+	// of a stream. Nil: no status says so.
+	Authority func(ctx context.Context) string
+
 	Log     logrus.FieldLogger    // default: nothing is logged
 	Metrics prometheus.Registerer // default: a registry nobody reads
 	Now     func() time.Time      // default time.Now
@@ -130,8 +134,14 @@ type StreamStatus struct {
 	// to it, Acked that of the last it has put in force.
 	Rev, Sent, Acked kv.Rev
 	AckedAt          time.Time // zero: never
-	Pictures         uint64    // sent on this stream
-	Bytes            uint64    // of all parts sent on this stream
+	// Authority signed the certificate that the agent connected with, as Config.Authority says.
+	Authority string
+	// Held is what is held for its workloads, by authority and sorted by that. It is known if Reports is
+	// set, and for the authority that signed last there it may be older.
+	Reports  bool
+	Held     []HeldAuthority
+	Pictures uint64 // sent on this stream
+	Bytes    uint64 // of all parts sent on this stream
 }
 
 // Lag returns how many revisions the agent is behind its picture at the server.

@@ -85,6 +85,9 @@ func (s *Server) follow(w wire) error {
 		events:   make(chan sent),
 		status:   StreamStatus{Agent: agent, Since: s.cfg.Now()},
 	}
+	if s.cfg.Authority != nil {
+		st.status.Authority = s.cfg.Authority(ctx)
+	}
 	// From before it is asked whether the agent may, so that no change of the answer is missed.
 	_, recordChanged := s.view.FollowNode(agent)
 	if err := st.authorize(ctx); err != nil {
@@ -254,7 +257,7 @@ func (st *stream) next(p *view.AgentPicture) *update {
 			st.resume = 0
 		}
 		st.held = nil
-		u.capabilities = []string{verdicts}
+		u.capabilities = []string{verdicts, authorities}
 	case st.picture == p:
 		return nil
 	case st.picture.StoreID != p.StoreID:
@@ -346,10 +349,13 @@ func (st *stream) take(msg *feedv1.FollowRequest) error {
 	if running := msg.GetRunning(); running != nil {
 		return st.report(running)
 	}
+	if holding := msg.GetHolding(); holding != nil {
+		return st.holding(holding)
+	}
 	ack := msg.GetAck()
 	switch {
 	case ack == nil:
-		return status.Error(codes.InvalidArgument, "only acknowledgements and reports of running images may follow hello")
+		return status.Error(codes.InvalidArgument, "only acknowledgements and reports may follow hello")
 	case st.flight == nil || st.acked:
 		return status.Error(codes.InvalidArgument, "nothing is to be acknowledged")
 	case kv.Rev(ack.GetRevision()) != st.flight.rev:

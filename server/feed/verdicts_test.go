@@ -67,7 +67,7 @@ func TestVerdicts(t *testing.T) {
 		if v := a.verdicts[digest("a")]; !v.Selectors.Has(attestor.Selector{Type: "scan", Value: "policy:prod"}) || v.Policies[0].Summary != "nothing found" {
 			t.Errorf("verdict %+v", v)
 		}
-		if diff := cmp.Diff([]string{"verdicts"}, a.capabilities); diff != "" {
+		if diff := cmp.Diff([]string{"verdicts", "authorities"}, a.capabilities); diff != "" {
 			t.Error(diff)
 		}
 	})

@@ -221,6 +221,432 @@ func (x *TakeSnapshotResponse) GetMadeAt() int64 {
 	return 0
 }
 
+type RotationStatusRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "x509" or "jwt".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Also the agents that have nothing of another authority than the active one and of the prepared one.
+	All           bool `protobuf:"varint,2,opt,name=all,proto3" json:"all,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationStatusRequest) Reset() {
+	*x = RotationStatusRequest{}
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationStatusRequest) ProtoMessage() {}
+
+func (x *RotationStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationStatusRequest.ProtoReflect.Descriptor instead.
+func (*RotationStatusRequest) Descriptor() ([]byte, []int) {
+	return file_server_wire_adminv1_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *RotationStatusRequest) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *RotationStatusRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
+}
+
+// RotationStatusResponse is the authorities and the counts (the first message), or some of the agents.
+type RotationStatusResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authorities   []*RotatingAuthority   `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Counts        *RotationCounts        `protobuf:"bytes,2,opt,name=counts,proto3" json:"counts,omitempty"`
+	Agents        []*RotatingAgent       `protobuf:"bytes,3,rep,name=agents,proto3" json:"agents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationStatusResponse) Reset() {
+	*x = RotationStatusResponse{}
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationStatusResponse) ProtoMessage() {}
+
+func (x *RotationStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationStatusResponse.ProtoReflect.Descriptor instead.
+func (*RotationStatusResponse) Descriptor() ([]byte, []int) {
+	return file_server_wire_adminv1_admin_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RotationStatusResponse) GetAuthorities() []*RotatingAuthority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *RotationStatusResponse) GetCounts() *RotationCounts {
+	if x != nil {
+		return x.Counts
+	}
+	return nil
+}
+
+func (x *RotationStatusResponse) GetAgents() []*RotatingAgent {
+	if x != nil {
+		return x.Agents
+	}
+	return nil
+}
+
+type RotatingAuthority struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	// prepared, active, aside, old, tainted or revoked.
+	State string `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	// Unix seconds.
+	CreatedAt int64 `protobuf:"varint,3,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// Unix seconds; 0: it never was.
+	ActivatedAt int64 `protobuf:"varint,4,opt,name=activated_at,json=activatedAt,proto3" json:"activated_at,omitempty"`
+	// Unix seconds.
+	ExpiresAt     int64 `protobuf:"varint,5,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotatingAuthority) Reset() {
+	*x = RotatingAuthority{}
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotatingAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotatingAuthority) ProtoMessage() {}
+
+func (x *RotatingAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotatingAuthority.ProtoReflect.Descriptor instead.
+func (*RotatingAuthority) Descriptor() ([]byte, []int) {
+	return file_server_wire_adminv1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *RotatingAuthority) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *RotatingAuthority) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *RotatingAuthority) GetCreatedAt() int64 {
+	if x != nil {
+		return x.CreatedAt
+	}
+	return 0
+}
+
+func (x *RotatingAuthority) GetActivatedAt() int64 {
+	if x != nil {
+		return x.ActivatedAt
+	}
+	return 0
+}
+
+func (x *RotatingAuthority) GetExpiresAt() int64 {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return 0
+}
+
+// RotationCounts counts agents.
+type RotationCounts struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Admitted, not banned, with an SVID that has not expired.
+	Agents uint32 `protobuf:"varint,1,opt,name=agents,proto3" json:"agents,omitempty"`
+	// Of these: with the bundle as it is now; connected and without it; with something of another
+	// authority than the active one; not connected, or not telling what they hold.
+	Current       uint32 `protobuf:"varint,2,opt,name=current,proto3" json:"current,omitempty"`
+	Behind        uint32 `protobuf:"varint,3,opt,name=behind,proto3" json:"behind,omitempty"`
+	Holding       uint32 `protobuf:"varint,4,opt,name=holding,proto3" json:"holding,omitempty"`
+	Unknown       uint32 `protobuf:"varint,5,opt,name=unknown,proto3" json:"unknown,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationCounts) Reset() {
+	*x = RotationCounts{}
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationCounts) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationCounts) ProtoMessage() {}
+
+func (x *RotationCounts) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationCounts.ProtoReflect.Descriptor instead.
+func (*RotationCounts) Descriptor() ([]byte, []int) {
+	return file_server_wire_adminv1_admin_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *RotationCounts) GetAgents() uint32 {
+	if x != nil {
+		return x.Agents
+	}
+	return 0
+}
+
+func (x *RotationCounts) GetCurrent() uint32 {
+	if x != nil {
+		return x.Current
+	}
+	return 0
+}
+
+func (x *RotationCounts) GetBehind() uint32 {
+	if x != nil {
+		return x.Behind
+	}
+	return 0
+}
+
+func (x *RotationCounts) GetHolding() uint32 {
+	if x != nil {
+		return x.Holding
+	}
+	return 0
+}
+
+func (x *RotationCounts) GetUnknown() uint32 {
+	if x != nil {
+		return x.Unknown
+	}
+	return 0
+}
+
+type RotatingAgent struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// It follows the feed at the moment.
+	Connected bool `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
+	// It has the bundle as it is now.
+	Current bool `protobuf:"varint,3,opt,name=current,proto3" json:"current,omitempty"`
+	// It tells what its workloads hold.
+	Reports bool `protobuf:"varint,4,opt,name=reports,proto3" json:"reports,omitempty"`
+	// What signed the SVID that it is connected with, if that is not the active authority. X.509 only.
+	OwnAuthorityId string `protobuf:"bytes,5,opt,name=own_authority_id,json=ownAuthorityId,proto3" json:"own_authority_id,omitempty"`
+	// What it holds for workloads that another authority signed than the active one.
+	Held []*HeldByAgent `protobuf:"bytes,6,rep,name=held,proto3" json:"held,omitempty"`
+	// Of its SVID, Unix seconds: an agent that is away holds nothing for longer than that plus the
+	// longest lifetime of an entry.
+	ExpiresAt     int64 `protobuf:"varint,7,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotatingAgent) Reset() {
+	*x = RotatingAgent{}
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotatingAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotatingAgent) ProtoMessage() {}
+
+func (x *RotatingAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotatingAgent.ProtoReflect.Descriptor instead.
+func (*RotatingAgent) Descriptor() ([]byte, []int) {
+	return file_server_wire_adminv1_admin_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *RotatingAgent) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *RotatingAgent) GetConnected() bool {
+	if x != nil {
+		return x.Connected
+	}
+	return false
+}
+
+func (x *RotatingAgent) GetCurrent() bool {
+	if x != nil {
+		return x.Current
+	}
+	return false
+}
+
+func (x *RotatingAgent) GetReports() bool {
+	if x != nil {
+		return x.Reports
+	}
+	return false
+}
+
+func (x *RotatingAgent) GetOwnAuthorityId() string {
+	if x != nil {
+		return x.OwnAuthorityId
+	}
+	return ""
+}
+
+func (x *RotatingAgent) GetHeld() []*HeldByAgent {
+	if x != nil {
+		return x.Held
+	}
+	return nil
+}
+
+func (x *RotatingAgent) GetExpiresAt() int64 {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return 0
+}
+
+type HeldByAgent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	AuthorityId   string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	Svids         uint32                 `protobuf:"varint,2,opt,name=svids,proto3" json:"svids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldByAgent) Reset() {
+	*x = HeldByAgent{}
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldByAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldByAgent) ProtoMessage() {}
+
+func (x *HeldByAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_adminv1_admin_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldByAgent.ProtoReflect.Descriptor instead.
+func (*HeldByAgent) Descriptor() ([]byte, []int) {
+	return file_server_wire_adminv1_admin_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *HeldByAgent) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *HeldByAgent) GetSvids() uint32 {
+	if x != nil {
+		return x.Svids
+	}
+	return 0
+}
+
 var File_server_wire_adminv1_admin_proto protoreflect.FileDescriptor
 
 const file_server_wire_adminv1_admin_proto_rawDesc = "" +
@@ -235,10 +661,44 @@ const file_server_wire_adminv1_admin_proto_rawDesc = "" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x03R\x04size\x12\x17\n" +
-	"\amade_at\x18\x04 \x01(\x03R\x06madeAt2\xad\x01\n" +
+	"\amade_at\x18\x04 \x01(\x03R\x06madeAt\"=\n" +
+	"\x15RotationStatusRequest\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x10\n" +
+	"\x03all\x18\x02 \x01(\bR\x03all\"\xcc\x01\n" +
+	"\x16RotationStatusResponse\x12C\n" +
+	"\vauthorities\x18\x01 \x03(\v2!.assay.admin.v1.RotatingAuthorityR\vauthorities\x126\n" +
+	"\x06counts\x18\x02 \x01(\v2\x1e.assay.admin.v1.RotationCountsR\x06counts\x125\n" +
+	"\x06agents\x18\x03 \x03(\v2\x1d.assay.admin.v1.RotatingAgentR\x06agents\"\xad\x01\n" +
+	"\x11RotatingAuthority\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12\x1d\n" +
+	"\n" +
+	"created_at\x18\x03 \x01(\x03R\tcreatedAt\x12!\n" +
+	"\factivated_at\x18\x04 \x01(\x03R\vactivatedAt\x12\x1d\n" +
+	"\n" +
+	"expires_at\x18\x05 \x01(\x03R\texpiresAt\"\x8e\x01\n" +
+	"\x0eRotationCounts\x12\x16\n" +
+	"\x06agents\x18\x01 \x01(\rR\x06agents\x12\x18\n" +
+	"\acurrent\x18\x02 \x01(\rR\acurrent\x12\x16\n" +
+	"\x06behind\x18\x03 \x01(\rR\x06behind\x12\x18\n" +
+	"\aholding\x18\x04 \x01(\rR\aholding\x12\x18\n" +
+	"\aunknown\x18\x05 \x01(\rR\aunknown\"\xf8\x01\n" +
+	"\rRotatingAgent\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1c\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x18\n" +
+	"\acurrent\x18\x03 \x01(\bR\acurrent\x12\x18\n" +
+	"\areports\x18\x04 \x01(\bR\areports\x12(\n" +
+	"\x10own_authority_id\x18\x05 \x01(\tR\x0eownAuthorityId\x12/\n" +
+	"\x04held\x18\x06 \x03(\v2\x1b.assay.admin.v1.HeldByAgentR\x04held\x12\x1d\n" +
+	"\n" +
+	"expires_at\x18\a \x01(\x03R\texpiresAt\"F\n" +
+	"\vHeldByAgent\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
+	"\x05svids\x18\x02 \x01(\rR\x05svids2\x90\x02\n" +
 	"\x05Admin\x12I\n" +
 	"\x06Backup\x12\x1d.assay.admin.v1.BackupRequest\x1a\x1e.assay.admin.v1.BackupResponse0\x01\x12Y\n" +
-	"\fTakeSnapshot\x12#.assay.admin.v1.TakeSnapshotRequest\x1a$.assay.admin.v1.TakeSnapshotResponseB/Z-github.com/assay-id/assay/server/wire/adminv1b\x06proto3"
+	"\fTakeSnapshot\x12#.assay.admin.v1.TakeSnapshotRequest\x1a$.assay.admin.v1.TakeSnapshotResponse\x12a\n" +
+	"\x0eRotationStatus\x12%.assay.admin.v1.RotationStatusRequest\x1a&.assay.admin.v1.RotationStatusResponse0\x01B/Z-github.com/assay-id/assay/server/wire/adminv1b\x06proto3"
 
 var (
 	file_server_wire_adminv1_admin_proto_rawDescOnce sync.Once
@@ -252,23 +712,35 @@ func file_server_wire_adminv1_admin_proto_rawDescGZIP() []byte {
 	return file_server_wire_adminv1_admin_proto_rawDescData
 }
 
-var file_server_wire_adminv1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 4)
+var file_server_wire_adminv1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_server_wire_adminv1_admin_proto_goTypes = []any{
-	(*BackupRequest)(nil),        // 0: assay.admin.v1.BackupRequest
-	(*BackupResponse)(nil),       // 1: assay.admin.v1.BackupResponse
-	(*TakeSnapshotRequest)(nil),  // 2: assay.admin.v1.TakeSnapshotRequest
-	(*TakeSnapshotResponse)(nil), // 3: assay.admin.v1.TakeSnapshotResponse
+	(*BackupRequest)(nil),          // 0: assay.admin.v1.BackupRequest
+	(*BackupResponse)(nil),         // 1: assay.admin.v1.BackupResponse
+	(*TakeSnapshotRequest)(nil),    // 2: assay.admin.v1.TakeSnapshotRequest
+	(*TakeSnapshotResponse)(nil),   // 3: assay.admin.v1.TakeSnapshotResponse
+	(*RotationStatusRequest)(nil),  // 4: assay.admin.v1.RotationStatusRequest
+	(*RotationStatusResponse)(nil), // 5: assay.admin.v1.RotationStatusResponse
+	(*RotatingAuthority)(nil),      // 6: assay.admin.v1.RotatingAuthority
+	(*RotationCounts)(nil),         // 7: assay.admin.v1.RotationCounts
+	(*RotatingAgent)(nil),          // 8: assay.admin.v1.RotatingAgent
+	(*HeldByAgent)(nil),            // 9: assay.admin.v1.HeldByAgent
 }
 var file_server_wire_adminv1_admin_proto_depIdxs = []int32{
-	0, // 0: assay.admin.v1.Admin.Backup:input_type -> assay.admin.v1.BackupRequest
-	2, // 1: assay.admin.v1.Admin.TakeSnapshot:input_type -> assay.admin.v1.TakeSnapshotRequest
-	1, // 2: assay.admin.v1.Admin.Backup:output_type -> assay.admin.v1.BackupResponse
-	3, // 3: assay.admin.v1.Admin.TakeSnapshot:output_type -> assay.admin.v1.TakeSnapshotResponse
-	2, // [2:4] is the sub-list for method output_type
-	0, // [0:2] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	6, // 0: assay.admin.v1.RotationStatusResponse.authorities:type_name -> assay.admin.v1.RotatingAuthority
+	7, // 1: assay.admin.v1.RotationStatusResponse.counts:type_name -> assay.admin.v1.RotationCounts
+	8, // 2: assay.admin.v1.RotationStatusResponse.agents:type_name -> assay.admin.v1.RotatingAgent
+	9, // 3: assay.admin.v1.RotatingAgent.held:type_name -> assay.admin.v1.HeldByAgent
+	0, // 4: assay.admin.v1.Admin.Backup:input_type -> assay.admin.v1.BackupRequest
+	2, // 5: assay.admin.v1.Admin.TakeSnapshot:input_type -> assay.admin.v1.TakeSnapshotRequest
+	4, // 6: assay.admin.v1.Admin.RotationStatus:input_type -> assay.admin.v1.RotationStatusRequest
+	1, // 7: assay.admin.v1.Admin.Backup:output_type -> assay.admin.v1.BackupResponse
+	3, // 8: assay.admin.v1.Admin.TakeSnapshot:output_type -> assay.admin.v1.TakeSnapshotResponse
+	5, // 9: assay.admin.v1.Admin.RotationStatus:output_type -> assay.admin.v1.RotationStatusResponse
+	7, // [7:10] is the sub-list for method output_type
+	4, // [4:7] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_server_wire_adminv1_admin_proto_init() }
@@ -282,7 +754,7 @@ func file_server_wire_adminv1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_wire_adminv1_admin_proto_rawDesc), len(file_server_wire_adminv1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   4,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

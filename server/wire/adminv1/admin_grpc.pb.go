@@ -20,8 +20,9 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Admin_Backup_FullMethodName       = "/assay.admin.v1.Admin/Backup"
-	Admin_TakeSnapshot_FullMethodName = "/assay.admin.v1.Admin/TakeSnapshot"
+	Admin_Backup_FullMethodName         = "/assay.admin.v1.Admin/Backup"
+	Admin_TakeSnapshot_FullMethodName   = "/assay.admin.v1.Admin/TakeSnapshot"
+	Admin_RotationStatus_FullMethodName = "/assay.admin.v1.Admin/RotationStatus"
 )
 
 // AdminClient is the client API for Admin service.
@@ -35,6 +36,9 @@ type AdminClient interface {
 	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupResponse], error)
 	// TakeSnapshot makes a snapshot now, beside those that the server makes by itself.
 	TakeSnapshot(ctx context.Context, in *TakeSnapshotRequest, opts ...grpc.CallOption) (*TakeSnapshotResponse, error)
+	// RotationStatus says how far the rotation of an authority has come: first the authorities, then the
+	// agents, sorted by SPIFFE ID.
+	RotationStatus(ctx context.Context, in *RotationStatusRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RotationStatusResponse], error)
 }
 
 type adminClient struct {
@@ -74,6 +78,25 @@ func (c *adminClient) TakeSnapshot(ctx context.Context, in *TakeSnapshotRequest,
 	return out, nil
 }
 
+func (c *adminClient) RotationStatus(ctx context.Context, in *RotationStatusRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[RotationStatusResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Admin_ServiceDesc.Streams[1], Admin_RotationStatus_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[RotationStatusRequest, RotationStatusResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_RotationStatusClient = grpc.ServerStreamingClient[RotationStatusResponse]
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -85,6 +108,9 @@ type AdminServer interface {
 	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupResponse]) error
 	// TakeSnapshot makes a snapshot now, beside those that the server makes by itself.
 	TakeSnapshot(context.Context, *TakeSnapshotRequest) (*TakeSnapshotResponse, error)
+	// RotationStatus says how far the rotation of an authority has come: first the authorities, then the
+	// agents, sorted by SPIFFE ID.
+	RotationStatus(*RotationStatusRequest, grpc.ServerStreamingServer[RotationStatusResponse]) error
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -100,6 +126,9 @@ func (UnimplementedAdminServer) Backup(*BackupRequest, grpc.ServerStreamingServe
 }
 func (UnimplementedAdminServer) TakeSnapshot(context.Context, *TakeSnapshotRequest) (*TakeSnapshotResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method TakeSnapshot not implemented")
+}
+func (UnimplementedAdminServer) RotationStatus(*RotationStatusRequest, grpc.ServerStreamingServer[RotationStatusResponse]) error {
+	return status.Error(codes.Unimplemented, "method RotationStatus not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -151,6 +180,17 @@ func _Admin_TakeSnapshot_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_RotationStatus_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(RotationStatusRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(AdminServer).RotationStatus(m, &grpc.GenericServerStream[RotationStatusRequest, RotationStatusResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Admin_RotationStatusServer = grpc.ServerStreamingServer[RotationStatusResponse]
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -167,6 +207,11 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Backup",
 			Handler:       _Admin_Backup_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "RotationStatus",
+			Handler:       _Admin_RotationStatus_Handler,
 			ServerStreams: true,
 		},
 	},

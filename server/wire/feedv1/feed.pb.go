@@ -30,6 +30,7 @@ type FollowRequest struct {
 	//	*FollowRequest_Hello
 	//	*FollowRequest_Ack
 	//	*FollowRequest_Running
+	//	*FollowRequest_Holding
 	Message       isFollowRequest_Message `protobuf_oneof:"message"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -99,6 +100,15 @@ func (x *FollowRequest) GetRunning() *Running {
 	return nil
 }
 
+func (x *FollowRequest) GetHolding() *Holding {
+	if x != nil {
+		if x, ok := x.Message.(*FollowRequest_Holding); ok {
+			return x.Holding
+		}
+	}
+	return nil
+}
+
 type isFollowRequest_Message interface {
 	isFollowRequest_Message()
 }
@@ -119,11 +129,19 @@ type FollowRequest_Running struct {
 	Running *Running `protobuf:"bytes,3,opt,name=running,proto3,oneof"`
 }
 
+type FollowRequest_Holding struct {
+	// Once after the first picture, and whenever it has changed. Only to a server that has said that it
+	// understands "authorities".
+	Holding *Holding `protobuf:"bytes,4,opt,name=holding,proto3,oneof"`
+}
+
 func (*FollowRequest_Hello) isFollowRequest_Message() {}
 
 func (*FollowRequest_Ack) isFollowRequest_Message() {}
 
 func (*FollowRequest_Running) isFollowRequest_Message() {}
+
+func (*FollowRequest_Holding) isFollowRequest_Message() {}
 
 // Hello says what the agent holds. An agent that holds nothing, or holds it from another store,
 // leaves all but the last two fields empty and gets a full picture.
@@ -462,6 +480,115 @@ func (x *Running) GetFull() bool {
 	return false
 }
 
+// Holding says how many SVIDs are held at the agent, by the authority that signed them: what a rotation
+// has still to replace. It is not sent for a change of what was signed by the authority that signed last
+// there and nothing else, so that agents are silent while nothing rotates. At most 100 authorities.
+type Holding struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Authorities   []*HeldAuthority       `protobuf:"bytes,1,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Holding) Reset() {
+	*x = Holding{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Holding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Holding) ProtoMessage() {}
+
+func (x *Holding) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Holding.ProtoReflect.Descriptor instead.
+func (*Holding) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Holding) GetAuthorities() []*HeldAuthority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+type HeldAuthority struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// As in the bundle: the hexadecimal subject key identifier of an X.509 authority, the key ID of a
+	// JWT authority.
+	AuthorityId   string `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
+	X509Svids     uint32 `protobuf:"varint,2,opt,name=x509_svids,json=x509Svids,proto3" json:"x509_svids,omitempty"`
+	JwtSvids      uint32 `protobuf:"varint,3,opt,name=jwt_svids,json=jwtSvids,proto3" json:"jwt_svids,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HeldAuthority) Reset() {
+	*x = HeldAuthority{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HeldAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HeldAuthority) ProtoMessage() {}
+
+func (x *HeldAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HeldAuthority.ProtoReflect.Descriptor instead.
+func (*HeldAuthority) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *HeldAuthority) GetAuthorityId() string {
+	if x != nil {
+		return x.AuthorityId
+	}
+	return ""
+}
+
+func (x *HeldAuthority) GetX509Svids() uint32 {
+	if x != nil {
+		return x.X509Svids
+	}
+	return 0
+}
+
+func (x *HeldAuthority) GetJwtSvids() uint32 {
+	if x != nil {
+		return x.JwtSvids
+	}
+	return 0
+}
+
 // Verdict is what the server has decided of an image.
 type Verdict struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -481,7 +608,7 @@ type Verdict struct {
 
 func (x *Verdict) Reset() {
 	*x = Verdict{}
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[6]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -493,7 +620,7 @@ func (x *Verdict) String() string {
 func (*Verdict) ProtoMessage() {}
 
 func (x *Verdict) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[6]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -506,7 +633,7 @@ func (x *Verdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Verdict.ProtoReflect.Descriptor instead.
 func (*Verdict) Descriptor() ([]byte, []int) {
-	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{6}
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Verdict) GetDigest() string {
@@ -555,7 +682,7 @@ type PolicyVerdict struct {
 
 func (x *PolicyVerdict) Reset() {
 	*x = PolicyVerdict{}
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[7]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -567,7 +694,7 @@ func (x *PolicyVerdict) String() string {
 func (*PolicyVerdict) ProtoMessage() {}
 
 func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[7]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -580,7 +707,7 @@ func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyVerdict.ProtoReflect.Descriptor instead.
 func (*PolicyVerdict) Descriptor() ([]byte, []int) {
-	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{7}
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *PolicyVerdict) GetPolicy() string {
@@ -614,7 +741,7 @@ type Ack struct {
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[8]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -626,7 +753,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[8]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -639,7 +766,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{8}
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Ack) GetRevision() uint64 {
@@ -681,7 +808,7 @@ type FollowResponse struct {
 
 func (x *FollowResponse) Reset() {
 	*x = FollowResponse{}
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[9]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -693,7 +820,7 @@ func (x *FollowResponse) String() string {
 func (*FollowResponse) ProtoMessage() {}
 
 func (x *FollowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_feedv1_feed_proto_msgTypes[9]
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -706,7 +833,7 @@ func (x *FollowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FollowResponse.ProtoReflect.Descriptor instead.
 func (*FollowResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{9}
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *FollowResponse) GetStoreId() string {
@@ -804,11 +931,12 @@ var File_server_wire_feedv1_feed_proto protoreflect.FileDescriptor
 
 const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\n" +
-	"\x1dserver/wire/feedv1/feed.proto\x12\rassay.feed.v1\x1a\x1cspire/api/types/bundle.proto\x1a\x1bspire/api/types/entry.proto\x1a\x1espire/api/types/selector.proto\"\xa4\x01\n" +
+	"\x1dserver/wire/feedv1/feed.proto\x12\rassay.feed.v1\x1a\x1cspire/api/types/bundle.proto\x1a\x1bspire/api/types/entry.proto\x1a\x1espire/api/types/selector.proto\"\xd8\x01\n" +
 	"\rFollowRequest\x12,\n" +
 	"\x05hello\x18\x01 \x01(\v2\x14.assay.feed.v1.HelloH\x00R\x05hello\x12&\n" +
 	"\x03ack\x18\x02 \x01(\v2\x12.assay.feed.v1.AckH\x00R\x03ack\x122\n" +
-	"\arunning\x18\x03 \x01(\v2\x16.assay.feed.v1.RunningH\x00R\arunningB\t\n" +
+	"\arunning\x18\x03 \x01(\v2\x16.assay.feed.v1.RunningH\x00R\arunning\x122\n" +
+	"\aholding\x18\x04 \x01(\v2\x16.assay.feed.v1.HoldingH\x00R\aholdingB\t\n" +
 	"\amessage\"\xc2\x02\n" +
 	"\x05Hello\x12\x19\n" +
 	"\bstore_id\x18\x01 \x01(\tR\astoreId\x12\x1a\n" +
@@ -834,7 +962,14 @@ const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\aRunning\x12\x18\n" +
 	"\adigests\x18\x01 \x03(\tR\adigests\x12'\n" +
 	"\x0fremoved_digests\x18\x02 \x03(\tR\x0eremovedDigests\x12\x12\n" +
-	"\x04full\x18\x03 \x01(\bR\x04full\"\xda\x01\n" +
+	"\x04full\x18\x03 \x01(\bR\x04full\"I\n" +
+	"\aHolding\x12>\n" +
+	"\vauthorities\x18\x01 \x03(\v2\x1c.assay.feed.v1.HeldAuthorityR\vauthorities\"n\n" +
+	"\rHeldAuthority\x12!\n" +
+	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x1d\n" +
+	"\n" +
+	"x509_svids\x18\x02 \x01(\rR\tx509Svids\x12\x1b\n" +
+	"\tjwt_svids\x18\x03 \x01(\rR\bjwtSvids\"\xda\x01\n" +
 	"\aVerdict\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12'\n" +
 	"\x0fsequence_number\x18\x02 \x01(\x04R\x0esequenceNumber\x127\n" +
@@ -877,7 +1012,7 @@ func file_server_wire_feedv1_feed_proto_rawDescGZIP() []byte {
 	return file_server_wire_feedv1_feed_proto_rawDescData
 }
 
-var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_server_wire_feedv1_feed_proto_goTypes = []any{
 	(*FollowRequest)(nil),  // 0: assay.feed.v1.FollowRequest
 	(*Hello)(nil),          // 1: assay.feed.v1.Hello
@@ -885,33 +1020,37 @@ var file_server_wire_feedv1_feed_proto_goTypes = []any{
 	(*HeldBundle)(nil),     // 3: assay.feed.v1.HeldBundle
 	(*HeldVerdict)(nil),    // 4: assay.feed.v1.HeldVerdict
 	(*Running)(nil),        // 5: assay.feed.v1.Running
-	(*Verdict)(nil),        // 6: assay.feed.v1.Verdict
-	(*PolicyVerdict)(nil),  // 7: assay.feed.v1.PolicyVerdict
-	(*Ack)(nil),            // 8: assay.feed.v1.Ack
-	(*FollowResponse)(nil), // 9: assay.feed.v1.FollowResponse
-	(*types.Selector)(nil), // 10: spire.api.types.Selector
-	(*types.Entry)(nil),    // 11: spire.api.types.Entry
-	(*types.Bundle)(nil),   // 12: spire.api.types.Bundle
+	(*Holding)(nil),        // 6: assay.feed.v1.Holding
+	(*HeldAuthority)(nil),  // 7: assay.feed.v1.HeldAuthority
+	(*Verdict)(nil),        // 8: assay.feed.v1.Verdict
+	(*PolicyVerdict)(nil),  // 9: assay.feed.v1.PolicyVerdict
+	(*Ack)(nil),            // 10: assay.feed.v1.Ack
+	(*FollowResponse)(nil), // 11: assay.feed.v1.FollowResponse
+	(*types.Selector)(nil), // 12: spire.api.types.Selector
+	(*types.Entry)(nil),    // 13: spire.api.types.Entry
+	(*types.Bundle)(nil),   // 14: spire.api.types.Bundle
 }
 var file_server_wire_feedv1_feed_proto_depIdxs = []int32{
 	1,  // 0: assay.feed.v1.FollowRequest.hello:type_name -> assay.feed.v1.Hello
-	8,  // 1: assay.feed.v1.FollowRequest.ack:type_name -> assay.feed.v1.Ack
+	10, // 1: assay.feed.v1.FollowRequest.ack:type_name -> assay.feed.v1.Ack
 	5,  // 2: assay.feed.v1.FollowRequest.running:type_name -> assay.feed.v1.Running
-	2,  // 3: assay.feed.v1.Hello.entries:type_name -> assay.feed.v1.HeldEntry
-	3,  // 4: assay.feed.v1.Hello.bundles:type_name -> assay.feed.v1.HeldBundle
-	4,  // 5: assay.feed.v1.Hello.verdicts:type_name -> assay.feed.v1.HeldVerdict
-	10, // 6: assay.feed.v1.Verdict.selectors:type_name -> spire.api.types.Selector
-	7,  // 7: assay.feed.v1.Verdict.policies:type_name -> assay.feed.v1.PolicyVerdict
-	11, // 8: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
-	12, // 9: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
-	6,  // 10: assay.feed.v1.FollowResponse.verdicts:type_name -> assay.feed.v1.Verdict
-	0,  // 11: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
-	9,  // 12: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
-	12, // [12:13] is the sub-list for method output_type
-	11, // [11:12] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	6,  // 3: assay.feed.v1.FollowRequest.holding:type_name -> assay.feed.v1.Holding
+	2,  // 4: assay.feed.v1.Hello.entries:type_name -> assay.feed.v1.HeldEntry
+	3,  // 5: assay.feed.v1.Hello.bundles:type_name -> assay.feed.v1.HeldBundle
+	4,  // 6: assay.feed.v1.Hello.verdicts:type_name -> assay.feed.v1.HeldVerdict
+	7,  // 7: assay.feed.v1.Holding.authorities:type_name -> assay.feed.v1.HeldAuthority
+	12, // 8: assay.feed.v1.Verdict.selectors:type_name -> spire.api.types.Selector
+	9,  // 9: assay.feed.v1.Verdict.policies:type_name -> assay.feed.v1.PolicyVerdict
+	13, // 10: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
+	14, // 11: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
+	8,  // 12: assay.feed.v1.FollowResponse.verdicts:type_name -> assay.feed.v1.Verdict
+	0,  // 13: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
+	11, // 14: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
+	14, // [14:15] is the sub-list for method output_type
+	13, // [13:14] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_server_wire_feedv1_feed_proto_init() }
@@ -923,6 +1062,7 @@ func file_server_wire_feedv1_feed_proto_init() {
 		(*FollowRequest_Hello)(nil),
 		(*FollowRequest_Ack)(nil),
 		(*FollowRequest_Running)(nil),
+		(*FollowRequest_Holding)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -930,7 +1070,7 @@ func file_server_wire_feedv1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_wire_feedv1_feed_proto_rawDesc), len(file_server_wire_feedv1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1,0 +1,100 @@
+package feed
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/assay-id/assay/server/view/viewtest"
+	"github.com/assay-id/assay/server/wire/feedv1"
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+func holdingOf(held ...*feedv1.HeldAuthority) *feedv1.FollowRequest {
+	return &feedv1.FollowRequest{Message: &feedv1.FollowRequest_Holding{Holding: &feedv1.Holding{Authorities: held}}}
+}
+
+// until looks until what is looked for is there.
+func until(t *testing.T, what string, there func() bool) {
+	t.Helper()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	late := time.After(10 * time.Second)
+	for !there() {
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatalf("not in time: %s", what)
+		}
+	}
+}
+
+func TestHolding(t *testing.T) {
+	src := viewtest.New("store")
+	src.PutNodes(node(1), node(2))
+	src.PutBundles(&identity.Bundle{TrustDomain: td, Sequence: 1})
+	h := open(t, src, Config{Authority: func(context.Context) string { return "a0" }})
+	a := newAgent()
+	a.dial(t, h, 1)
+	a.hello(t)
+	if err := a.receive(t); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("an agent that has not put its first picture in force is behind", func(t *testing.T) {
+		if n := h.server.Behind(0); n != 1 {
+			t.Errorf("%d agents are behind", n)
+		}
+		a.ack(t)
+		until(t, "nobody is behind", func() bool { return h.server.Behind(0) == 0 })
+	})
+	t.Run("so is one that has not put a later bundle in force", func(t *testing.T) {
+		rev := src.PutBundles(&identity.Bundle{TrustDomain: td, Sequence: 2})
+		if err := a.receive(t); err != nil {
+			t.Fatal(err)
+		}
+		if n := h.server.Behind(rev); n != 1 {
+			t.Errorf("%d agents are behind", n)
+		}
+		a.ack(t)
+		until(t, "nobody is behind", func() bool { return h.server.Behind(rev) == 0 })
+	})
+	t.Run("what an agent says it holds is in its status, with who signed its own", func(t *testing.T) {
+		if st := h.server.Status()[0]; st.Reports || st.Authority != "a0" {
+			t.Errorf("before: %+v", st)
+		}
+		a.send(t, holdingOf(&feedv1.HeldAuthority{AuthorityId: "b", JwtSvids: 1}, &feedv1.HeldAuthority{AuthorityId: "a", X509Svids: 3}))
+		until(t, "the report", func() bool { return h.server.Status()[0].Reports })
+		if diff := cmp.Diff([]HeldAuthority{{ID: "a", X509: 3}, {ID: "b", JWT: 1}}, h.server.Status()[0].Held); diff != "" {
+			t.Error(diff)
+		}
+		a.send(t, holdingOf())
+		until(t, "nothing is held", func() bool { return len(h.server.Status()[0].Held) == 0 })
+	})
+	for name, msg := range map[string]*feedv1.FollowRequest{
+		"a report of too many authorities":     holdingOf(make([]*feedv1.HeldAuthority, maxHolding+1)...),
+		"a report of an authority without ID":  holdingOf(&feedv1.HeldAuthority{X509Svids: 1}),
+		"a report of an ID that is no such":    holdingOf(&feedv1.HeldAuthority{AuthorityId: strings.Repeat("a", 256)}),
+		"a report in place of the hello":       nil,
+		"a report of nothing known, malformed": {},
+	} {
+		t.Run(name+" ends the stream", func(t *testing.T) {
+			a := newAgent()
+			a.dial(t, h, 2)
+			if msg == nil {
+				a.send(t, holdingOf())
+			} else {
+				a.hello(t)
+				a.next(t)
+				a.send(t, msg)
+			}
+			if err := a.ends(t); status.Code(err) != codes.InvalidArgument {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
