@@ -2,12 +2,14 @@
 SHELL   := /bin/bash
 GO      ?= go
 BIN     := bin
+# go test, and at the end what was skipped and why.
+TEST    := $(GO) run ./test/report
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X github.com/assay-id/assay/cmd/cli.Version=$(VERSION)
 # Fuzz targets run this long each in `make fuzz`.
 FUZZTIME ?= 5s
 
-.PHONY: all build demo demo-evidence check fmt vet lint arch unit script gen-check gen test lab compat fuzz bench clean tools setup help
+.PHONY: all build demo demo-evidence check fmt vet lint arch unit script gen-check gen test lab robust hostile compat fuzz bench bench-short clean tools setup help
 
 all: build
 
@@ -42,10 +44,10 @@ arch:
 
 # Everything that needs neither root nor another program.
 unit:
-	$(GO) test -race $$($(GO) list ./... | grep -vE '/test/(arch|script|lab|compat|demo|bench)(/|$$)')
+	$(TEST) -race $$($(GO) list ./... | grep -vE '/test/(arch|script|lab|robust|hostile|compat|demo|bench)(/|$$)')
 
 script:
-	$(GO) test ./test/script
+	$(TEST) ./test/script
 
 gen-check: gen
 	@git diff --exit-code --stat -- '*.pb.go' || { echo "generated code is out of date: commit what 'make gen' made"; exit 1; }
@@ -66,10 +68,16 @@ test: setup ## the whole suite: check, fuzz, real Docker, real SPIRE agent, the 
 	./test/all.sh
 
 lab: build ## real Docker
-	$(GO) test -count=1 ./test/lab/... ./attestor/docker/...
+	$(TEST) -count=1 ./test/lab/... ./attestor/docker/...
+
+robust: build ## kill, fill, damage, take away; history compared with a model after each
+	$(TEST) -count=1 ./test/robust
+
+hostile: build ## every field of every RPC, and the transport below
+	$(TEST) -count=1 ./test/hostile
 
 compat: build ## public SPIFFE clients and tools, the real spire-agent among them
-	$(GO) test -count=1 ./test/compat/...
+	$(TEST) -count=1 ./test/compat/...
 
 fuzz: ## every fuzz target for FUZZTIME
 	FUZZTIME=$(FUZZTIME) ./test/fuzz.sh
@@ -77,6 +85,9 @@ fuzz: ## every fuzz target for FUZZTIME
 bench: build ## the numbers we promise
 	$(GO) test -run '^$$' -bench . -benchmem ./server/... ./agent/... ./workloadapi/... ./attestor/...
 	$(GO) run ./test/bench -bin $(BIN)
+
+bench-short: build ## that everything can be measured: small counts, fails on wrong counts and errors only
+	$(GO) run ./test/bench -bin $(BIN) -short
 
 clean:
 	rm -rf $(BIN)

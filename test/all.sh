@@ -4,24 +4,18 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH=$PATH:/usr/sbin:/sbin
 if [ "${CI:-}" = true ]; then export REQUIRE_REAL=1; fi
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
-step() {
-	local t0=$SECONDS name=$1
-	shift
-	echo "== $name"
-	"$@" 2>&1 | tee -a "$log"
-	echo "== $name: $((SECONDS - t0)) s"
-}
-step check make --no-print-directory check
-step lab make --no-print-directory lab
-step compat make --no-print-directory compat
-step demo make --no-print-directory demo
-step fuzz make --no-print-directory fuzz
-skipped=$(grep -E '^ *(--- SKIP|SKIPPED:)' "$log" || true)
-if [ -n "$skipped" ]; then
+SKIPPED=$(mktemp)
+export SKIPPED
+trap 'rm -f "$SKIPPED"' EXIT
+for step in check lab compat robust hostile demo demo-evidence bench-short fuzz; do
+	started=$SECONDS
+	echo "== $step"
+	make --no-print-directory "$step"
+	echo "== $step: $((SECONDS - started)) s"
+done
+if [ -s "$SKIPPED" ]; then
 	echo "skipped:"
-	echo "$skipped"
+	sort -u "$SKIPPED"
 else
 	echo "skipped: nothing"
 fi
