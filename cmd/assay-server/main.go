@@ -26,7 +26,7 @@ func root() *cobra.Command {
 		cli.Group("bundle", "Shows and keeps trust bundles", bundleShow(), bundleCount(), bundleList(), bundleSet(), bundleDelete()),
 		cli.Group("x509", "Signs X509-SVIDs without an entry", x509Mint()),
 		cli.Group("jwt", "Signs JWT-SVIDs without an entry", jwtMint()),
-		evidenceCommands(),
+		evidenceCommands(), auditCommands(),
 		healthcheck(),
 		cli.Group("logger", "Reads and sets the level of the server's log", loggerGet(), loggerSet(), loggerReset()),
 		cli.Group("debug", "Looks into the running server", debugGetInfo()),

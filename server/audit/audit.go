@@ -30,7 +30,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"sync"
 	"syscall"
@@ -102,6 +101,7 @@ type Log struct {
 	out    io.Writer  // guarded by mu; nil once closed
 	file   *os.File   // guarded by mu; out, if it is ours
 	torn   bool       // guarded by mu; the last write left half a line
+	chain  chain      // guarded by mu
 	ahead  reserve    // guarded by mu
 	buffer []byte     // guarded by mu
 }
@@ -113,7 +113,7 @@ func Open(path string, cfg Config) (*Log, error) {
 		return nil, err
 	}
 	l.path = path
-	if l.file, l.torn, err = openFile(path); err != nil {
+	if err := l.open(); err != nil {
 		return nil, err
 	}
 	l.out = l.file
@@ -124,7 +124,7 @@ func Open(path string, cfg Config) (*Log, error) {
 // New writes lines to w, which must take a line in one Write or return an error. Reopen does
 // nothing and Close does not close w.
 func New(w io.Writer, cfg Config) (*Log, error) {
-	l := &Log{now: cfg.Now, log: cfg.Log, out: w}
+	l := &Log{now: cfg.Now, log: cfg.Log, out: w, chain: chain{prev: prevNone}}
 	if l.now == nil {
 		l.now = time.Now
 	}
@@ -182,11 +182,12 @@ func (l *Log) write(line Line) error {
 	if l.torn {
 		text = append(text, '\n')
 	}
-	text = appendLine(text, &line)
+	text = l.chain.link(appendLine(text, &line), l.torn)
 	if cap(text) <= maxBuffer {
 		l.buffer = text
 	}
 	n, err := l.out.Write(text)
+	l.chain.wrote(text, n, l.torn)
 	l.ahead.used(l.file, n)
 	if err == nil && n < len(text) {
 		err = io.ErrShortWrite
@@ -214,15 +215,15 @@ func (l *Log) Reopen() error {
 	if l.out == nil {
 		return ErrClosed
 	}
-	file, torn, err := openFile(l.path)
-	if err != nil {
+	old := l.file
+	if err := l.open(); err != nil {
 		return fmt.Errorf("%w; audit lines go on to the old file", err)
 	}
-	l.ahead.giveBack(l.file)
-	if err := l.file.Close(); err != nil {
+	l.ahead.giveBack(old)
+	if err := old.Close(); err != nil {
 		l.log.WithError(err).WithField("path", l.path).Warn("Old audit log was not closed cleanly")
 	}
-	l.file, l.out, l.torn = file, file, torn
+	l.out = l.file
 	l.ahead.refill(l.file)
 	return nil
 }
@@ -249,41 +250,37 @@ func (l *Log) Close() error {
 	return nil
 }
 
-// openFile opens for appending and reports whether the file ends in the middle of a line.
-func openFile(path string) (file *os.File, torn bool, err error) {
-	if path == "" {
-		return nil, false, errors.New("open audit log: no path")
+// open opens the path for appending, and finds out how the file ends. An empty one goes on with the chain
+// of the file before it. After an error nothing has changed. mu is held, or nobody has the Log yet.
+func (l *Log) open() error {
+	if l.path == "" {
+		return errors.New("open audit log: no path")
 	}
-	file, err = os.OpenFile(path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	file, err := os.OpenFile(l.path, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
 	if err != nil {
-		return nil, false, fmt.Errorf("open audit log: %w", err)
+		return fmt.Errorf("open audit log: %w", err)
 	}
-	torn, err = endsTorn(path, file)
+	line, torn, known, err := lastLine(l.path)
 	if err != nil {
-		return nil, false, errors.Join(fmt.Errorf("read end of audit log: %w", err), file.Close())
+		return errors.Join(fmt.Errorf("read end of audit log: %w", err), file.Close())
 	}
-	return file, torn, nil
-}
-
-func endsTorn(path string, file *os.File) (bool, error) {
-	stat, err := file.Stat()
-	if err != nil {
-		return false, err
+	switch {
+	case !known:
+		// Whether its last line is whole is not known either; an empty line in between does no harm, and
+		// what the chain says of it is that it is not known.
+		l.chain = chain{prev: prevUnknown}
+		torn = false
+		if _, err := file.WriteString("\n"); err != nil {
+			return errors.Join(fmt.Errorf("open audit log: %w", err), file.Close())
+		}
+	case torn:
+		l.chain = chain{prev: hashOf(line), half: line}
+	case line != nil:
+		l.chain = chain{prev: hashOf(line)}
+	case l.torn: // the file before ends with half a line
+		l.chain = chain{prev: hashOf(l.chain.half)}
 	}
-	if !stat.Mode().IsRegular() || stat.Size() == 0 {
-		return false, nil
-	}
-	r, err := os.Open(path)
-	if errors.Is(err, fs.ErrPermission) {
-		return true, nil // append-only for us: an empty line at worst
-	}
-	if err != nil {
-		return false, err
-	}
-	defer func() { _ = r.Close() }()
-	var last [1]byte
-	if _, err := r.ReadAt(last[:], stat.Size()-1); err != nil {
-		return false, err
-	}
-	return last[0] != '\n', nil
+	l.file, l.torn = file, torn
+	l.log.WithField("path", l.path).WithField("last", l.chain.prev).Info("audit log opened; the chain goes on after this hash")
+	return nil
 }
