@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -148,4 +149,33 @@ func (r *Records) DeleteFederation(ctx context.Context, td spiffeid.TrustDomain)
 		return err
 	})
 	return rev, err
+}
+
+// maxURL is the longest URL of a bundle endpoint in bytes.
+const maxURL = 2048
+
+// Check says why a federation cannot be, or nil: the URL must be https, of a host, and without a password
+// or a fragment (SPIFFE Federation section 5.1); an endpoint's SPIFFE ID has a path.
+func (f *Federation) Check() error {
+	if len(f.URL) > maxURL {
+		return fmt.Errorf("bundle endpoint URL is %d bytes long, the limit is %d", len(f.URL), maxURL)
+	}
+	u, err := url.Parse(f.URL)
+	switch {
+	case f.URL == "":
+		return errors.New("bundle endpoint URL is missing")
+	case err != nil:
+		return errors.New("bundle endpoint URL is malformed")
+	case u.Scheme != "https":
+		return errors.New("bundle endpoint URL must use the https scheme")
+	case u.Hostname() == "":
+		return errors.New("bundle endpoint URL must specify the host")
+	case u.User != nil:
+		return errors.New("bundle endpoint URL must not contain user info")
+	case u.Fragment != "":
+		return errors.New("bundle endpoint URL must not contain a fragment")
+	case !f.EndpointID.IsZero() && f.EndpointID.Path() == "":
+		return errors.New("bundle endpoint SPIFFE ID has no path")
+	}
+	return nil
 }
