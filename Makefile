@@ -6,6 +6,9 @@ BIN     := bin
 TEST    := $(GO) run ./test/report
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X github.com/assay-id/assay/cmd/cli.Version=$(VERSION)
+# grpcnotrace leaves out gRPC's debug pages, and with their HTML templates what keeps the linker from
+# dropping methods nobody calls: a fifth of each binary, and of the memory it takes to hold it.
+TAGS    := grpcnotrace
 # Fuzz targets run this long each in `make fuzz`.
 FUZZTIME ?= 5s
 
@@ -18,7 +21,7 @@ help: ## show this list
 
 build: ## build the three binaries into bin/
 	@mkdir -p $(BIN)
-	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/assay-server ./cmd/assay-agent ./cmd/assay
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/assay-server ./cmd/assay-agent ./cmd/assay
 
 demo: build ## the main job, end to end, in under a minute
 	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)/demo/ ./test/demo ./test/demo/workload
