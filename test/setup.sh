@@ -3,7 +3,8 @@
 # what is missing and lets the tests decide (they skip loudly, or fail under REQUIRE_REAL=1).
 set -euo pipefail
 declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [dockerd]=docker.io [containerd]=containerd
-	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux)
+	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux
+	[docker-registry]=docker-registry [nginx]=nginx-light)
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
 for tool in "${!need[@]}"; do
