@@ -180,7 +180,7 @@ func watchSocket(t *testing.T, path string) (stop func()) {
 	ended := make(chan struct{})
 	var group sync.WaitGroup
 	group.Go(func() {
-		tick := time.NewTicker(200 * time.Microsecond)
+		tick := time.NewTicker(2 * time.Millisecond)
 		defer tick.Stop()
 		for {
 			if _, err := os.Lstat(path); err != nil {
