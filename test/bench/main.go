@@ -59,8 +59,17 @@ func main() {
 		out     = flag.String("json", "", "file to write the results to as JSON")
 		compare = flag.String("compare", "", "two JSON files, before and after, to print the ratios of")
 		verbose = flag.Bool("v", false, "say what goes on")
+		held    = flag.Int("hold", 0, "hold this many streams open; the program starts itself so")
+		socket  = flag.String("socket", "", "for -hold: the agent's socket")
 	)
 	flag.Parse()
+	if *held > 0 {
+		if err := hold(*socket, *held); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: hold streams:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if *compare != "" {
 		if err := printRatios(strings.Split(*compare, ",")); err != nil {
 			fmt.Fprintln(os.Stderr, "bench:", err)
