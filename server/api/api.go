@@ -88,7 +88,7 @@ type Level interface {
 	SetLevel(logrus.Level)
 }
 
-// Parts are what the API is made of. All are required but Level and Snapshots.
+// Parts are what the API is made of. All are required but those that say so.
 type Parts struct {
 	Records Records
 	View    View
@@ -105,6 +105,9 @@ type Parts struct {
 	ScanPolicies func(file string, text []byte) ([]*policy.ScanPolicy, error)
 	// Level is the log's. Nil: logger.v1 answers Unimplemented.
 	Level Level
+	// Federations and Refresher are about federation. Nil: trustdomain.v1 answers Unimplemented.
+	Federations Federations
+	Refresher   Refresher
 	// Snapshots copies the store. Nil: admin.v1 answers Unimplemented.
 	Snapshots Snapshots
 }
@@ -183,7 +186,11 @@ func (a *API) Register(s grpc.ServiceRegistrar) {
 	entryv1.RegisterEntryServer(s, &entryService{api: a})
 	svidv1.RegisterSVIDServer(s, &svidService{api: a})
 	evidencev1.RegisterEvidenceServer(s, a.evidence)
-	trustdomainv1.RegisterTrustDomainServer(s, trustdomainv1.UnimplementedTrustDomainServer{})
+	if a.Federations != nil && a.Refresher != nil {
+		trustdomainv1.RegisterTrustDomainServer(s, &trustDomainService{api: a})
+	} else {
+		trustdomainv1.RegisterTrustDomainServer(s, trustdomainv1.UnimplementedTrustDomainServer{})
+	}
 	localauthorityv1.RegisterLocalAuthorityServer(s, localauthorityv1.UnimplementedLocalAuthorityServer{})
 }
 

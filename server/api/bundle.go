@@ -191,6 +191,7 @@ func (s *bundleService) write(ctx context.Context, w *types.Bundle, when write, 
 		if in == nil || in.GetRefreshHint() {
 			b.RefreshHint = given.RefreshHint
 		}
+		b.Origin = 0 // an operator's word: what number the other trust domain's documents had is forgotten
 		return nil
 	})
 	if err != nil {

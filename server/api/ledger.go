@@ -58,6 +58,13 @@ var events = map[string]string{
 	"/assay.evidence.v1.Evidence/Push":                              "evidence.push",
 	"/spire.api.server.logger.v1.Logger/SetLogLevel":                "log.level",
 	"/spire.api.server.logger.v1.Logger/ResetLogLevel":              "log.level",
+
+	"/spire.api.server.trustdomain.v1.TrustDomain/ListFederationRelationships":       "federation.list",
+	"/spire.api.server.trustdomain.v1.TrustDomain/GetFederationRelationship":         "federation.get",
+	"/spire.api.server.trustdomain.v1.TrustDomain/BatchCreateFederationRelationship": "federation.create",
+	"/spire.api.server.trustdomain.v1.TrustDomain/BatchUpdateFederationRelationship": "federation.update",
+	"/spire.api.server.trustdomain.v1.TrustDomain/BatchDeleteFederationRelationship": "federation.delete",
+	"/spire.api.server.trustdomain.v1.TrustDomain/RefreshBundle":                     "federation.refresh",
 }
 
 // silent are the methods that write no line when they go well: every agent calls them all day, they

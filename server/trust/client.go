@@ -58,7 +58,7 @@ func (f *Fetcher) get(ctx context.Context, federation *records.Federation) ([]by
 	case resp.StatusCode >= 300 && resp.StatusCode < 400:
 		return nil, refuse("the endpoint redirects, which is not followed")
 	case resp.StatusCode != http.StatusOK:
-		return nil, fmt.Errorf("fetch bundle: the endpoint answers with status %d", resp.StatusCode)
+		return nil, fail("the endpoint answers with status %d", resp.StatusCode)
 	case resp.ContentLength > maxDocument:
 		return nil, refuse("it is larger than %d bytes", maxDocument)
 	}
@@ -81,7 +81,7 @@ func (f *Fetcher) authentication(ctx context.Context, federation *records.Federa
 	held, err := f.store.Bundle(ctx, td)
 	switch {
 	case errors.Is(err, records.ErrNotFound), err == nil && len(held.X509) == 0:
-		return nil, fmt.Errorf("fetch bundle: there is no bundle of %q to verify its endpoint with; set one with \"bundle set\"", td.Name())
+		return nil, fail("there is no bundle of %q to verify its endpoint with; set one with \"bundle set\"", td.Name())
 	case err != nil:
 		return nil, err
 	}
@@ -106,7 +106,7 @@ func failed(err error) error {
 		err = inner.Err // it repeats the URL
 	}
 	if errors.Is(err, context.DeadlineExceeded) {
-		return errors.New("fetch bundle: the endpoint took too long")
+		return fail("the endpoint took too long")
 	}
 	if _, ok := errors.AsType[*tls.CertificateVerificationError](err); ok {
 		return refuse("the endpoint's certificate: %s", clip(err.Error()))
@@ -114,5 +114,5 @@ func failed(err error) error {
 	if errors.Is(err, errEndpoint) {
 		return refuse("%s", clip(err.Error()))
 	}
-	return fmt.Errorf("fetch bundle: %s", clip(err.Error()))
+	return fail("%s", clip(err.Error()))
 }

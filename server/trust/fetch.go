@@ -18,8 +18,27 @@ import (
 // that nothing came, or that it could not be stored.
 var ErrRefused = errors.New("bundle is refused")
 
+// Failure says why a bundle endpoint gave nothing that is of use, in words that an operator may read.
+type Failure struct {
+	text    string
+	refused bool
+}
+
+// Error returns the text.
+func (f *Failure) Error() string { return f.text }
+
+// Is makes a Failure ErrRefused if it is one.
+func (f *Failure) Is(target error) bool { return f.refused && target == ErrRefused }
+
+// Endpoint returns the text: it is about the endpoint, and nothing of it is a secret of this server.
+func (f *Failure) Endpoint() string { return f.text }
+
 func refuse(format string, args ...any) error {
-	return fmt.Errorf("%w: %s", ErrRefused, fmt.Sprintf(format, args...))
+	return &Failure{text: "bundle is refused: " + fmt.Sprintf(format, args...), refused: true}
+}
+
+func fail(format string, args ...any) error {
+	return &Failure{text: "fetch bundle: " + fmt.Sprintf(format, args...)}
 }
 
 // fetch gets a bundle, stores it if it is another than the one that is held, and tells of it. It returns
