@@ -8,6 +8,7 @@ package server
 import (
 	"context"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -37,6 +38,7 @@ import (
 	"github.com/assay-id/assay/server/feed"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/boltkv"
+	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/verdict/rules"
 	"github.com/assay-id/assay/server/view"
@@ -79,7 +81,13 @@ func Run(ctx context.Context, config Config) (err error) {
 	if disk, ok := signers.(io.Closer); ok {
 		defer closing(disk, &err)
 	}
-	authority, err := openCA(ctx, &cfg, signers, rec, component("ca"))
+	var feeds *feed.Server // a successor waits for those who follow it
+	authority, err := openCA(ctx, &cfg, signers, rec, func(rev kv.Rev) int {
+		if feeds == nil {
+			return 0
+		}
+		return feeds.Behind(rev)
+	}, component("ca"))
 	if err != nil {
 		return backup.Explain(place(&cfg), err)
 	}
@@ -97,11 +105,19 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err != nil {
 		return err
 	}
+	feeds = feed.New(pictures, feed.Config{
+		Caller: func(ctx context.Context) (spiffeid.ID, bool) {
+			id := caller.FromContext(ctx).ID
+			return id, !id.IsZero()
+		},
+		Authorize: caller.Reauthorize, Authority: signedBy,
+		Log: component("feed"), Metrics: cfg.Metrics, Now: cfg.Now,
+	})
 	services := api.New(api.Parts{
 		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Signing: signing,
 		Chain: ownChain(authority), Level: cfg.Level,
 		Evidence: judging(judge), ScanPolicies: rules.ScanPolicies,
-		Snapshots: snapshots,
+		Snapshots: snapshots, Authorities: authority, Feed: feeds,
 	}, api.Config{
 		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT, RequireSigned: cfg.RequireSigned,
 		AttestPerSecond: cfg.Limits.AttestPerSecond, AttestBurst: cfg.Limits.AttestBurst,
@@ -112,15 +128,6 @@ func Run(ctx context.Context, config Config) (err error) {
 	authorizer := caller.New(pictures, rec, log, caller.Config{
 		TrustDomain: cfg.TrustDomain, AdminIDs: cfg.AdminIDs, Log: component("caller"), Now: cfg.Now,
 	})
-	feeds := feed.New(pictures, feed.Config{
-		Caller: func(ctx context.Context) (spiffeid.ID, bool) {
-			id := caller.FromContext(ctx).ID
-			return id, !id.IsZero()
-		},
-		Authorize: caller.Reauthorize,
-		Log:       component("feed"), Metrics: cfg.Metrics, Now: cfg.Now,
-	})
-
 	stopping := make(chan struct{})
 	around, err := newCalls(stopping, component("rpc"), cfg.Metrics)
 	if err != nil {
@@ -258,7 +265,7 @@ func openKeys(cfg *Config, log logrus.FieldLogger) (keys.Manager, error) {
 	return disk, nil
 }
 
-func openCA(ctx context.Context, cfg *Config, km keys.Manager, store ca.Store, log logrus.FieldLogger) (*ca.CA, error) {
+func openCA(ctx context.Context, cfg *Config, km keys.Manager, store ca.Store, behind func(kv.Rev) int, log logrus.FieldLogger) (*ca.CA, error) {
 	kind, err := keys.ParseKind(cfg.CA.KeyType)
 	if err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
@@ -271,7 +278,7 @@ func openCA(ctx context.Context, cfg *Config, km keys.Manager, store ca.Store, l
 		CATTL: cfg.CA.TTL, KeyType: kind, JWTKeyType: jwtKind,
 		X509SVIDTTL: cfg.CA.X509SVIDTTL, JWTSVIDTTL: cfg.CA.JWTSVIDTTL, AgentTTL: cfg.CA.AgentTTL,
 		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
-		Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
+		Behind: behind, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
 	})
 }
 
@@ -294,6 +301,15 @@ func openJudges(cfg *Config, tokens attestor.TokenBurner) (map[string]attestor.J
 		judges[j.Kind.Type] = judge
 	}
 	return judges, nil
+}
+
+// signedBy names the authority that signed the certificate of the caller, as the journal names it.
+func signedBy(ctx context.Context) string {
+	cert := caller.FromContext(ctx).Cert
+	if cert == nil {
+		return ""
+	}
+	return hex.EncodeToString(cert.AuthorityKeyId)
 }
 
 // ownChain returns the server's own SVID as it is at the moment.

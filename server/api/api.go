@@ -1,6 +1,6 @@
-// Package api serves SPIRE's public server API (agent.v1, entry.v1, svid.v1, bundle.v1, debug.v1,
-// logger.v1) with the codes and messages that SPIRE's agents, command line and controller manager
-// act on, and admin.v1, which is ours.
+// Package api serves SPIRE's public server API (agent.v1, entry.v1, svid.v1, bundle.v1,
+// localauthority.v1, debug.v1, logger.v1) with the codes and messages that SPIRE's agents, command
+// line and controller manager act on, and admin.v1, which is ours.
 //
 // A method here reads the request into the house's own nouns, asks the part that does the thing,
 // and turns what came of it into the public form. Who may call is package caller's business. What
@@ -14,6 +14,7 @@ package api
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
 	"errors"
 	"time"
@@ -75,6 +76,7 @@ type CA interface {
 	SignWorkload(ctx context.Context, p ca.WorkloadParams) ([]*x509.Certificate, error)
 	SignMint(ctx context.Context, p ca.MintParams) ([]*x509.Certificate, error)
 	SignJWT(ctx context.Context, p ca.JWTParams) (*identity.JWTSVID, error)
+	SignDownstream(ctx context.Context, key crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error)
 }
 
 // Audit takes one line per decision; *audit.Log is one.
@@ -110,6 +112,10 @@ type Parts struct {
 	Refresher   Refresher
 	// Snapshots copies the store. Nil: admin.v1 answers Unimplemented.
 	Snapshots Snapshots
+	// Authorities are what localauthority.v1 and downstream servers deal with, and Feed says how far
+	// agents have followed. Nil: what needs them answers Unimplemented.
+	Authorities Authorities
+	Feed        Feed
 }
 
 // Config is what an API needs beside its parts.
@@ -162,7 +168,7 @@ func New(parts Parts, cfg Config) *API {
 		push:    newRates(pushPerSecond, pushBurst),
 		issued: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "assay_server_svids_issued_total",
-			Help: "SVIDs signed and given out, by kind: x509, jwt, agent, mint_x509, mint_jwt.",
+			Help: "SVIDs signed and given out, by kind: x509, jwt, agent, mint_x509, mint_jwt, downstream.",
 		}, []string{"kind"}),
 	}
 	a.evidence = &evidenceService{api: a, slots: make(chan struct{}, maxPushes)}
@@ -191,7 +197,7 @@ func (a *API) Register(s grpc.ServiceRegistrar) {
 	} else {
 		trustdomainv1.RegisterTrustDomainServer(s, trustdomainv1.UnimplementedTrustDomainServer{})
 	}
-	localauthorityv1.RegisterLocalAuthorityServer(s, localauthorityv1.UnimplementedLocalAuthorityServer{})
+	localauthorityv1.RegisterLocalAuthorityServer(s, &authorityService{api: a})
 }
 
 // RegisterLocal puts the services that only local administrators use on a gRPC server, beside those

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 
+	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
@@ -49,7 +50,18 @@ func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBu
 	if err != nil {
 		return nil, malformed("failed to convert authorities", err)
 	}
-	b, rev, err := s.api.Records.UpdateBundle(ctx, td, func(b *identity.Bundle) error {
+	b, rev, err := s.append(ctx, more)
+	if err != nil {
+		return nil, fail("failed to append to bundle", err)
+	}
+	ledgerOf(ctx).note(func(l *audit.Line) { l.SPIFFEID, l.Rev = td.IDString(), rev })
+	s.api.settle(ctx, rev)
+	return maskBundle(b, req.GetOutputMask())
+}
+
+// append adds authorities to the own bundle. What is there stays as it is.
+func (s *bundleService) append(ctx context.Context, more *identity.Bundle) (*identity.Bundle, kv.Rev, error) {
+	return s.api.Records.UpdateBundle(ctx, s.api.cfg.TrustDomain, func(b *identity.Bundle) error {
 		for _, a := range more.X509 {
 			if !b.HasX509(a.Certificate) {
 				b.X509 = append(b.X509, a)
@@ -68,12 +80,48 @@ func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBu
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, fail("failed to append to bundle", err)
+}
+
+// PublishJWTAuthority adds the key that a downstream server signs tokens with to the own bundle, and
+// returns all keys in it.
+func (s *bundleService) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTAuthorityRequest) (*bundlev1.PublishJWTAuthorityResponse, error) {
+	who := caller.FromContext(ctx)
+	if err := s.api.sign.wait(ctx, who.Share(), 1); err != nil {
+		return nil, err
 	}
-	ledgerOf(ctx).note(func(l *audit.Line) { l.SPIFFEID, l.Rev = td.IDString(), rev })
+	given := req.GetJwtAuthority()
+	if given == nil {
+		return nil, refusal(codes.InvalidArgument, "missing JWT authority")
+	}
+	td := s.api.cfg.TrustDomain
+	more, err := identity.BundleFromWire(&types.Bundle{TrustDomain: td.Name(), JwtAuthorities: []*types.JWTKey{{
+		// Whether it is tainted is not the downstream server's to say: nobody could take it back.
+		PublicKey: given.GetPublicKey(), KeyId: given.GetKeyId(), ExpiresAt: given.GetExpiresAt(),
+	}}})
+	if err != nil {
+		return nil, malformed("invalid JWT authority", err)
+	}
+	b, rev, err := s.append(ctx, more)
+	if err != nil {
+		return nil, fail("failed to publish JWT key", err)
+	}
+	ledgerOf(ctx).note(func(l *audit.Line) {
+		l.SPIFFEID, l.Rev, l.Authority, l.ExpiresAt = td.IDString(), rev, more.JWT[0].KeyID, more.JWT[0].ExpiresAt
+		if len(who.Entries) > 0 {
+			l.EntryID = who.Entries[0].ID
+		}
+	})
 	s.api.settle(ctx, rev)
-	return maskBundle(b, req.GetOutputMask())
+	w, err := b.Wire()
+	if err != nil {
+		return nil, fail("failed to convert bundle", err)
+	}
+	return &bundlev1.PublishJWTAuthorityResponse{JwtAuthorities: w.GetJwtAuthorities()}, nil
+}
+
+// PublishWITAuthority is not built by SPIRE either.
+func (s *bundleService) PublishWITAuthority(context.Context, *bundlev1.PublishWITAuthorityRequest) (*bundlev1.PublishWITAuthorityResponse, error) {
+	return nil, errNoWIT
 }
 
 // sameKey reports whether two public keys are one. A key ID stands for one key: a verifier that finds

@@ -205,3 +205,11 @@ const maxPatience = 5 * time.Minute
 // patience is how long past its time a successor waits for agents. SVIDs signed meanwhile may be cut
 // short by as much.
 func patience(lifetime time.Duration) time.Duration { return min(lifetime/60, maxPatience) }
+
+// Published returns the revision of the last bundle that this CA wrote, 0 if it has written none since it
+// was opened.
+func (c *CA) Published() kv.Rev {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.bundleRev
+}

@@ -94,6 +94,7 @@ var table = map[string]Kind{
 	"/assay.evidence.v1.Evidence/DeleteException": Local | Admin,
 	"/assay.evidence.v1.Evidence/Release":         Local | Admin,
 
-	"/assay.admin.v1.Admin/Backup":       Local,
-	"/assay.admin.v1.Admin/TakeSnapshot": Local,
+	"/assay.admin.v1.Admin/Backup":         Local,
+	"/assay.admin.v1.Admin/TakeSnapshot":   Local,
+	"/assay.admin.v1.Admin/RotationStatus": Local,
 }
