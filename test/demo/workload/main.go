@@ -8,6 +8,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -64,26 +65,27 @@ func main() {
 		peer     = flag.String("peer", "", "SPIFFE ID the peer must have")
 		audience = flag.String("audience", "", "also fetch a JWT-SVID for this audience")
 		write    = flag.String("write", "", "folder to write svid.pem and bundle.pem to")
+		key      = flag.Bool("key", false, "write the private key too, as key.pem")
 		again    = flag.Bool("again", false, "call the peer again whenever the identity has changed, and tell if it refuses")
 	)
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
-	if err := run(ctx, *listen, *dial, *peer, *audience, *write, *again); err != nil && ctx.Err() == nil {
+	if err := run(ctx, *listen, *dial, *peer, *audience, &watcher{*write, *key}, *again); err != nil && ctx.Err() == nil {
 		emit(event{Event: "error", Error: err.Error()})
 		stop()
 		os.Exit(1) //nolint:gocritic // stop ran
 	}
 }
 
-func run(ctx context.Context, listen, dial, peer, audience, write string, again bool) error {
+func run(ctx context.Context, listen, dial, peer, audience string, w *watcher, again bool) error {
 	client, err := workloadapi.New(ctx)
 	if err != nil {
 		return err
 	}
 	defer client.Close()
 	watched := make(chan error, 1)
-	go func() { watched <- client.WatchX509Context(ctx, &watcher{write: write}) }()
+	go func() { watched <- client.WatchX509Context(ctx, w) }()
 
 	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClient(client))
 	if err != nil {
@@ -124,7 +126,10 @@ func run(ctx context.Context, listen, dial, peer, audience, write string, again 
 }
 
 // watcher reports what arrives on the X.509 stream.
-type watcher struct{ write string }
+type watcher struct {
+	write string
+	key   bool
+}
 
 func (w *watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
 	svid := c.DefaultSVID()
@@ -139,7 +144,11 @@ func (w *watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
 			emit(event{Event: "error", Error: "no bundle for " + svid.ID.TrustDomain().String()})
 			return
 		}
-		err := errors.Join(
+		var err error
+		if w.key {
+			err = writeKey(filepath.Join(w.write, "key.pem"), svid.PrivateKey)
+		}
+		err = errors.Join(err,
 			writePEM(filepath.Join(w.write, "svid.pem"), svid.Certificates),
 			writePEM(filepath.Join(w.write, "bundle.pem"), bundle.X509Authorities()))
 		if err != nil {
@@ -152,6 +161,14 @@ func (w *watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
 
 func (w *watcher) OnX509ContextWatchError(err error) {
 	emit(event{Event: "denied", Error: err.Error()})
+}
+
+func writeKey(path string, key crypto.Signer) error {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600)
 }
 
 func writePEM(path string, certs []*x509.Certificate) error {
