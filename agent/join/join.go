@@ -418,7 +418,7 @@ func (j *Joiner) failed(how action, err error, failures int) time.Duration {
 }
 
 // tokenAdvice is what to do about a join token that is spent.
-const tokenAdvice = "make a new one with `assay-server token generate`, give it to this agent as join_token and restart it"
+const tokenAdvice = "make a new one with `assay-server token generate`, give it to this agent as join_token and restart it" //nolint:gosec // advice, no token
 
 // needsToken reports whether an attestation failed in a way that only a new join token can mend.
 func (j *Joiner) needsToken(err error) bool { return j.cfg.Type == "join_token" && isRefusal(err) }

@@ -70,7 +70,7 @@ func TestClock(t *testing.T) {
 		}
 		// A restart in the middle changes nothing about it.
 		now.pass(by)
-		if c, err = Open(t.Context(), km, store, testTD, Config{Now: now.Now}); err != nil {
+		if _, err := Open(t.Context(), km, store, testTD, Config{Now: now.Now}); err != nil {
 			t.Fatal(err)
 		}
 		now.pass(-by)

@@ -58,7 +58,7 @@ func inherited(t *testing.T, socket string, during func(net.Conn)) net.Conn {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(pair[0]) //nolint:errcheck // a socket of the test
+	defer unix.Close(pair[0])
 	out := os.NewFile(uintptr(pair[1]), "pair")
 	cmd := exec.CommandContext(t.Context(), os.Args[0])
 	cmd.Env = append(os.Environ(), connectVariable+"="+socket)

@@ -44,7 +44,7 @@ func killDuringCreates(t *testing.T, s *site.Site, h *history, round int) {
 	conn := dial(t, s)
 	ctx := patiently(t)
 	server := s.Server()
-	killAfter := int64(40 + rand.IntN(400)) //nolint:gosec // hides nothing
+	killAfter := int64(40 + rand.IntN(400))
 	var acknowledged atomic.Int64
 	var kill sync.Once
 	var callers sync.WaitGroup

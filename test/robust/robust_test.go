@@ -32,7 +32,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -68,7 +67,7 @@ func patiently(t *testing.T) context.Context {
 func newSite(t *testing.T) *site.Site {
 	t.Helper()
 	// Not t.TempDir: its path holds the test's name, and a socket's path may have 107 bytes.
-	dir, err := os.MkdirTemp("", "robust")
+	dir, err := os.MkdirTemp("", "robust") //nolint:usetesting // see above
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -203,7 +202,7 @@ func (h *history) create(ctx context.Context, conn *grpc.ClientConn, e *types.En
 	result := resp.GetResults()[0]
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if code := codes.Code(result.GetStatus().GetCode()); code != codes.OK { //nolint:gosec // codes are small
+	if code := codes.Code(result.GetStatus().GetCode()); code != codes.OK {
 		delete(h.asked, path) // it said no
 		return nil, status.Error(code, result.GetStatus().GetMessage())
 	}
@@ -222,7 +221,7 @@ func (h *history) remove(ctx context.Context, conn *grpc.ClientConn, e *types.En
 	if err != nil {
 		return err
 	}
-	if code := codes.Code(resp.GetResults()[0].GetStatus().GetCode()); code != codes.OK { //nolint:gosec // codes are small
+	if code := codes.Code(resp.GetResults()[0].GetStatus().GetCode()); code != codes.OK {
 		return status.Error(code, resp.GetResults()[0].GetStatus().GetMessage())
 	}
 	h.mu.Lock()
@@ -324,18 +323,6 @@ func (h *history) copyOf() *history {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return &history{held: maps.Clone(h.held), asked: maps.Clone(h.asked), leaving: maps.Clone(h.leaving)}
-}
-
-// paths returns the SPIFFE ID paths of what is held.
-func (h *history) paths() []string {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	var all []string
-	for _, e := range h.held {
-		all = append(all, e.GetSpiffeId().GetPath())
-	}
-	slices.Sort(all)
-	return all
 }
 
 // eventually asks until ask returns nil.
