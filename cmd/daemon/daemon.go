@@ -315,7 +315,7 @@ func (d *Daemon) reload() {
 		return
 	}
 	d.Log.SetLevel(now.Level)
-	d.Log.WithField("level", now.Level).Info("reloaded; keys other than log_level need a restart")
+	d.Log.WithField("level", now.Level).Info("reloaded log_level, and what else the command reads again; other keys need a restart")
 }
 
 // File is an append-only log that can be opened anew after it was renamed. It is safe for concurrent
