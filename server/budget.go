@@ -26,8 +26,10 @@ const (
 	// receiveTime is how long the one request of a call may take to come when its turn has.
 	receiveTime = 10 * time.Second
 	// receivers is how many requests of more than a flow-control window (64 KiB) may be on their way
-	// into memory at a time; each may take Limits.MaxMessage.
-	receivers = 128
+	// into memory at a time; each may take Limits.MaxMessage. strangers is how many of callers that
+	// showed no certificate.
+	receivers = 96
+	strangers = 32
 	// largeCalls is how many calls with a large answer one caller may have open: an answer that
 	// nobody reads stays in memory.
 	largeCalls = 8
@@ -56,8 +58,9 @@ var large = map[string]bool{
 // that comes later still finds room. (Dynamic thresholds, as switches share their packet memory:
 // Choudhury and Hahne, 1998.) The feed is not counted: it is an agent's, and has its own limit.
 type budget struct {
-	single    map[string]bool // methods with one request and one response; set before anybody calls
-	receiving *turn.Stile
+	single map[string]bool // methods with one request and one response; set before anybody calls
+	// receiving are requests on their way, of callers that are known and of others.
+	receiving, receivingStrangers *turn.Stile
 
 	mu   sync.Mutex // guards the rest
 	free int
@@ -67,15 +70,17 @@ type budget struct {
 
 func newBudget(limits Limits) *budget {
 	return &budget{
-		single: map[string]bool{}, receiving: turn.New(receivers, limits.MaxCalls),
+		single:    map[string]bool{},
+		receiving: turn.NewModest(receivers, limits.MaxCalls), receivingStrangers: turn.NewModest(strangers, limits.MaxCalls),
 		free: limits.MaxCalls, open: map[string]int{}, big: map[string]int{},
 	}
 }
 
 // counted is a call that the budget counts, in the call's context.
 type counted struct {
-	name string
-	end  context.CancelFunc // ends the call
+	name  string
+	known bool               // the name is a SPIFFE ID
+	end   context.CancelFunc // ends the call
 }
 
 type countedKey struct{}
@@ -86,7 +91,8 @@ func (b *budget) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	if endless[method] {
 		return ctx, nil
 	}
-	name, big := callerName(ctx), large[method]
+	name, known := callerName(ctx)
+	big := large[method]
 	if !b.enter(name, big) {
 		return ctx, soon("too many calls are open")
 	}
@@ -97,7 +103,7 @@ func (b *budget) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	// gRPC cancels the context it gave us when the call is over.
 	context.AfterFunc(ctx, func() { b.leave(name, big) })
 	ctx, end := context.WithTimeout(ctx, limit)
-	return context.WithValue(ctx, countedKey{}, &counted{name, end}), nil
+	return context.WithValue(ctx, countedKey{}, &counted{name, known, end}), nil
 }
 
 func (b *budget) enter(name string, big bool) bool {
@@ -130,18 +136,18 @@ func (b *budget) leave(name string, big bool) {
 }
 
 // callerName is what a caller's share is counted by: the SPIFFE ID of a client certificate, which the
-// handshake verified, or else the source address.
-func callerName(ctx context.Context) string {
+// handshake verified (it is known then), or else the source address.
+func callerName(ctx context.Context) (name string, known bool) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return ""
+		return "", false
 	}
 	if auth, ok := p.AuthInfo.(credentials.TLSInfo); ok {
 		if id, ok := shownID(auth.State); ok {
-			return id
+			return id, true
 		}
 	}
-	return caller.Source(p.Addr)
+	return caller.Source(p.Addr), false
 }
 
 // shownID returns the SPIFFE ID of the verified client certificate, if there is one.
@@ -190,13 +196,17 @@ func (b *budget) receive(ctx context.Context, receive func(any) error, req any) 
 	if !ok {
 		return receive(req)
 	}
-	if err := b.receiving.Enter(ctx, turn.Usual, call.name); err != nil {
+	places := b.receivingStrangers
+	if call.known {
+		places = b.receiving
+	}
+	if err := places.Enter(ctx, turn.Usual, call.name); err != nil {
 		if ctx.Err() != nil {
 			return status.FromContextError(ctx.Err()).Err()
 		}
 		return soon("too many requests are being received")
 	}
-	defer b.receiving.Leave()
+	defer places.Leave(call.name)
 	slow := time.AfterFunc(receiveTime, call.end)
 	defer slow.Stop()
 	return receive(req)

@@ -175,7 +175,7 @@ func (c *guest) Read(p []byte) (int, error) {
 func (c *guest) rest() {
 	if c.busy {
 		c.busy = false
-		c.gate.handshakes.Leave()
+		c.gate.handshakes.Leave(c.source)
 	}
 }
 

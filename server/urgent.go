@@ -28,6 +28,6 @@ func (u urgent) SignAgent(ctx context.Context, pub crypto.PublicKey, id spiffeid
 	if err := u.signing.Enter(ctx, turn.Urgent, id.String()); err != nil {
 		return nil, fmt.Errorf("wait for a turn: %w", err)
 	}
-	defer u.signing.Leave()
+	defer u.signing.Leave(id.String())
 	return u.CA.SignAgent(ctx, pub, id)
 }

@@ -19,9 +19,10 @@ func (a *API) inTurn(ctx context.Context, rank turn.Rank, who *caller.Caller, si
 	if a.Signing == nil {
 		return sign()
 	}
-	if err := a.Signing.Enter(ctx, rank, who.Share()); err != nil {
+	name := who.Share()
+	if err := a.Signing.Enter(ctx, rank, name); err != nil {
 		return fail("failed to wait for a turn", err)
 	}
-	defer a.Signing.Leave()
+	defer a.Signing.Leave(name)
 	return sign()
 }

@@ -105,7 +105,7 @@ func TestAgentsTakeTurnsToHaveThingsSigned(t *testing.T) {
 			}
 		})
 		synctest.Wait()
-		stile.Leave()
+		stile.Leave("the test")
 		calls.Wait()
 
 		if len(f.signed) != 1021 {

@@ -16,6 +16,7 @@ package turn
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 )
 
@@ -42,10 +43,12 @@ const favour = 7
 
 // Stile lets a number of callers through at a time. It is safe for concurrent use.
 type Stile struct {
-	limit int // of those who wait, in all
+	limit  int  // of those who wait, in all
+	modest bool // a caller may hold fewer places than are free
 
 	mu      sync.Mutex // guards the rest
 	free    int
+	held    map[string]int // places by name, if modest
 	waiting int
 	passed  int // how often in a row the more urgent went before the less urgent
 	queues  [ranks]queue
@@ -57,21 +60,46 @@ type queue struct {
 	turns   []string                   // names with somebody waiting, the next one first
 }
 
-// New returns a Stile with places, for which at most limit may wait.
+// New returns a Stile with places, for which at most limit may wait. It is for places that are held as
+// long as the work takes.
 func New(places, limit int) *Stile {
-	s := &Stile{free: places, limit: limit}
+	s := &Stile{free: places, limit: limit, held: map[string]int{}}
 	for i := range s.queues {
 		s.queues[i].callers = map[string][]chan struct{}{}
 	}
 	return s
 }
 
+// NewModest returns a Stile whose callers decide how long they hold a place: one that waits for what a
+// caller sends. A caller may take one more only while it holds fewer than are free: one greedy caller
+// gets half of all, two get a third each, and one that comes later finds room at once, even if the
+// others never leave. (Dynamic thresholds, as switches share their packet memory: Choudhury and Hahne,
+// 1998.)
+func NewModest(places, limit int) *Stile {
+	s := New(places, limit)
+	s.modest = true
+	return s
+}
+
+// may reports whether a caller may have a place now. mu is held.
+func (s *Stile) may(name string) bool {
+	return s.free > 0 && (!s.modest || s.held[name] < s.free)
+}
+
+// grant gives a caller a place. mu is held.
+func (s *Stile) grant(name string) {
+	s.free--
+	if s.modest {
+		s.held[name]++
+	}
+}
+
 // Enter waits for a place. Without an error Leave must be called. It returns ErrFull, or the error of
 // ctx.
 func (s *Stile) Enter(ctx context.Context, rank Rank, name string) error {
 	s.mu.Lock()
-	if s.free > 0 {
-		s.free--
+	if s.may(name) {
+		s.grant(name)
 		s.mu.Unlock()
 		return nil
 	}
@@ -92,7 +120,7 @@ func (s *Stile) Enter(ctx context.Context, rank Rank, name string) error {
 	defer s.mu.Unlock()
 	select {
 	case <-ready: // the place came at the same time: pass it on
-		s.next()
+		s.leave(name)
 	default:
 		s.waiting--
 		s.queues[rank].drop(name, ready)
@@ -100,11 +128,23 @@ func (s *Stile) Enter(ctx context.Context, rank Rank, name string) error {
 	return ctx.Err()
 }
 
-// Leave gives a place back.
-func (s *Stile) Leave() {
+// Leave gives back a place that was had by that name.
+func (s *Stile) Leave(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.next()
+	s.leave(name)
+}
+
+// leave is Leave with mu held.
+func (s *Stile) leave(name string) {
+	s.free++
+	if s.modest {
+		if s.held[name]--; s.held[name] == 0 {
+			delete(s.held, name)
+		}
+	}
+	for s.next() { //nolint:revive // until there is nobody, or no place
+	}
 }
 
 // Waiting returns how many wait.
@@ -114,11 +154,12 @@ func (s *Stile) Waiting() int {
 	return s.waiting
 }
 
-// next hands a place to whoever's turn it is. mu is held.
-func (s *Stile) next() {
+// next hands a place to whoever's turn it is, and reports whether it did. mu is held.
+func (s *Stile) next() bool {
 	first, last := -1, -1
+	at := [ranks]int{}
 	for i := range s.queues {
-		if len(s.queues[i].turns) == 0 {
+		if at[i] = slices.IndexFunc(s.queues[i].turns, s.may); at[i] < 0 {
 			continue
 		}
 		if first < 0 {
@@ -126,11 +167,9 @@ func (s *Stile) next() {
 		}
 		last = i
 	}
-	if first < 0 {
-		s.free++
-		return
-	}
 	switch {
+	case first < 0:
+		return false
 	case first == last:
 		s.passed = 0
 	case s.passed >= favour:
@@ -139,7 +178,10 @@ func (s *Stile) next() {
 		s.passed++
 	}
 	s.waiting--
-	close(s.queues[first].take())
+	name, ready := s.queues[first].take(at[first])
+	s.grant(name)
+	close(ready)
+	return true
 }
 
 // add puts somebody at the end of his line.
@@ -150,10 +192,14 @@ func (q *queue) add(name string, ready chan struct{}) {
 	q.callers[name] = append(q.callers[name], ready)
 }
 
-// take removes and returns the next one. There is one.
-func (q *queue) take() chan struct{} {
-	name := q.turns[0]
-	q.turns = q.turns[1:]
+// take removes and returns the first of the line whose turn is at that place.
+func (q *queue) take(at int) (name string, ready chan struct{}) {
+	name = q.turns[at]
+	if at == 0 {
+		q.turns = q.turns[1:]
+	} else {
+		q.turns = slices.Delete(q.turns, at, at+1)
+	}
 	line := q.callers[name]
 	if len(line) > 1 {
 		q.callers[name] = line[1:]
@@ -161,7 +207,7 @@ func (q *queue) take() chan struct{} {
 	} else {
 		delete(q.callers, name)
 	}
-	return line[0]
+	return name, line[0]
 }
 
 // drop removes one who gave up.

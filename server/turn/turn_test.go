@@ -37,14 +37,14 @@ func (l *line) join(rank Rank, name string) {
 		l.mu.Lock()
 		l.served = append(l.served, name)
 		l.mu.Unlock()
-		l.stile.Leave()
+		l.stile.Leave(name)
 	})
 	synctest.Wait() // it stands in line
 }
 
 // open gives the place back and returns who was served in which order.
 func (l *line) open() []string {
-	l.stile.Leave()
+	l.stile.Leave("first")
 	l.done.Wait()
 	return l.served
 }
@@ -121,9 +121,45 @@ func TestTurns(t *testing.T) {
 	})
 }
 
+func TestGreedyCallersLeaveRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewModest(9, 1000)
+		ctx, cancel := context.WithCancel(t.Context())
+		var waiting sync.WaitGroup
+		for range 20 {
+			waiting.Go(func() { _ = s.Enter(ctx, Usual, "greedy") })
+		}
+		synctest.Wait()
+		if s.free != 4 || s.held["greedy"] != 5 {
+			t.Errorf("%d places are free and the greedy one has %d", s.free, s.held["greedy"])
+		}
+		if err := s.Enter(t.Context(), Usual, "modest"); err != nil || s.Waiting() != 15 {
+			t.Errorf("another got %v; %d wait", err, s.Waiting())
+		}
+		for range 20 {
+			waiting.Go(func() { _ = s.Enter(ctx, Usual, "also greedy") })
+		}
+		synctest.Wait()
+		if s.free == 0 {
+			t.Error("two greedy callers left no room")
+		}
+		s.Leave("greedy")
+		s.Leave("modest")
+		synctest.Wait()
+		if s.free == 0 || s.held["greedy"]+s.held["also greedy"] != 9-s.free {
+			t.Errorf("%d places are free, held are %v", s.free, s.held)
+		}
+		cancel()
+		waiting.Wait()
+	})
+}
+
 func TestNoPlaceIsLost(t *testing.T) {
-	const places = 3
-	s := New(places, 1000)
+	t.Run("of one that serves everybody", func(t *testing.T) { loseNone(t, New(3, 1000), 3) })
+	t.Run("of a modest one", func(t *testing.T) { loseNone(t, NewModest(3, 1000), 3) })
+}
+
+func loseNone(t *testing.T, s *Stile, places int) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	inside, most := 0, 0
@@ -134,7 +170,8 @@ func TestNoPlaceIsLost(t *testing.T) {
 			if i%3 == 0 {
 				go cancel() // gives up at any moment
 			}
-			if s.Enter(ctx, Rank(i%ranks), string(rune('a'+i%7))) != nil {
+			name := string(rune('a' + i%7))
+			if s.Enter(ctx, Rank(i%ranks), name) != nil {
 				return
 			}
 			mu.Lock()
@@ -144,15 +181,15 @@ func TestNoPlaceIsLost(t *testing.T) {
 			mu.Lock()
 			inside--
 			mu.Unlock()
-			s.Leave()
+			s.Leave(name)
 		})
 	}
 	wg.Wait()
 	if most > places {
 		t.Errorf("%d were inside at a time, there are %d places", most, places)
 	}
-	if s.free != places || s.waiting != 0 {
-		t.Errorf("%d places are free and %d wait, want %d and none", s.free, s.waiting, places)
+	if s.free != places || s.waiting != 0 || len(s.held) != 0 {
+		t.Errorf("%d places are free, %d wait, held are %v; want %d and nobody", s.free, s.waiting, s.held, places)
 	}
 	for _, q := range s.queues {
 		if len(q.callers)+len(q.turns) != 0 {

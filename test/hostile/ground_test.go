@@ -200,9 +200,9 @@ func (g *ground) dial(cert *tls.Certificate) *grpc.ClientConn {
 	return dialTCP(g.t, g.running.Address.String(), cert)
 }
 
-func dialTCP(t testing.TB, address string, cert *tls.Certificate) *grpc.ClientConn {
+func dialTCP(t testing.TB, address string, cert *tls.Certificate, more ...grpc.DialOption) *grpc.ClientConn {
 	t.Helper()
-	conn, err := grpc.NewClient("passthrough:///"+address, grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(cert))))
+	conn, err := grpc.NewClient("passthrough:///"+address, append(more, grpc.WithTransportCredentials(credentials.NewTLS(clientTLS(cert))))...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -369,6 +369,7 @@ func (g *ground) startAgent() {
 	log.AddHook(g.log)
 	cfg.Log, cfg.Metrics = log, prometheus.NewRegistry()
 	cfg.AdminSocketPath = filepath.Join(dir, "admin.sock")
+	cfg.AuthorizedDelegates = []spiffeid.ID{spiffeid.RequireFromPath(trustDomain, "/mine")}
 	ready := make(chan struct{})
 	cfg.Ready = func() { close(ready) }
 	ctx, cancel := context.WithCancel(context.Background())

@@ -13,6 +13,7 @@ import (
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	workload "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	agentdebugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/debug/v1"
+	delegatedv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
 	agentloggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/logger/v1"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
@@ -218,10 +219,18 @@ var samples = map[string]sample{
 	"/assay.agentadmin.v1.Admin/Explain": call("operator", fixed(&adminwire.ExplainRequest{
 		Target: &adminwire.ExplainRequest_Pid{Pid: int32(os.Getpid())}, //nolint:gosec // PIDs are small
 	})),
-	"/spire.agent.debug.v1.Debug/GetInfo":             call("operator", fixed(&agentdebugv1.GetInfoRequest{})),
-	"/spire.api.agent.logger.v1.Logger/GetLogger":     call("operator", fixed(&agentloggerv1.GetLoggerRequest{})),
-	"/spire.api.agent.logger.v1.Logger/SetLogLevel":   call("operator", fixed(&agentloggerv1.SetLogLevelRequest{NewLevel: types.LogLevel_INFO})),
-	"/spire.api.agent.logger.v1.Logger/ResetLogLevel": call("operator", fixed(&agentloggerv1.ResetLogLevelRequest{})),
+	"/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509SVIDs": call("operator", fixed(&delegatedv1.SubscribeToX509SVIDsRequest{
+		Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprint("uid:", os.Getuid())}},
+	})).endlessly(),
+	"/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/FetchJWTSVIDs": call("operator", fixed(&delegatedv1.FetchJWTSVIDsRequest{
+		Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprint("uid:", os.Getuid())}}, Audience: []string{"a"},
+	})),
+	"/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509Bundles": call("operator", fixed(&delegatedv1.SubscribeToX509BundlesRequest{})).endlessly(),
+	"/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToJWTBundles":  call("operator", fixed(&delegatedv1.SubscribeToJWTBundlesRequest{})).endlessly(),
+	"/spire.agent.debug.v1.Debug/GetInfo":                                            call("operator", fixed(&agentdebugv1.GetInfoRequest{})),
+	"/spire.api.agent.logger.v1.Logger/GetLogger":                                    call("operator", fixed(&agentloggerv1.GetLoggerRequest{})),
+	"/spire.api.agent.logger.v1.Logger/SetLogLevel":                                  call("operator", fixed(&agentloggerv1.SetLogLevelRequest{NewLevel: types.LogLevel_INFO})),
+	"/spire.api.agent.logger.v1.Logger/ResetLogLevel":                                call("operator", fixed(&agentloggerv1.ResetLogLevelRequest{})),
 
 	"/grpc.health.v1.Health/Check": call("", fixed(&grpc_health_v1.HealthCheckRequest{})).quietly(),
 	"/grpc.health.v1.Health/List":  call("", fixed(&grpc_health_v1.HealthListRequest{})).quietly(),
