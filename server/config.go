@@ -64,6 +64,9 @@ type Config struct {
 	// closed.
 	Evidence *Evidence
 
+	// Federation is about other trust domains.
+	Federation Federation
+
 	// Limits keep one caller from hurting the others.
 	Limits Limits
 
@@ -177,6 +180,8 @@ type Running struct {
 	Address net.Addr
 	// SocketPath is the Unix socket's, empty if there is none.
 	SocketPath string
+	// BundleEndpoint is where others fetch the bundle, nil if there is none.
+	BundleEndpoint net.Addr
 	// Live says what keeps the server from doing anything useful until it is started again, Ready
 	// what keeps it from serving at the moment; nil if nothing. Both are cheap and safe for
 	// concurrent use.
@@ -253,6 +258,7 @@ func (c *Config) Check() error {
 	for _, id := range c.AdminIDs {
 		say(id.IsZero() || id.Path() == "", "admin ID %q has no path", id)
 	}
+	c.Federation.check(c.TrustDomain.Name(), say)
 	seen := map[string]bool{}
 	for _, j := range c.Judges {
 		say(seen[j.Kind.Type], "node attestor %q is configured twice", j.Kind.Type)

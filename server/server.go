@@ -113,11 +113,17 @@ func Run(ctx context.Context, config Config) (err error) {
 		Authorize: caller.Reauthorize, Authority: signedBy,
 		Log: component("feed"), Metrics: cfg.Metrics, Now: cfg.Now,
 	})
+	abroad, err := openAbroad(&cfg, rec, pictures, authority, log, component("trust"))
+	if err != nil {
+		return err
+	}
+	defer closing(abroad, &err)
 	services := api.New(api.Parts{
 		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Signing: signing,
 		Chain: ownChain(authority), Level: cfg.Level,
 		Evidence: judging(judge), ScanPolicies: rules.ScanPolicies,
 		Snapshots: snapshots, Authorities: authority, Feed: feeds,
+		Federations: rec, Refresher: abroad.fetcher,
 	}, api.Config{
 		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT, RequireSigned: cfg.RequireSigned,
 		AttestPerSecond: cfg.Limits.AttestPerSecond, AttestBurst: cfg.Limits.AttestBurst,
@@ -166,6 +172,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	group.Go(func() error { return snapshots.Run(parts) })
 	group.Go(func() error { return authority.Run(parts) })
 	group.Go(func() error { return pictures.Run(parts) })
+	group.Go(func() error { return abroad.run(parts, pictures.Ready()) })
 	if judge != nil {
 		defer closing(judge, &err)
 		crl, err := listenCRL(&cfg)
@@ -192,6 +199,7 @@ func Run(ctx context.Context, config Config) (err error) {
 		}).Info("server is ready")
 		if cfg.Ready != nil {
 			r := running(&cfg, listeners, store, rec, services, log)
+			r.BundleEndpoint = abroad.address()
 			if judge != nil {
 				r.SetRules = judge.Replace
 			}
