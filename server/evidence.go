@@ -18,6 +18,7 @@ import (
 	"github.com/assay-id/assay/server/verdict"
 	registry "github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/view"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // Evidence is what the server is told about image evidence.
@@ -49,7 +50,15 @@ func openEvidence(ctx context.Context, cfg *Config, rec *records.Records, pictur
 	return verdict.Open(ctx, parts, cfg.Evidence.Rules, verdict.Config{
 		MarksPath: filepath.Join(cfg.DataDir, "evidence-marks"),
 		CRLPath:   cfg.Evidence.CRLPath,
-		Log:       logger, Metrics: cfg.Metrics, Now: cfg.Now,
+		// The list goes the road that bundles go.
+		CRLChanged: func(ctx context.Context, der []byte) error {
+			_, _, err := rec.UpdateBundle(ctx, cfg.TrustDomain, func(b *identity.Bundle) error {
+				b.CRL = der
+				return nil
+			})
+			return err
+		},
+		Log: logger, Metrics: cfg.Metrics, Now: cfg.Now,
 	})
 }
 

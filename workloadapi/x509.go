@@ -77,6 +77,8 @@ func (s *Server) makeX509(ctx context.Context, facts attestor.Set) (*answer, err
 		a.ids = append(a.ids, svid.ID.String())
 		a.entries = append(a.entries, svid.EntryID)
 	}
+	// The CRL field of the SPIFFE Workload API, section 5.2.1: of all trust domains in the message.
+	resp.Crl = lists(append([]*identity.Bundle{x.Bundle}, x.Federated...))
 	for _, b := range x.Federated {
 		resp.FederatedBundles[b.TrustDomain.IDString()] = certificates(b)
 	}
@@ -91,7 +93,7 @@ func (s *Server) makeX509Bundles(_ context.Context, facts attestor.Set) (*answer
 	if err != nil || !a.matched {
 		return a, err
 	}
-	resp := &workload.X509BundlesResponse{Bundles: make(map[string][]byte, len(bundles))}
+	resp := &workload.X509BundlesResponse{Bundles: make(map[string][]byte, len(bundles)), Crl: lists(bundles)}
 	for _, b := range bundles {
 		resp.Bundles[b.TrustDomain.IDString()] = certificates(b)
 	}
@@ -155,4 +157,15 @@ func keySet(b *identity.Bundle) ([]byte, error) {
 		return nil, fmt.Errorf("encode JWT keys of %s: %w", b.TrustDomain, err)
 	}
 	return text, nil
+}
+
+// lists returns the lists of revoked certificates of the bundles.
+func lists(bundles []*identity.Bundle) [][]byte {
+	var all [][]byte
+	for _, b := range bundles {
+		if len(b.CRL) > 0 {
+			all = append(all, b.CRL)
+		}
+	}
+	return all
 }

@@ -156,6 +156,8 @@ type pictureJSON struct {
 	Bundles  [][]byte `json:"bundles"`            // types.Bundle
 	Verdicts [][]byte `json:"verdicts,omitempty"` // feedv1.Verdict
 	HeardAt  int64    `json:"heard_at,omitempty"` // Unix seconds
+	// CRLs are those of the bundles by trust domain, DER.
+	CRLs map[string][]byte `json:"crls,omitempty"`
 }
 
 // Picture returns the kept picture, or nil.
@@ -193,6 +195,7 @@ func (s *pictureJSON) parse() (*Picture, error) {
 		if err != nil {
 			return nil, err
 		}
+		b.CRL = s.CRLs[b.TrustDomain.Name()]
 		p.Bundles = append(p.Bundles, b)
 	}
 	for _, raw := range s.Verdicts {
@@ -229,6 +232,12 @@ func (k *Keep) SavePicture(p *Picture) {
 				return nil, err
 			}
 			stored.Bundles = append(stored.Bundles, raw)
+			if len(b.CRL) > 0 {
+				if stored.CRLs == nil {
+					stored.CRLs = map[string][]byte{}
+				}
+				stored.CRLs[b.TrustDomain.Name()] = b.CRL
+			}
 		}
 		for _, v := range p.Verdicts {
 			raw, err := proto.Marshal(v.Wire())

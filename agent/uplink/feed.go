@@ -188,6 +188,13 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabiliti
 		if complete, err = u.bundles(&up, msg.GetBundles(), complete); err != nil {
 			return Update{}, nil, err
 		}
+		for _, l := range msg.GetCrls() {
+			for _, b := range up.Bundles {
+				if b.TrustDomain.Name() == l.GetTrustDomain() {
+					b.CRL = l.GetDer()
+				}
+			}
+		}
 		for _, name := range msg.GetRemovedTrustDomains() {
 			td, err := identity.ParseTrustDomain(name)
 			if err != nil {

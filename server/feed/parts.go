@@ -66,10 +66,13 @@ func (u *update) parts(limit int, send func(part *feedv1.FollowResponse, size in
 		if err != nil {
 			return fmt.Errorf("convert bundle of %s: %w", b.TrustDomain, err)
 		}
-		if err := room(proto.Size(w)); err != nil {
+		if err := room(proto.Size(w) + len(b.CRL)); err != nil {
 			return err
 		}
 		part.Bundles = append(part.Bundles, w)
+		if len(b.CRL) > 0 {
+			part.Crls = append(part.Crls, &feedv1.RevocationList{TrustDomain: b.TrustDomain.Name(), Der: b.CRL})
+		}
 	}
 	for _, e := range u.entries {
 		w := e.Wire()

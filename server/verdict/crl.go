@@ -103,16 +103,20 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 		return err
 	}
 	s.crl.number = number
-	s.crl.der.Store(&der)
+	kept := der
+	s.crl.der.Store(&kept)
 	if s.cfg.CRLPath != "" {
 		if err := replaceFile(s.cfg.CRLPath, pemCRL(der)); err != nil {
 			return err
 		}
 	}
-	if s.cfg.CRLChanged != nil {
-		s.cfg.CRLChanged(der)
+	if s.cfg.CRLChanged == nil {
+		return nil
 	}
-	return nil
+	if len(revoked) == 0 {
+		der = nil
+	}
+	return s.cfg.CRLChanged(ctx, der)
 }
 
 // revoke puts on the list what was issued on the strength of an earlier verdict on the image and would

@@ -96,9 +96,9 @@ type Config struct {
 	// Lease is how long an agent that hears nothing goes on with a verdict. 0: 15 minutes.
 	Lease time.Duration
 	// CRLPath is a file that holds the list of revoked certificates as PEM; empty: none. CRLChanged, if
-	// not nil, is called with each new list as DER.
+	// not nil, is called with each new list as DER, nil for one that is empty: nobody needs to carry that.
 	CRLPath    string
-	CRLChanged func(der []byte)
+	CRLChanged func(ctx context.Context, der []byte) error
 	Log        logrus.FieldLogger
 	// Metrics registers what is counted. Nil: nothing is registered.
 	Metrics prometheus.Registerer

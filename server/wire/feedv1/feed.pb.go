@@ -802,8 +802,10 @@ type FollowResponse struct {
 	// Only to an agent that understands "verdicts", as are entries that demand one.
 	Verdicts       []*Verdict `protobuf:"bytes,12,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
 	RemovedDigests []string   `protobuf:"bytes,13,rep,name=removed_digests,json=removedDigests,proto3" json:"removed_digests,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Lists of revoked certificates that go with bundles of the same part.
+	Crls          []*RevocationList `protobuf:"bytes,14,rep,name=crls,proto3" json:"crls,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *FollowResponse) Reset() {
@@ -927,6 +929,66 @@ func (x *FollowResponse) GetRemovedDigests() []string {
 	return nil
 }
 
+func (x *FollowResponse) GetCrls() []*RevocationList {
+	if x != nil {
+		return x.Crls
+	}
+	return nil
+}
+
+// RevocationList is a CRL that the authorities of a trust domain have signed.
+type RevocationList struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Der           []byte                 `protobuf:"bytes,2,opt,name=der,proto3" json:"der,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevocationList) Reset() {
+	*x = RevocationList{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevocationList) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevocationList) ProtoMessage() {}
+
+func (x *RevocationList) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevocationList.ProtoReflect.Descriptor instead.
+func (*RevocationList) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *RevocationList) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *RevocationList) GetDer() []byte {
+	if x != nil {
+		return x.Der
+	}
+	return nil
+}
+
 var File_server_wire_feedv1_feed_proto protoreflect.FileDescriptor
 
 const file_server_wire_feedv1_feed_proto_rawDesc = "" +
@@ -981,7 +1043,7 @@ const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\x06status\x18\x02 \x01(\tR\x06status\x12\x18\n" +
 	"\asummary\x18\x03 \x01(\tR\asummary\"!\n" +
 	"\x03Ack\x12\x1a\n" +
-	"\brevision\x18\x01 \x01(\x04R\brevision\"\xea\x03\n" +
+	"\brevision\x18\x01 \x01(\x04R\brevision\"\x9d\x04\n" +
 	"\x0eFollowResponse\x12\x19\n" +
 	"\bstore_id\x18\x01 \x01(\tR\astoreId\x12\x1a\n" +
 	"\brevision\x18\x02 \x01(\x04R\brevision\x12\x12\n" +
@@ -996,7 +1058,11 @@ const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	" \x01(\x03R\x06madeAt\x12\"\n" +
 	"\fcapabilities\x18\v \x03(\tR\fcapabilities\x122\n" +
 	"\bverdicts\x18\f \x03(\v2\x16.assay.feed.v1.VerdictR\bverdicts\x12'\n" +
-	"\x0fremoved_digests\x18\r \x03(\tR\x0eremovedDigests2Q\n" +
+	"\x0fremoved_digests\x18\r \x03(\tR\x0eremovedDigests\x121\n" +
+	"\x04crls\x18\x0e \x03(\v2\x1d.assay.feed.v1.RevocationListR\x04crls\"E\n" +
+	"\x0eRevocationList\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
+	"\x03der\x18\x02 \x01(\fR\x03der2Q\n" +
 	"\x04Feed\x12I\n" +
 	"\x06Follow\x12\x1c.assay.feed.v1.FollowRequest\x1a\x1d.assay.feed.v1.FollowResponse(\x010\x01B.Z,github.com/assay-id/assay/server/wire/feedv1b\x06proto3"
 
@@ -1012,7 +1078,7 @@ func file_server_wire_feedv1_feed_proto_rawDescGZIP() []byte {
 	return file_server_wire_feedv1_feed_proto_rawDescData
 }
 
-var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_server_wire_feedv1_feed_proto_goTypes = []any{
 	(*FollowRequest)(nil),  // 0: assay.feed.v1.FollowRequest
 	(*Hello)(nil),          // 1: assay.feed.v1.Hello
@@ -1026,9 +1092,10 @@ var file_server_wire_feedv1_feed_proto_goTypes = []any{
 	(*PolicyVerdict)(nil),  // 9: assay.feed.v1.PolicyVerdict
 	(*Ack)(nil),            // 10: assay.feed.v1.Ack
 	(*FollowResponse)(nil), // 11: assay.feed.v1.FollowResponse
-	(*types.Selector)(nil), // 12: spire.api.types.Selector
-	(*types.Entry)(nil),    // 13: spire.api.types.Entry
-	(*types.Bundle)(nil),   // 14: spire.api.types.Bundle
+	(*RevocationList)(nil), // 12: assay.feed.v1.RevocationList
+	(*types.Selector)(nil), // 13: spire.api.types.Selector
+	(*types.Entry)(nil),    // 14: spire.api.types.Entry
+	(*types.Bundle)(nil),   // 15: spire.api.types.Bundle
 }
 var file_server_wire_feedv1_feed_proto_depIdxs = []int32{
 	1,  // 0: assay.feed.v1.FollowRequest.hello:type_name -> assay.feed.v1.Hello
@@ -1039,18 +1106,19 @@ var file_server_wire_feedv1_feed_proto_depIdxs = []int32{
 	3,  // 5: assay.feed.v1.Hello.bundles:type_name -> assay.feed.v1.HeldBundle
 	4,  // 6: assay.feed.v1.Hello.verdicts:type_name -> assay.feed.v1.HeldVerdict
 	7,  // 7: assay.feed.v1.Holding.authorities:type_name -> assay.feed.v1.HeldAuthority
-	12, // 8: assay.feed.v1.Verdict.selectors:type_name -> spire.api.types.Selector
+	13, // 8: assay.feed.v1.Verdict.selectors:type_name -> spire.api.types.Selector
 	9,  // 9: assay.feed.v1.Verdict.policies:type_name -> assay.feed.v1.PolicyVerdict
-	13, // 10: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
-	14, // 11: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
+	14, // 10: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
+	15, // 11: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
 	8,  // 12: assay.feed.v1.FollowResponse.verdicts:type_name -> assay.feed.v1.Verdict
-	0,  // 13: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
-	11, // 14: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
-	14, // [14:15] is the sub-list for method output_type
-	13, // [13:14] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	12, // 13: assay.feed.v1.FollowResponse.crls:type_name -> assay.feed.v1.RevocationList
+	0,  // 14: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
+	11, // 15: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
+	15, // [15:16] is the sub-list for method output_type
+	14, // [14:15] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_server_wire_feedv1_feed_proto_init() }
@@ -1070,7 +1138,7 @@ func file_server_wire_feedv1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_wire_feedv1_feed_proto_rawDesc), len(file_server_wire_feedv1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
