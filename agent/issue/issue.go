@@ -133,6 +133,11 @@ type Issuer struct {
 	jwtQueue         []*jwtSlot
 	nextScan         time.Time
 	stopped          bool
+	// revoked are authorities that left the bundle, latest those that signed last, one of each kind;
+	// holds is closed, and replaced, when what is held may be signed by others.
+	revoked revoked
+	latest  [2]string
+	holds   chan struct{}
 }
 
 // New returns an Issuer that holds what the store kept for entries of the picture in force.
@@ -167,7 +172,7 @@ func New(v *view.View, signer Signer, store Store, cfg Config) (*Issuer, error) 
 		cfg: cfg, view: v, signer: signer, store: store, log: cfg.Log, now: cfg.Now, pool: p, metrics: m,
 		kick: make(chan struct{}, 1), picture: v.Picture(), clockPhase: rand.N(clockRetry), //nolint:gosec // spreads load, hides nothing
 		subjects: map[string]*subject{}, order: list.New(), images: newImages(), slots: map[string]*slot{}, jwts: newJWTCache(cfg.JWTSize),
-		nextScan: cfg.Now(),
+		nextScan: cfg.Now(), holds: make(chan struct{}),
 	}
 	i.restore()
 	return i, nil
@@ -186,7 +191,7 @@ func (i *Issuer) restore() {
 		sl := &slot{entry: e, users: map[*subject]struct{}{}, used: now}
 		sl.put(k.SVID, renewalTime(k.SVID.NotBefore, k.SVID.NotAfter), k.EntryRevision, k.EntryCreatedAt)
 		if sl.tainted(i.own()) {
-			sl.renewAt = now
+			sl.forced, sl.renewAt = true, now
 		}
 		i.slots[e.ID] = sl
 		count++

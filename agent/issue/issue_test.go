@@ -458,6 +458,86 @@ func TestAuthorities(t *testing.T) {
 			}
 		})
 	})
+	t.Run("what a tainted authority signed for nobody present is replaced too", func(t *testing.T) {
+		bubble(t, issue.Config{}, func(w *world) {
+			w.put(entry("e", 1, "a:1"))
+			s := w.stream(facts)
+			pass(time.Minute)
+			s.close()
+			pass(5 * time.Minute) // nobody follows it any more
+			old := w.bundle.X509[0].Certificate
+			w.signer.rotate()
+			w.bundle = &identity.Bundle{TrustDomain: td, Sequence: 2, X509: []identity.X509Authority{
+				{Certificate: w.signer.ca}, {Certificate: old, Tainted: true},
+			}}
+			w.apply()
+			pass(time.Second)
+			if x, _ := w.signer.count(); x != 2 {
+				t.Errorf("signed %d times", x)
+			}
+		})
+	})
+	t.Run("a server that goes on signing with a tainted authority is asked again, at a pace", func(t *testing.T) {
+		bubble(t, issue.Config{}, func(w *world) {
+			w.put(entry("e", 1, "a:1"))
+			s := w.stream(facts)
+			defer s.close()
+			pass(time.Minute)
+			w.bundle = w.bundle.Clone()
+			w.bundle.Sequence, w.bundle.X509[0].Tainted = 2, true
+			w.apply()
+			pass(10 * time.Second)
+			x, _ := w.signer.count()
+			if x < 5 || x > 60 {
+				t.Errorf("signed %d times", x)
+			}
+			w.signer.rotate()
+			w.bundle = w.bundle.Clone()
+			w.bundle.Sequence = 3
+			w.bundle.X509 = append(w.bundle.X509, identity.X509Authority{Certificate: w.signer.ca})
+			w.apply()
+			pass(2 * time.Second)
+			x, _ = w.signer.count()
+			pass(time.Minute)
+			if again, _ := w.signer.count(); again != x {
+				t.Errorf("signed %d times after the authority was replaced", again-x)
+			}
+		})
+	})
+	t.Run("who signed what is held is known, and worth a word when it is another", func(t *testing.T) {
+		bubble(t, issue.Config{}, func(w *world) {
+			w.put(entry("e", 1, "a:1"), entry("f", 2, "a:1"))
+			s := w.stream(facts)
+			defer s.close()
+			pass(time.Minute)
+			first, changed := w.issuer.Holding()
+			if len(first.By) != 1 || first.By[0].X509 != 2 || first.By[0].JWT != 0 {
+				t.Fatalf("holds %+v", first)
+			}
+			if _, _, err := w.issuer.JWT(w.t.Context(), facts, []string{"x"}, spiffeid.RequireFromPath(td, "/e")); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-changed:
+			default:
+				t.Error("nobody was woken")
+			}
+			second, _ := w.issuer.Holding()
+			if len(second.By) != 2 || !second.Differs(first) {
+				t.Errorf("holds %+v", second)
+			}
+			w.put(entry("g", 3, "a:1"))
+			pass(time.Second)
+			if third, _ := w.issuer.Holding(); third.By[0].X509+third.By[1].X509 != 3 || third.Differs(second) {
+				t.Errorf("holds %+v, which is more by the same", third)
+			}
+			w.delete("e", "f", "g")
+			pass(time.Second)
+			if none, _ := w.issuer.Holding(); len(none.By) != 0 || !none.Differs(second) {
+				t.Errorf("holds %+v", none)
+			}
+		})
+	})
 	t.Run("what a revoked authority signed is not served any more", func(t *testing.T) {
 		bubble(t, issue.Config{}, func(w *world) {
 			w.put(entry("e", 1, "a:1"))

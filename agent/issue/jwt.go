@@ -208,7 +208,7 @@ func (i *Issuer) requestJWT(sl *jwtSlot, now time.Time) *call {
 
 func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	began := time.Now()
-	svid, err := i.signer.SignJWT(ctx, sl.entry.ID, sl.audience)
+	svid, err := i.signTrusted(ctx, sl)
 	i.metrics.latency.WithLabelValues("jwt").Observe(time.Since(began).Seconds())
 	i.metrics.count("jwt", err)
 	if err == nil && svid.ID != sl.entry.SPIFFEID {
@@ -224,6 +224,9 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	if err == nil && !now.Before(svid.ExpiresAt) {
 		err = fmt.Errorf("server sent a token that has expired: %w", errClock)
 	}
+	if err == nil && i.revoked.has(keyID(svid.Token)) {
+		err = errRevoked
+	}
 	if err != nil {
 		sl.err = err
 		sl.failures++
@@ -238,9 +241,32 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	hinted.Hint = sl.entry.Hint
 	sl.svid, sl.keyID, sl.used = &hinted, keyID(svid.Token), false // who waits for it says that it is used
 	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
+	if i.distrusted(sl.keyID) {
+		i.jwts.drop(sl) // only for those who wait for it
+	} else {
+		i.latest[1] = sl.keyID
+	}
+	i.held()
 	sl.renewAt = renewalFrom(now, svid.IssuedAt, svid.ExpiresAt)
 	if sl.place != nil {
 		i.due(sl.renewAt)
+	}
+}
+
+// signTrusted has a token signed, once more if its key was tainted or revoked, as it may have been while
+// the token was on its way.
+func (i *Issuer) signTrusted(ctx context.Context, sl *jwtSlot) (*identity.JWTSVID, error) {
+	for again := false; ; again = true {
+		svid, err := i.signer.SignJWT(ctx, sl.entry.ID, sl.audience)
+		if err != nil {
+			return nil, err
+		}
+		i.mu.Lock()
+		bad := i.distrusted(keyID(svid.Token))
+		i.mu.Unlock()
+		if !bad || again {
+			return svid, nil
+		}
 	}
 }
 

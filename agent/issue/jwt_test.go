@@ -151,6 +151,7 @@ func TestJWT(t *testing.T) {
 			w.apply()
 		},
 		"key was revoked": func(w *world) {
+			w.signer.set(func() { w.signer.jwtKey = "k2" })
 			w.bundle = w.bundle.Clone()
 			w.bundle.Sequence, w.bundle.JWT = 2, []identity.JWTAuthority{{KeyID: "k2"}}
 			w.apply()
@@ -167,6 +168,33 @@ func TestJWT(t *testing.T) {
 			})
 		})
 	}
+	t.Run("a server that signs with a tainted key gets another chance, and nothing of it is kept", func(t *testing.T) {
+		bubble(t, issue.Config{}, func(w *world) {
+			w.put(entry("e", 1, "a:1"))
+			w.bundle = w.bundle.Clone()
+			w.bundle.Sequence, w.bundle.JWT = 2, []identity.JWTAuthority{{KeyID: "k1", Tainted: true}, {KeyID: "k2"}}
+			w.apply()
+			first := w.jwt("x")
+			if _, signed := w.signer.count(); signed != 2 {
+				t.Errorf("signed %d times", signed)
+			}
+			w.signer.set(func() { w.signer.jwtKey = "k2" })
+			if w.jwt("x").Token == first.Token {
+				t.Error("the token was kept")
+			}
+		})
+	})
+	t.Run("a token that a revoked key signed is not given at all", func(t *testing.T) {
+		bubble(t, issue.Config{}, func(w *world) {
+			w.put(entry("e", 1, "a:1"))
+			w.bundle = w.bundle.Clone()
+			w.bundle.Sequence, w.bundle.JWT = 2, []identity.JWTAuthority{{KeyID: "k2"}}
+			w.apply()
+			if svids, _, err := w.issuer.JWT(w.t.Context(), set("a:1"), []string{"x"}, spiffeid.ID{}); !errors.Is(err, identity.ErrUnavailable) {
+				t.Errorf("got %v, %v", svids, err)
+			}
+		})
+	})
 	t.Run("the cache holds no more than its size, those used last", func(t *testing.T) {
 		bubble(t, issue.Config{JWTSize: 3}, func(w *world) {
 			w.put(entry("e", 1, "a:1"))

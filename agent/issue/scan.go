@@ -14,7 +14,7 @@ func (i *Issuer) scan(now time.Time) {
 	stale := map[*subject]bool{}
 	for _, sl := range i.slots {
 		i.scanSlot(sl, stale, now)
-		if !i.wanted(sl, now) {
+		if !i.wanted(sl, now) && !(sl.forced && sl.svid != nil) {
 			continue
 		}
 		if !sl.usable(now) || !sl.current() || !now.Before(sl.renewAt) {
@@ -60,6 +60,7 @@ func (i *Issuer) scanSlot(sl *slot, stale map[*subject]bool, now time.Time) {
 	}
 	if since >= keepOver {
 		sl.svid, sl.top = nil, nil
+		i.held()
 	} else if since < 0 {
 		i.due(sl.svid.NotAfter)
 	}
@@ -123,23 +124,12 @@ func (i *Issuer) bundleChanged(was, is *identity.Bundle, now time.Time) {
 	}
 	for _, a := range is.X509 {
 		if a.Tainted && !taintedBefore[string(a.Certificate.Raw)] {
-			for _, sl := range i.slots {
-				if sl.top != nil && signedBy(sl.top, a.Certificate) {
-					sl.renewAt = now
-				}
-			}
+			i.replace(a.Certificate, now)
 		}
 	}
-	for _, a := range was.X509 {
-		// An authority that left because it had expired has nothing valid to its name.
-		if is.HasX509(a.Certificate) || !now.Before(a.Certificate.NotAfter) {
-			continue
-		}
-		for _, sl := range i.slots {
-			if sl.top != nil && signedBy(sl.top, a.Certificate) {
-				sl.svid, sl.top = nil, nil
-			}
-		}
+	i.revoked.see(was, is, now)
+	for _, cert := range i.revoked.certs {
+		i.withdrawn(cert)
 	}
 	bad := map[string]bool{}
 	for _, a := range was.JWT {
@@ -149,4 +139,5 @@ func (i *Issuer) bundleChanged(was, is *identity.Bundle, now time.Time) {
 		bad[a.KeyID] = a.Tainted
 	}
 	i.jwts.dropKeys(bad)
+	i.held()
 }

@@ -30,8 +30,12 @@ type slot struct {
 	revision  int64
 	createdAt time.Time
 	// top is the chain's last certificate, which an authority signed.
-	top     *x509.Certificate
+	top *x509.Certificate
+	// signer names the authority that signed the SVID itself.
+	signer  string
 	renewAt time.Time
+	// forced says that the SVID is to be replaced even if nobody follows it.
+	forced bool
 	// over says that the SVID had expired when it was last looked at. It is kept for a while: the clock
 	// may be set right again.
 	over bool
@@ -70,8 +74,9 @@ func (sl *slot) follow(e *identity.Entry) {
 func (sl *slot) put(svid *identity.X509SVID, renewAt time.Time, revision int64, createdAt time.Time) {
 	sl.svid, sl.revision, sl.createdAt = svid, revision, createdAt
 	sl.renewAt, sl.over = renewAt, false
-	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
+	sl.err, sl.failures, sl.retryAt, sl.forced = nil, 0, time.Time{}, false
 	sl.top, _ = x509.ParseCertificate(svid.Chain[len(svid.Chain)-1])
+	sl.signer = signerOf(svid.Chain[0])
 }
 
 // tainted reports whether an authority signed the SVID that is not to be relied on any longer.
@@ -172,6 +177,7 @@ func (i *Issuer) request(sl *slot, now time.Time) *call {
 func (i *Issuer) drop(sl *slot) {
 	delete(i.slots, sl.entry.ID)
 	sl.svid = nil
+	i.held()
 	if sl.call != nil && slices.Contains(i.queue, sl) {
 		i.queue = slices.DeleteFunc(i.queue, func(o *slot) bool { return o == sl })
 		sl.finish()
@@ -263,6 +269,9 @@ func (i *Issuer) complete(sl *slot, asked *identity.Entry, svid *identity.X509SV
 		return false // the entry is gone, or was and is back
 	}
 	log := i.log.WithField("entry_id", asked.ID).WithField("spiffe_id", asked.SPIFFEID.String())
+	if err == nil && i.fromRevoked(svid) {
+		err = errRevoked
+	}
 	if err != nil {
 		sl.err = err
 		sl.failures++
@@ -286,6 +295,13 @@ func (i *Issuer) complete(sl *slot, asked *identity.Entry, svid *identity.X509SV
 	sl.put(svid, renewalFrom(now, svid.NotBefore, svid.NotAfter), asked.Revision, asked.CreatedAt)
 	if !sl.current() {
 		i.due(now)
+	}
+	i.latest[0] = sl.signer
+	i.held()
+	if sl.tainted(i.own()) {
+		// It was under way when the authority was tainted, or the server is behind its own bundle.
+		sl.forced, sl.failures = true, 1
+		sl.renewAt = now.Add(backoff(sl.failures))
 	}
 	i.due(sl.renewAt)
 	log.WithField("rev", i.picture.Rev).Debug("X509-SVID signed")
