@@ -67,7 +67,8 @@ type Daemon struct {
 	health  net.Listener
 	metrics net.Listener
 
-	up atomic.Pointer[state] // nil until Up
+	up      atomic.Pointer[state] // nil until Up
+	started chan struct{}         // closed by the first Up
 
 	mu     sync.Mutex // guards reopen
 	reopen map[string]func() error
@@ -86,7 +87,7 @@ func Start(c Config) (*Daemon, error) {
 	syscall.Umask(0o077)
 	limitMemory(os.DirFS("/"))
 	allowGarbage(c.Garbage)
-	d := &Daemon{Log: logrus.New(), Registry: prometheus.NewRegistry(), config: c, reopen: map[string]func() error{}}
+	d := &Daemon{Log: logrus.New(), Registry: prometheus.NewRegistry(), config: c, reopen: map[string]func() error{}, started: make(chan struct{})}
 	d.Log.SetLevel(c.Log.Level)
 	d.Log.SetFormatter(&logrus.TextFormatter{FullTimestamp: true, TimestampFormat: time.RFC3339Nano})
 	if c.Log.JSON {
@@ -149,9 +150,11 @@ func (d *Daemon) Close() error {
 }
 
 // Up says that the daemon does its work: probes are answered by live and ready from here on, and
-// systemd hears READY=1.
+// systemd hears READY=1. Some seconds later, while Run runs, what the start left behind is given back to
+// the system.
 func (d *Daemon) Up(live, ready func() error) {
 	if d.up.Swap(&state{live: live, ready: ready}) == nil {
+		close(d.started)
 		d.notify("READY=1\nSTATUS=ready")
 	}
 }
@@ -189,6 +192,7 @@ func (d *Daemon) Run(ctx context.Context, part func(ctx context.Context) error) 
 		return nil
 	})
 	group.Go(func() error { d.reloads(ended); return nil })
+	group.Go(func() error { d.tidy(ended); return nil })
 	group.Go(func() error { d.starting(ended); return nil })
 	group.Go(func() error { return serve(d.health, d.probes(), ended) })
 	group.Go(func() error {
@@ -196,6 +200,25 @@ func (d *Daemon) Run(ctx context.Context, part func(ctx context.Context) error) 
 	})
 	err := group.Wait()
 	return errors.Join(err, d.Close())
+}
+
+// settling is how long a daemon that is up still does what it does at a start: its first connections.
+const settling = 3 * time.Second
+
+// tidy gives back what the start took.
+func (d *Daemon) tidy(ended <-chan struct{}) {
+	select {
+	case <-d.started:
+	case <-ended:
+		return
+	}
+	timer := time.NewTimer(settling)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		forgetStart()
+	case <-ended:
+	}
 }
 
 // probes answers liveness and readiness: 200, or 503 with the reason.
