@@ -190,6 +190,8 @@ type Running struct {
 	Records *records.Records
 	// Reopen closes the audit log and opens its path anew, after it was renamed.
 	Reopen func() error
+	// CRL is where the list of revoked certificates is served; nil if it is not.
+	CRL net.Addr
 	// SetRules puts other rules about evidence in force. Nil if Config.Evidence was.
 	SetRules func(ctx context.Context, rules verdict.Rules) error
 }

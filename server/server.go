@@ -118,6 +118,9 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	defer closing(abroad, &err)
+	if judge != nil {
+		defer closing(judge, &err)
+	}
 	services := api.New(api.Parts{
 		Records: rec, View: pictures, CA: authority, Desk: desk, Audit: log, Signing: signing,
 		Chain: ownChain(authority), Level: cfg.Level,
@@ -163,6 +166,10 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	defer listeners.close()
+	crl, err := listenCRL(&cfg)
+	if err != nil {
+		return err
+	}
 
 	// The parts outlive ctx: calls that are being drained still need them.
 	parts, stopParts := context.WithCancel(context.WithoutCancel(ctx))
@@ -174,11 +181,6 @@ func Run(ctx context.Context, config Config) (err error) {
 	group.Go(func() error { return pictures.Run(parts) })
 	group.Go(func() error { return abroad.run(parts, pictures.Ready()) })
 	if judge != nil {
-		defer closing(judge, &err)
-		crl, err := listenCRL(&cfg)
-		if err != nil {
-			return err
-		}
 		group.Go(func() error { return judge.Run(parts) })
 		if crl != nil {
 			group.Go(func() error { return serveCRL(parts, crl, judge) })
@@ -202,6 +204,9 @@ func Run(ctx context.Context, config Config) (err error) {
 			r.BundleEndpoint = abroad.address()
 			if judge != nil {
 				r.SetRules = judge.Replace
+			}
+			if crl != nil {
+				r.CRL = crl.Addr()
 			}
 			cfg.Ready(r)
 		}
