@@ -20,7 +20,7 @@ type image struct {
 
 func imagesOf(facts attestor.Set, p *view.Picture) []image {
 	var images []image
-	for _, digest := range identity.Digests(facts) {
+	for _, digest := range identity.Running(facts) {
 		_, counts := p.Verdict(digest)
 		images = append(images, image{digest: digest, verdict: p.Verdicts[digest], counts: counts})
 	}

@@ -19,7 +19,7 @@ const (
 
 // images are those that workloads run, by what is known of those who ask. Issuer.mu guards them.
 type images struct {
-	known   map[string]*image // by config digest
+	known   map[string]*image // by digest
 	changed chan struct{}     // closed, and replaced, when another set is known
 }
 
@@ -30,8 +30,8 @@ type image struct {
 
 func newImages() images { return images{known: map[string]*image{}, changed: make(chan struct{})} }
 
-// Running returns the config digests of the images that workloads run, in order, and a channel that is
-// closed when there are others.
+// Running returns the digests of the images that workloads run, as identity.Running has them, in order, and
+// a channel that is closed when there are others.
 func (i *Issuer) Running() ([]string, <-chan struct{}) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -46,7 +46,7 @@ func (i *Issuer) tell() {
 
 // enter notes the images of a new subject. mu is held.
 func (i *Issuer) enter(s *subject, now time.Time) {
-	s.digests = identity.Digests(s.facts)
+	s.digests = identity.Running(s.facts)
 	for _, digest := range s.digests {
 		im := i.images.known[digest]
 		if im == nil {

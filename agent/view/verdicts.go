@@ -43,7 +43,7 @@ func (p *Picture) Facts(facts attestor.Set) attestor.Set {
 	if len(p.Verdicts) == 0 {
 		return facts
 	}
-	digests := identity.Digests(facts)
+	digests := identity.Running(facts)
 	if len(digests) == 0 {
 		return facts
 	}

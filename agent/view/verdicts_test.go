@@ -46,7 +46,9 @@ func TestMatchingWithVerdicts(t *testing.T) {
 		{"two images have what both have", []string{"unix:uid:1", "image:id:" + digest("a"), "image:id:" + digest("c")}, []string{"plain", "scanned"}},
 		{"a good image beside a bad one", []string{"unix:uid:1", "image:id:" + digest("a"), "image:id:" + digest("b")}, []string{"plain"}},
 		{"a good image beside an unknown one", []string{"unix:uid:1", "image:id:" + digest("a"), "image:id:" + digest("d")}, []string{"plain"}},
-		{"an image's manifest or name is not its identity", []string{"unix:uid:1", "image:manifest:" + digest("a"), "docker:image_id:" + digest("a")}, []string{"plain"}},
+		{"an image that is known by its manifest alone", []string{"unix:uid:1", "image:manifest:" + digest("a")}, []string{"plain", "scanned", "both"}},
+		{"the manifest of a good image beside a bad one", []string{"unix:uid:1", "image:id:" + digest("b"), "image:manifest:" + digest("a")}, []string{"plain", "failed"}},
+		{"an image's name is not its identity", []string{"unix:uid:1", "docker:image_id:" + digest("a")}, []string{"plain"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if diff := cmp.Diff(c.want, ids(v.Match(set(c.facts...)))); diff != "" {

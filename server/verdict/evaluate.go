@@ -22,10 +22,17 @@ import (
 
 // inputOf is everything that policies are told of an image. mu is held, for as long as the input is used.
 func (s *Service) inputOf(i *image, now time.Time) policy.Input {
+	of := s.whole(i)
 	in := policy.Input{
-		Digest: i.digest, Now: now, SeenAt: i.seenAt, Feeds: s.feeds.now,
-		Linked:    slices.Sorted(maps.Keys(i.links)),
-		FirstSeen: func(id string) time.Time { return i.firstSeen[id] },
+		Digest: of.digest, Now: now, SeenAt: i.seenAt, Feeds: s.feeds.now,
+		Linked: slices.Sorted(maps.Keys(of.links)),
+		FirstSeen: func(id string) time.Time {
+			at, own := of.firstSeen[id], i.firstSeen[id]
+			if at.IsZero() || !own.IsZero() && own.Before(at) {
+				return own
+			}
+			return at
+		},
 	}
 	for _, d := range s.evidenceOf(i) {
 		if d.GetVoid() != "" || s.forgotten(d) {
@@ -33,7 +40,7 @@ func (s *Service) inputOf(i *image, now time.Time) policy.Input {
 		}
 		switch {
 		case d.report != nil:
-			if r := d.sourced(i); r.Match != "" {
+			if r := s.sourced(d, i); r.Match != "" {
 				in.Reports = append(in.Reports, r)
 			}
 		case d.vex != nil:
@@ -44,7 +51,11 @@ func (s *Service) inputOf(i *image, now time.Time) policy.Input {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.state.excepted)) {
-		in.Exceptions = append(in.Exceptions, s.state.excepted[id])
+		e := s.state.excepted[id]
+		if of.links[e.Digest].kind == linkManifest {
+			e.Digest = of.digest
+		}
+		in.Exceptions = append(in.Exceptions, e)
 	}
 	return in
 }
@@ -232,7 +243,7 @@ func (s *Service) record(i *image, r *records.Verdict) {
 func (s *Service) provenance(i *image) []attestor.Selector {
 	var all []attestor.Selector
 	for _, d := range s.evidenceOf(i) {
-		if d.GetVoid() == "" && len(d.selectors) > 0 && d.match(i) != "" {
+		if d.GetVoid() == "" && len(d.selectors) > 0 && s.match(d, i) != "" {
 			all = append(all, d.selectors...)
 		}
 	}

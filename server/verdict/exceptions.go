@@ -110,7 +110,7 @@ func (s *Service) excepts(e *policy.Exception) []string {
 	if s.state.images[e.Digest] == nil {
 		return nil
 	}
-	return []string{e.Digest}
+	return s.alike(map[string]bool{e.Digest: true})
 }
 
 // Exceptions returns all exceptions, sorted by ID.

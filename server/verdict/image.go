@@ -137,11 +137,53 @@ func (s *Service) concerned(d *document) []string {
 			found[config] = true
 		}
 	}
+	return s.alike(found)
+}
+
+// alike adds to a set of images those that are the same under another name, and returns all, sorted.
+func (s *Service) alike(found map[string]bool) []string {
+	for digest := range maps.Clone(found) {
+		of := s.whole(s.state.images[digest])
+		found[of.digest] = true
+		for other, l := range of.links {
+			if l.kind == linkManifest && s.state.images[other] != nil {
+				found[other] = true
+			}
+		}
+	}
 	return slices.Sorted(maps.Keys(found))
+}
+
+// whole returns the image by its config digest, for one that is known by its manifest; itself for others,
+// and as long as nothing was proved. Agents whose engine keeps images by manifest run images under that
+// name (see identity.Running). All that is known of an image counts under both names, and each has a
+// verdict of its own.
+func (s *Service) whole(i *image) *image {
+	for config := range s.state.leads[i.digest] {
+		if of := s.state.images[config]; of != nil && of.links[i.digest].kind == linkManifest {
+			return of // a manifest has but one
+		}
+	}
+	return i
+}
+
+// resolved reports whether it is known what the digest leads to: to itself if a report says that it is a
+// config digest, or something leads to it. That an agent runs it says neither.
+func (s *Service) resolved(digest string) bool {
+	if i := s.state.images[digest]; len(s.state.leads[digest]) > 0 || i != nil && len(i.links) > 0 {
+		return true
+	}
+	for _, d := range s.state.about[digest] {
+		if d.report != nil && d.report.Subject.Config == digest {
+			return true
+		}
+	}
+	return false
 }
 
 // evidenceOf returns the documents about an image, sorted, whether they count or not.
 func (s *Service) evidenceOf(i *image) []*document {
+	i = s.whole(i)
 	found := map[string]*document{}
 	maps.Copy(found, s.state.about[i.digest])
 	for digest := range i.links {
@@ -155,17 +197,20 @@ func (s *Service) evidenceOf(i *image) []*document {
 
 // match applies the join rule: by the config digest, by a manifest that is proved to be of this image,
 // or, weakly, by an index that leads to it together with the platform. Names and tags never match.
-func (d *document) match(i *image) policy.Match {
+func (s *Service) match(d *document, i *image) policy.Match {
+	i = s.whole(i)
+	subjects := d.GetSubjects()
 	if d.report != nil {
 		switch config := d.report.Subject.Config; {
 		case config == i.digest:
 			return policy.Strong
 		case config != "":
-			return ""
+			// Of an engine that keeps images by manifest, scanners have its digest for that of the image.
+			subjects = []string{config}
 		}
 	}
 	var weak bool
-	for _, digest := range d.GetSubjects() {
+	for _, digest := range subjects {
 		if digest == i.digest {
 			return policy.Strong
 		}

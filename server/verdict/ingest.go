@@ -165,7 +165,7 @@ func (s *Service) push(ctx context.Context, who Pusher, d Document) (*Pushed, er
 	}
 	s.mu.Lock()
 	in.wanted = s.sameImage(in)
-	known := s.state.images[in.digest] != nil || len(s.state.leads[in.digest]) > 0 || len(in.proved) > 0
+	known := s.resolved(in.digest) || len(in.proved) > 0
 	s.mu.Unlock()
 	if !known && s.Fetcher != nil && in.repository != "" {
 		if err := s.resolve(ctx, in); err != nil {
@@ -412,10 +412,10 @@ func (in *incoming) slot(source string, subjects []string) (id, subject string) 
 }
 
 // sourced is the document as a scan policy sees it.
-func (d *document) sourced(i *image) policy.SourcedReport {
+func (s *Service) sourced(d *document, i *image) policy.SourcedReport {
 	return policy.SourcedReport{
 		Source: d.GetRepository(), TrustPolicy: d.GetSource(), Report: d.report, Index: d.index,
-		ReceivedAt: timeOf(d.GetReceivedAt()), VerifiedAt: timeOf(d.GetVerifiedAt()), Hash: d.GetHash(), Match: d.match(i),
+		ReceivedAt: timeOf(d.GetReceivedAt()), VerifiedAt: timeOf(d.GetVerifiedAt()), Hash: d.GetHash(), Match: s.match(d, i),
 	}
 }
 
@@ -626,7 +626,7 @@ func (s *Service) meet(ctx context.Context, in *incoming, fresh map[string]strin
 		}
 		for digest := range found {
 			i := s.state.images[digest]
-			if doc.match(i) == "" {
+			if s.match(doc, i) == "" {
 				continue
 			}
 			hash, err := s.learn(ctx, i, doc.report, in.now)

@@ -183,7 +183,7 @@ func (s *Service) Show(text string) (*Whole, error) {
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(s.state.excepted)) {
-		if e := s.state.excepted[id]; e.Digest == "" || e.Digest == i.digest {
+		if e := s.state.excepted[id]; e.Digest == "" || e.Digest == i.digest || e.Digest == s.whole(i).digest {
 			w.Exceptions = append(w.Exceptions, e)
 		}
 	}
@@ -200,7 +200,7 @@ const maxShown = 1000
 func (s *Service) piece(d *document, i *image) Piece {
 	p := Piece{
 		Kind: d.GetKind(), Format: d.GetFormat(), Source: d.GetSource(), Repository: d.GetRepository(), Hash: d.GetHash(), Form: d.GetForm(),
-		Signer: d.GetSigner(), Issuer: d.GetIssuer(), PushedBy: d.GetPushedBy(), Void: d.GetVoid(), Match: cmp.Or(string(d.match(i)), "none"),
+		Signer: d.GetSigner(), Issuer: d.GetIssuer(), PushedBy: d.GetPushedBy(), Void: d.GetVoid(), Match: cmp.Or(string(s.match(d, i)), "none"),
 		TrustPolicies: d.GetTrustPolicies(), ReceivedAt: timeOf(d.GetReceivedAt()), VerifiedAt: timeOf(d.GetVerifiedAt()),
 	}
 	if s.forgotten(d) {

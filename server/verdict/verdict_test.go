@@ -1,6 +1,7 @@
 package verdict
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -332,4 +333,89 @@ func TestRulesThatChangeAreApplied(t *testing.T) {
 	if v, err := w.rec.Verdict(t.Context(), image); err != nil || v.Selectors.Len() != 0 {
 		t.Errorf("without policies the verdict says %v, %v", v, err)
 	}
+}
+
+// Docker's containerd image store, the default of new engines, says a container's manifest and not its
+// configuration.
+func TestAnImageThatRunsUnderTheDigestOfItsManifest(t *testing.T) {
+	w := newWorld(t, prod)
+	config, other := config(1), config(2)
+	blob, manifest := manifestOf(config)
+	otherBlob, otherManifest := manifestOf(other)
+	index, indexDigest := indexOf(map[string]string{"linux/amd64": manifest, "linux/arm64": otherManifest})
+	blobs := [][]byte{blob, otherBlob, index}
+	w.run(manifest, 1)
+	w.wantGate(manifest, false)
+	t.Run("as long as nothing is proved, a report on the config digest is not about it", func(*testing.T) {
+		w.mustPush(scan{image: config})
+		w.wantGate(config, true)
+		w.wantGate(manifest, false)
+	})
+	t.Run("it shares the verdict of the config digest from when the manifest proves it", func(t *testing.T) {
+		w.pass(time.Minute)
+		if _, err := w.send(indexDigest, scan{image: config, at: w.now()}.json(t), blobs...); err != nil {
+			t.Fatal(err)
+		}
+		w.wantGate(manifest, true)
+	})
+	t.Run("and loses it", func(*testing.T) {
+		w.pass(time.Minute)
+		w.mustPush(scan{image: config, findings: []string{critical}})
+		w.wantGate(manifest, false)
+		w.restart()
+		w.wantGate(manifest, false)
+	})
+	t.Run("an exception is for both, by whichever name", func(t *testing.T) {
+		for _, digest := range []string{config, manifest} {
+			e, err := w.PutException(t.Context(), policy.Exception{
+				Digest: digest, Vulnerability: "CVE-2026-1", Reason: "not reachable", Approver: "alice", Expires: w.now().Add(time.Hour),
+			}, "local")
+			if err != nil {
+				t.Fatal(err)
+			}
+			w.wantGate(manifest, true)
+			w.wantGate(config, true)
+			if err := w.DeleteException(t.Context(), e.ID, "local"); err != nil {
+				t.Fatal(err)
+			}
+			w.wantGate(manifest, false)
+		}
+	})
+	t.Run("a scanner on such an engine names the manifest for the image", func(t *testing.T) {
+		w.pass(time.Minute)
+		w.run(config, 1) // elsewhere
+		w.mustPush(scan{image: config})
+		w.pass(time.Minute)
+		w.mustPush(scan{image: manifest, findings: []string{critical}})
+		w.wantGate(manifest, false)
+		w.wantGate(config, false)
+	})
+	t.Run("the other platform of the index gets nothing of all that", func(*testing.T) {
+		w.run(otherManifest, 1)
+		w.wantGate(otherManifest, false)
+	})
+}
+
+// registry answers with what it holds.
+type registry map[string][]byte
+
+func (r registry) Fetch(_ context.Context, _, digest string) ([]byte, error) {
+	if blob, ok := r[digest]; ok {
+		return blob, nil
+	}
+	return nil, errors.New("not found")
+}
+
+func TestARegistryIsAskedForAManifestThatRuns(t *testing.T) {
+	w := newWorld(t, prod)
+	blob, manifest := manifestOf(config(1))
+	w.Fetcher = registry{manifest: blob}
+	w.run(manifest, 1)
+	w.mustPush(scan{image: config(1)})
+	w.wantGate(manifest, false)
+	w.pass(time.Minute)
+	if _, err := w.send(manifest, scan{image: config(1), at: w.now()}.json(t)); err != nil {
+		t.Fatal(err)
+	}
+	w.wantGate(manifest, true)
 }

@@ -37,6 +37,11 @@ func Running(digest string, facts ...string) *Image {
 	return i
 }
 
+// RunningManifest is the attestor of an engine that keeps images by manifest and says no config digest.
+func RunningManifest(digest string) *Image {
+	return &Image{facts: []attestor.Selector{{Type: "image", Value: "manifest:" + digest}}}
+}
+
 // Set changes what it says from now on.
 func (i *Image) Set(digest string, facts ...string) {
 	i.mu.Lock()

@@ -91,6 +91,19 @@ func TestAJWTSVIDIsNotGivenOutOfTheCache(t *testing.T) {
 	}
 }
 
+func TestAnImageThatTheEngineKnowsByItsManifest(t *testing.T) {
+	w := world.New(t)
+	manifest := world.Digest("a")
+	a := w.Agent("one", world.In(world.RunningManifest(manifest))).Start()
+	w.Verdict(manifest, passes)
+	w.Entry(a.ID, "/shop", world.Mine, gate)
+	w.Entry(a.ID, "/plain")
+	s := follow(t, a)
+	s.untilBoth("/shop", "/plain")
+	w.Verdict(manifest, fails)
+	s.until("/plain")
+}
+
 func TestTwoNodesTwoImages(t *testing.T) {
 	w := world.New(t)
 	good, bad := world.Digest("a"), world.Digest("b")

@@ -21,11 +21,12 @@ const (
 	ProvType = "prov"
 )
 
-// ImageID is the type and the beginning of the value of the selector that names a container's image
-// by its config digest: image:id:sha256:….
+// The type and the beginnings of the values of the selectors that name a container's image by its config
+// digest, image:id:sha256:…, and by the digest of its manifest, image:manifest:sha256:….
 const (
-	imageType = "image"
-	imageID   = "id:"
+	imageType     = "image"
+	imageID       = "id:"
+	imageManifest = "manifest:"
 )
 
 // Gating reports whether the selector is one that only a verdict can vouch for.
@@ -59,13 +60,25 @@ func filter(set attestor.Set, keep func(attestor.Selector) bool) attestor.Set {
 }
 
 // Digests returns the config digests of the images that the set names, in order.
-func Digests(set attestor.Set) []string {
+func Digests(set attestor.Set) []string { return imagesBy(imageID, set) }
+
+// Running returns the digests by which a server is asked for its verdicts on the images that the facts
+// of a workload name, in order: the config digests, or the manifests' where there are none. Engines that
+// keep images by manifest do not say the config digest, and only a server can prove which it is.
+func Running(facts attestor.Set) []string {
+	if digests := Digests(facts); len(digests) > 0 {
+		return digests
+	}
+	return imagesBy(imageManifest, facts)
+}
+
+func imagesBy(prefix string, set attestor.Set) []string {
 	var digests []string
 	for _, s := range set.All() {
 		if s.Type != imageType {
 			continue
 		}
-		if digest, ok := strings.CutPrefix(s.Value, imageID); ok && ValidDigest(digest) {
+		if digest, ok := strings.CutPrefix(s.Value, prefix); ok && ValidDigest(digest) {
 			digests = append(digests, digest)
 		}
 	}
@@ -86,7 +99,7 @@ const (
 
 // Verdict is what a server decided of an image, as an agent holds it. It is immutable.
 type Verdict struct {
-	// Digest is the image's config digest.
+	// Digest is the image's config digest, or that of its manifest; see Running.
 	Digest string
 	// Seq grows with each change.
 	Seq uint64

@@ -76,6 +76,13 @@ func TestGates(t *testing.T) {
 		t.Errorf("digests %v", got)
 	}
 	plain := &Entry{Selectors: selectorsOf(t, "unix:uid:1", "scanner:policy:prod", "image:id:latest", "image:manifest:"+someDigest, "claim:image:id:"+someDigest)}
+	if got := Running(plain.Selectors); len(got) != 1 || got[0] != someDigest {
+		t.Errorf("an image that is known by its manifest alone runs as %v", got)
+	}
+	const other = "sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+	if got := Running(selectorsOf(t, "image:manifest:"+other, "image:id:"+someDigest)); len(got) != 1 || got[0] != someDigest {
+		t.Errorf("an image that is known by its config digest too runs as %v", got)
+	}
 	if plain.Gated() || plain.Gates().Len() != 0 || len(Digests(plain.Selectors)) != 0 || !Ungated(plain.Selectors).Equal(plain.Selectors) {
 		t.Error("selectors of other types count as gates or images")
 	}

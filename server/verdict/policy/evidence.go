@@ -166,7 +166,7 @@ func (p *ScanPolicy) foreign(in *Input, r *SourcedReport) string {
 		return "nobody vouches for it, and allow_unsigned is not set"
 	case !slices.Contains(p.Sources, nameOf(r)):
 		return "the source is not one of sources"
-	case r.Report.Subject.Config != "" && r.Report.Subject.Config != in.Digest:
+	case r.Report.Subject.Config != "" && r.Report.Subject.Config != in.Digest && !slices.Contains(in.Linked, r.Report.Subject.Config):
 		return "it is about the image " + short(r.Report.Subject.Config)
 	case r.Match == Strong:
 		return ""
