@@ -66,7 +66,14 @@ func (r *rates) wait(ctx context.Context, source string, n int) error {
 		return err
 	}
 	defer r.leave(b)
-	if err := b.limiter.WaitN(ctx, min(n, r.burst)); err != nil {
+	waiting := ctx
+	if deadline, ok := ctx.Deadline(); ok {
+		// Who waits to the end of his time has none left for what he came for.
+		var end context.CancelFunc
+		waiting, end = context.WithTimeout(ctx, time.Until(deadline)*3/4)
+		defer end()
+	}
+	if err := b.limiter.WaitN(waiting, min(n, r.burst)); err != nil {
 		if errors.Is(ctx.Err(), context.Canceled) {
 			return refusal(codes.Canceled, "call was canceled while it waited for its rate limit")
 		}
