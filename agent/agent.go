@@ -109,6 +109,7 @@ func open(cfg Config) (*agent, error) {
 		Version:      cfg.Version,
 		SyncInterval: cfg.SyncInterval,
 		Running:      func() ([]string, <-chan struct{}) { return a.issue.Running() },
+		Holding:      a.holding,
 		OnConnect:    func() { a.issue.Retry() },
 		Log:          cfg.Log.WithField("component", "uplink"),
 		Metrics:      cfg.Metrics,
@@ -133,6 +134,16 @@ func open(cfg Config) (*agent, error) {
 	a.openWorkloadAPI()
 	a.openAdmin()
 	return a, nil
+}
+
+// holding says in uplink's words what issue holds.
+func (a *agent) holding() (uplink.Holding, <-chan struct{}) {
+	h, changed := a.issue.Holding()
+	out := uplink.Holding{By: make([]uplink.HeldBy, len(h.By)), Latest: h.Latest[:]}
+	for n, by := range h.By {
+		out.By[n] = uplink.HeldBy{Authority: by.Authority, X509: by.X509, JWT: by.JWT}
+	}
+	return out, changed
 }
 
 func (a *agent) openKeep() error {

@@ -95,17 +95,6 @@ type Holding struct {
 	Latest [2]string
 }
 
-// Differs reports whether the change from one to the other is worth telling: not if there is only more
-// or less of what the authorities signed that signed last.
-func (h Holding) Differs(from Holding) bool {
-	if h.Latest != from.Latest {
-		return true
-	}
-	return !slices.EqualFunc(h.By, from.By, func(a, b Held) bool {
-		return a == b || a.Authority == b.Authority && slices.Contains(h.Latest[:], a.Authority)
-	})
-}
-
 // Holding returns by whom what is held was signed, and a channel that is closed when that may be
 // different.
 func (i *Issuer) Holding() (Holding, <-chan struct{}) {

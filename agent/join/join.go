@@ -170,8 +170,9 @@ func (j *Joiner) Err() error {
 }
 
 // SetBundle replaces the bundle that the server is verified with. If an authority in it is tainted
-// that signed the agent's SVID, the SVID is replaced at once.
+// that signed the agent's SVID, or one has left it, the SVID is replaced at once.
 func (j *Joiner) SetBundle(b *identity.Bundle) {
+	was := j.trust.bundle()
 	if b == nil || b.TrustDomain != j.cfg.TrustDomain || !j.trust.set(b) {
 		return
 	}
@@ -183,15 +184,16 @@ func (j *Joiner) SetBundle(b *identity.Bundle) {
 	if j.own == nil {
 		return
 	}
-	top := j.own.Chain[len(j.own.Chain)-1]
-	for _, a := range b.X509 {
-		if a.Tainted && signedBy(top, a) {
-			j.log.Info("authority of the agent's SVID is tainted; replacing the SVID")
-			j.rotateAt = j.now()
-			j.poke()
-			return
-		}
+	switch {
+	case tainted(j.own, b):
+		j.log.Info("authority of the agent's SVID is tainted; replacing the SVID")
+	case was != nil && signed(j.own, was) && !signed(j.own, b):
+		j.log.Info("authority of the agent's SVID is revoked; replacing the SVID")
+	default:
+		return
 	}
+	j.rotateAt = j.now()
+	j.poke()
 }
 
 // Denied tells the Joiner that the server refused a call made as own with err. What it does depends
@@ -259,6 +261,13 @@ func (j *Joiner) take(own *keep.Own, rotateAt time.Time) {
 	defer j.mu.Unlock()
 	j.own, j.refused, j.banned, j.last = own, false, false, nil
 	j.rotateAt = rotateAt
+	if b := j.trust.bundle(); b != nil && tainted(own, b) {
+		// It was under way when the authority was tainted, or the agent ended before it was replaced. The
+		// server may be behind its own bundle, so it is not asked all the time.
+		if soon := j.now().Add(jitter(firstRetry)); soon.Before(rotateAt) {
+			j.rotateAt = soon
+		}
+	}
 	close(j.changed)
 	j.changed = make(chan struct{})
 	j.expiry.Set(float64(own.Chain[0].NotAfter.Unix()))

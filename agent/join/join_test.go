@@ -352,6 +352,28 @@ func TestRotation(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	t.Run("so is one whose authority has left the bundle", func(t *testing.T) {
+		server := fakeserver.New(t, fakeserver.Config{})
+		n := prepare(t, server).start()
+		own := n.until("attestation", there)
+		server.Rotate(false)
+		n.join.SetBundle(&identity.Bundle{TrustDomain: fakeserver.TrustDomain, Sequence: 2, X509: []identity.X509Authority{
+			{Certificate: server.Authorities()[0]},
+		}})
+		n.until("rotation", func(o *keep.Own) bool { return o != nil && o != own })
+	})
+	t.Run("one that a tainted authority signed all the same is replaced soon", func(t *testing.T) {
+		server := fakeserver.New(t, fakeserver.Config{})
+		n := prepare(t, server).start()
+		own := n.until("attestation", there)
+		auth := server.Authorities()
+		bundle := &identity.Bundle{TrustDomain: fakeserver.TrustDomain, Sequence: 2, X509: []identity.X509Authority{
+			{Certificate: auth[0], Tainted: true},
+		}}
+		n.join.SetBundle(bundle)
+		second := n.until("rotation", func(o *keep.Own) bool { return o != nil && o != own })
+		n.until("another rotation", func(o *keep.Own) bool { return o != nil && o != second })
+	})
 }
 
 func TestBan(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -172,6 +173,18 @@ func (t *trust) tls(own *keep.Own) *tls.Config {
 
 func tlsForRoots(roots *x509.CertPool) *tls.Config {
 	return &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: roots}
+}
+
+// tainted reports whether an authority signed the SVID that the bundle says is not to be relied on.
+func tainted(own *keep.Own, b *identity.Bundle) bool {
+	top := own.Chain[len(own.Chain)-1]
+	return slices.ContainsFunc(b.X509, func(a identity.X509Authority) bool { return a.Tainted && signedBy(top, a) })
+}
+
+// signed reports whether one of the bundle's authorities signed the SVID.
+func signed(own *keep.Own, b *identity.Bundle) bool {
+	top := own.Chain[len(own.Chain)-1]
+	return slices.ContainsFunc(b.X509, func(a identity.X509Authority) bool { return signedBy(top, a) })
 }
 
 // signedBy reports whether the certificate was signed by the authority.

@@ -84,6 +84,9 @@ func (u *Uplink) followFrom(ctx context.Context, conn *grpc.ClientConn, own *kee
 			if changed != nil && slices.Contains(capabilities, verdicts) {
 				work.Go(func() { u.report(ctx, w, running, changed) })
 			}
+			if u.cfg.Holding != nil && slices.Contains(capabilities, authorities) {
+				work.Go(func() { u.reportHolding(ctx, w) })
+			}
 		}
 	}
 }

@@ -99,6 +99,9 @@ type Config struct {
 	// closed when they have changed. Nil: none ever run, and the server is told that verdicts on images
 	// are nothing to this agent.
 	Running func() ([]string, <-chan struct{})
+	// Holding returns by whom what is held here was signed, and a channel that is closed when that may be
+	// different. Nil: the server is not told.
+	Holding func() (Holding, <-chan struct{})
 	// OnConnect is called whenever the picture was brought up to date after a break; nil is fine.
 	OnConnect func()
 	// Log, Metrics and Now may be nil.
