@@ -6,7 +6,9 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/assay-id/assay/agent/admin"
+	"github.com/assay-id/assay/agent/delegate"
 	"github.com/assay-id/assay/agent/uplink"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // openAdmin makes the private socket, if there is to be one.
@@ -20,6 +22,17 @@ func (a *agent) openAdmin() {
 		Level:      leveler(a.cfg.Log),
 		Log:        a.cfg.Log.WithField("component", "admin"),
 		Now:        a.cfg.Now,
+	})
+	delegate.Register(a.admin, delegate.Config{
+		Authorized: a.cfg.AuthorizedDelegates,
+		Attest:     a.serve,
+		Source:     a.issue.Delegated(),
+		Entitled:   a.issue.Entitled,
+		Bundles: func() ([]*identity.Bundle, <-chan struct{}) {
+			picture, changed := a.view.Follow()
+			return picture.BundleList(), changed
+		},
+		Pin: a.admin.Pin,
 	})
 }
 

@@ -74,6 +74,10 @@ type Config struct {
 	// owner; empty turns it off.
 	AdminSocketPath string
 
+	// AuthorizedDelegates are the SPIFFE IDs of processes that may have the identities of others, by the
+	// delegated identity API on AdminSocketPath. None: nobody may.
+	AuthorizedDelegates []spiffeid.ID
+
 	// The bootstrap trust: how the agent knows the server before it has a bundle of its own. Exactly
 	// one of the four is set. Once attested, the agent trusts the bundle it was sent.
 	//
@@ -264,6 +268,9 @@ func (c Config) Check() error {
 	}
 	if c.NodeAttestor.Node == nil || c.NodeAttestor.Type == "" {
 		wrong("node attestor is missing")
+	}
+	if len(c.AuthorizedDelegates) > 0 && c.AdminSocketPath == "" {
+		wrong("authorized delegates need an admin socket")
 	}
 	if c.X509CacheSize < 0 || c.JWTCacheSize < 0 || c.SyncInterval < 0 {
 		wrong("cache sizes and sync interval must not be negative")

@@ -29,6 +29,8 @@ type Agent struct {
 	DataDir         string
 	SocketPath      string
 	AdminSocketPath string // empty: off
+	// AuthorizedDelegates may have the identities of others; none: nobody.
+	AuthorizedDelegates []spiffeid.ID
 
 	// Exactly one of the next three is set.
 	TrustBundlePath   string
@@ -85,6 +87,8 @@ type agentBlock struct {
 	DataDir     string  `hcl:"data_dir,optional"`
 	SocketPath  string  `hcl:"socket_path,optional"`
 	AdminSocket *string `hcl:"admin_socket_path,optional"`
+
+	AuthorizedDelegates []string `hcl:"authorized_delegates,optional"`
 
 	LogLevel  string `hcl:"log_level,optional"`
 	LogFormat string `hcl:"log_format,optional"`
@@ -195,7 +199,26 @@ func (l *loader) agent(b *agentBlock) *Agent {
 		l.say("agent.admin_socket_path", "Invalid socket path",
 			"%q is in the directory of the Workload API's socket or below it, which is handed to workloads; choose another directory, or \"\" for no admin socket.", a.AdminSocketPath)
 	}
+	a.AuthorizedDelegates = l.delegates(b.AuthorizedDelegates, a.AdminSocketPath)
 	return a
+}
+
+// delegates checks who may have the identities of others.
+func (l *loader) delegates(texts []string, socket string) []spiffeid.ID {
+	const key = "agent.authorized_delegates"
+	var ids []spiffeid.ID
+	for _, text := range texts {
+		id, err := spiffeid.FromString(text)
+		if err != nil {
+			l.say(key, "Invalid SPIFFE ID", "%q is no SPIFFE ID: %s.", text, err)
+			continue
+		}
+		ids = append(ids, id)
+	}
+	if len(texts) > 0 && socket == "" {
+		l.say(key, "Missing admin socket", "Delegates are served at admin_socket_path, which is off.")
+	}
+	return ids
 }
 
 // sds checks the names by which clients ask; each must mean one thing.

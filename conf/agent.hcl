@@ -40,6 +40,11 @@ agent {
   # not be in the directory of the one above. "" turns it off.
   #admin_socket_path = "/run/assay/agent/private/admin.sock"
 
+  # SPIFFE IDs of processes that may have the identities of others: SPIRE's delegated identity API, at
+  # admin_socket_path, which they must be able to open, so they run as root or as the agent's user. They
+  # are believed what they say of others; admin and downstream identities they never get.
+  #authorized_delegates = ["spiffe://example.org/node-proxy"]
+
   # "debug", "info", "warn" or "error"; "text" or "json"; a file, or standard error without one.
   # SIGHUP opens the file anew, for logrotate, and reads log_level again.
   log_level  = "info"

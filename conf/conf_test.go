@@ -53,7 +53,10 @@ func TestServerSample(t *testing.T) {
 		t.Errorf("the sample loads as %+v", s)
 	}
 	t.Run("its commented keys load as well", func(t *testing.T) {
-		s, err := LoadServer(write(t, "all.hcl", uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths", "key_file", "ca_file")), judges, Options{})
+		all := uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths", "key_file", "ca_file")
+		// An endpoint's certificate is from files or from ACME.
+		all = regexp.MustCompile(`serving_cert_file \{[^}]*\}`).ReplaceAllString(all, "")
+		s, err := LoadServer(write(t, "all.hcl", all), judges, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -129,8 +132,9 @@ func keysIn(t *testing.T, sample string) []string {
 			case "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source":
 				found[prefix+b.Type] = true
 			default:
-				if b.Type == "webhook" {
-					found[prefix+"webhook.name"] = true // its label
+				switch b.Type {
+				case "webhook", "profile", "federates_with", "bundle_endpoint_profile":
+					found[prefix+b.Type+".name"] = true // its label
 				}
 				walk(prefix+b.Type+".", b.Body)
 			}
@@ -319,6 +323,10 @@ func TestAgentMistakes(t *testing.T) {
 			`F:5,23-44: Unreadable file; /nowhere/bundle.pem: no such file or directory; "assay-server bundle show" prints what belongs into it.`},
 		{"a bundle that is a directory", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_path = "/proc"`),
 			`F:5,23-30: Unreadable file; /proc: it is a directory; "assay-server bundle show" prints what belongs into it.`},
+		{"a delegate that is nobody", replace(goodAgent, "}\nnode", "  authorized_delegates = [\"proxy\"]\n}\nnode"),
+			`F:6,26-35: Invalid SPIFFE ID; "proxy" is no SPIFFE ID: scheme is missing or invalid.`},
+		{"delegates without their socket", replace(goodAgent, "}\nnode", "  admin_socket_path = \"\"\n  authorized_delegates = [\"spiffe://example.org/proxy\"]\n}\nnode"),
+			`F:7,26-56: Missing admin socket; Delegates are served at admin_socket_path, which is off.`},
 		{"one name for two secrets", replace(goodAgent, "}\nnode", "  sds {\n    default_all_bundles_name = \"ROOTCA\"\n  }\n}\nnode"),
 			`F:7,32-40: Conflicting names; "ROOTCA" is what default_bundle_name is asked for by; choose another name for one of them.`},
 		{"a bundle by http", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_url = "http://x.example"`),

@@ -22,7 +22,8 @@ type Auditor interface {
 // Line is one line of the agent's audit log.
 type Line struct {
 	Time time.Time `json:"time"`
-	// Event is what was asked for: x509_svid, x509_bundles, jwt_svid, jwt_bundles or jwt_validate.
+	// Event is what was asked for: x509_svid, x509_bundles, jwt_svid, jwt_bundles, jwt_validate or sds;
+	// delegated_ before one of the first four is for somebody who acts for another.
 	Event string `json:"event"`
 	// PID, UID and GID are the caller's.
 	PID int    `json:"pid"`
@@ -36,6 +37,10 @@ type Line struct {
 	// SPIFFEIDs and EntryIDs are what was handed out.
 	SPIFFEIDs []string `json:"spiffe_ids,omitempty"`
 	EntryIDs  []string `json:"entry_ids,omitempty"`
+	// ForPID and ForFacts, which stands for selectors as Facts does, say for whom the caller acts: a
+	// process, or whoever shows the selectors that it named.
+	ForPID   int    `json:"for_pid,omitempty"`
+	ForFacts string `json:"for_facts,omitempty"`
 	// Audience is a JWT-SVID's.
 	Audience []string `json:"audience,omitempty"`
 	// Rev is the server's revision that the answer reflects.
@@ -94,7 +99,7 @@ func (s *Server) audit(event string, c *caller, facts *attested, a *answer, audi
 		l.Facts, l.Types, l.Selectors = facts.digest, facts.types, facts.shown
 	}
 	if a != nil {
-		l.Rev = a.rev
+		l.Rev, l.ForPID, l.ForFacts = a.rev, a.forPID, a.forFacts
 		if err == nil {
 			l.SPIFFEIDs, l.EntryIDs = a.ids, a.entries
 		}

@@ -226,8 +226,7 @@ func (c *caller) weigh(findings []attestor.Finding) (now *attested, complete boo
 	}
 	facts := attestor.Union(sets...)
 	key := facts.Key()
-	sum := sha256.Sum256([]byte(key))
-	now = &attested{facts: facts, key: key, digest: hex.EncodeToString(sum[:8])}
+	now = &attested{facts: facts, key: key, digest: digest(key)}
 	for _, sel := range facts.All() { // in order of types
 		if n := len(now.types); n == 0 || now.types[n-1] != sel.Type {
 			now.types = append(now.types, sel.Type)
@@ -237,6 +236,12 @@ func (c *caller) weigh(findings []attestor.Finding) (now *attested, complete boo
 		}
 	}
 	return now, failed == 0
+}
+
+// digest stands for facts in audit lines.
+func digest(key string) string {
+	sum := sha256.Sum256([]byte(key))
+	return hex.EncodeToString(sum[:8])
 }
 
 // finish publishes what an attestation found and arranges for the next.

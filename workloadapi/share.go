@@ -50,7 +50,10 @@ type answer struct {
 	ids     []string // SPIFFE IDs handed out
 	entries []string // their entries
 	rev     uint64
-	changed <-chan struct{} // closed when there may be another answer
+	// forPID and forFacts say, in the audit line, for whom it was handed out.
+	forPID   int
+	forFacts string
+	changed  <-chan struct{} // closed when there may be another answer
 }
 
 // stale reports whether there may be another answer by now.

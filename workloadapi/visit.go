@@ -81,14 +81,30 @@ type Handed struct {
 	SPIFFEIDs, EntryIDs []string
 	// Audience is a JWT-SVID's.
 	Audience []string
+	// ForPID and ForFacts say for whom the process acts, if it does.
+	ForPID   int
+	ForFacts attestor.Set
 	// Rev is the server's revision that the answer reflects.
 	Rev uint64
 }
 
 // Audit writes the line of what was handed to the process, or of the error that stands in its place.
 func (f *Followed) Audit(event string, h Handed, err error) {
-	f.server.audit(event, f.caller, f.facts, &answer{ids: h.SPIFFEIDs, entries: h.EntryIDs, rev: h.Rev}, h.Audience, err)
+	a := &answer{ids: h.SPIFFEIDs, entries: h.EntryIDs, rev: h.Rev, forPID: h.ForPID}
+	if h.ForFacts.Len() > 0 {
+		a.forFacts = digest(h.ForFacts.Key())
+	}
+	f.server.audit(event, f.caller, f.facts, a, h.Audience, err)
 }
+
+// X509Bundle returns a bundle as the Workload API sends it: concatenated DER.
+func X509Bundle(b *identity.Bundle) []byte { return certificates(b) }
+
+// JWTBundle returns a bundle as the Workload API sends it: a JWK set.
+func JWTBundle(b *identity.Bundle) ([]byte, error) { return keySet(b) }
+
+// Audiences returns the audiences of a request that are not empty, or what is wrong with them.
+func Audiences(given []string) ([]string, error) { return audiences(given) }
 
 // Stopping is closed when the Server is about to end.
 func (s *Server) Stopping() <-chan struct{} { return s.stopping }

@@ -3,7 +3,8 @@
 // which its command line knows.
 //
 // Who may open the socket may ask: it is made with mode 0600 in a directory with mode 0700. Nothing
-// here hands out an identity. Explain does show selectors, and those can hold secrets, such as a
+// here hands out an identity; agent/delegate, which shares the socket, does, and asks more of its
+// callers. Explain does show selectors, and those can hold secrets, such as a
 // container's environment; that is why it is not on the public socket.
 //
 // Why it is so: an explanation is only worth something if it is made by what decides. So Explain runs
@@ -114,6 +115,15 @@ type Config struct {
 	Ready func()
 }
 
+// RegisterService makes the socket serve a further gRPC service. It must be called before Run. It
+// implements grpc.ServiceRegistrar.
+func (s *Server) RegisterService(desc *grpc.ServiceDesc, impl any) {
+	s.further = append(s.further, func(on grpc.ServiceRegistrar) { on.RegisterService(desc, impl) })
+}
+
+// Pin pins a process by its PID, for a further service's calls. Release must be called.
+func (s *Server) Pin(pid int) (*peer.Peer, error) { return s.tracker.Pin(pid) }
+
 // Server is the agent's private socket. Use New, then Run.
 type Server struct {
 	wire.UnimplementedAdminServer
@@ -125,6 +135,7 @@ type Server struct {
 	started time.Time
 	launch  logrus.Level
 	tracker *peer.Tracker // made by Run, before anybody is served
+	further []func(grpc.ServiceRegistrar)
 }
 
 // New returns a Server; it touches nothing until Run.
@@ -170,7 +181,7 @@ func (s *Server) Run(ctx context.Context) error {
 		grpc.Creds(peer.Credentials()),
 		grpc.MaxRecvMsgSize(64<<10),
 		grpc.MaxHeaderListSize(16<<10),
-		grpc.MaxConcurrentStreams(100),
+		grpc.MaxConcurrentStreams(4096), // who acts for the workloads of a node has one for each
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.ForceServerCodecV2(strict.Codec()),
 		grpc.ChainUnaryInterceptor(s.rescueUnary, strict.Unary),
@@ -179,6 +190,9 @@ func (s *Server) Run(ctx context.Context) error {
 	wire.RegisterAdminServer(srv, s)
 	debugv1.RegisterDebugServer(srv, debugService{Server: s})
 	loggerv1.RegisterLoggerServer(srv, loggerService{Server: s})
+	for _, register := range s.further {
+		register(srv)
+	}
 	grpc_health_v1.RegisterHealthServer(srv, health.NewServer())
 	reflection.Register(srv)
 	if s.cfg.Ready != nil {

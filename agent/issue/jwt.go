@@ -118,9 +118,13 @@ func jwtKey(entryID string, audience []string) string {
 // entries may match. It waits for what is being signed until ctx ends. No match: nothing and no error.
 // A match with nothing valid to give: an error wrapping identity.ErrUnavailable.
 func (i *Issuer) JWT(ctx context.Context, facts attestor.Set, audience []string, id spiffeid.ID) ([]*identity.JWTSVID, <-chan struct{}, error) {
+	return i.jwt(ctx, facts, false, audience, id)
+}
+
+func (i *Issuer) jwt(ctx context.Context, facts attestor.Set, delegated bool, audience []string, id spiffeid.ID) ([]*identity.JWTSVID, <-chan struct{}, error) {
 	i.mu.Lock()
 	now := i.now()
-	s := i.ask(facts, now)
+	s := i.ask(facts, delegated, now)
 	changed := s.changed
 	var slots []*jwtSlot
 	var fresh []*identity.JWTSVID // by place in slots; nil: to be waited for
@@ -161,7 +165,7 @@ func (i *Issuer) JWT(ctx context.Context, facts attestor.Set, audience []string,
 	defer i.mu.Unlock()
 	now = i.now()
 	// What was asked for may have been taken away while it was signed.
-	s = i.ask(facts, now)
+	s = i.ask(facts, delegated, now)
 	changed = s.changed
 	var svids []*identity.JWTSVID
 	var failed error

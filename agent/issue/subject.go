@@ -18,6 +18,8 @@ import (
 type subject struct {
 	key   string
 	facts attestor.Set
+	// delegated says that somebody acts for whoever shows the facts.
+	delegated bool
 	// digests are of the images that the facts name.
 	digests []string
 	// entries are those it matches and may have, oldest first.
@@ -57,15 +59,18 @@ func (s *subject) wake(now time.Time) {
 }
 
 // ask returns the subject of the facts. mu is held.
-func (i *Issuer) ask(facts attestor.Set, now time.Time) *subject {
+func (i *Issuer) ask(facts attestor.Set, delegated bool, now time.Time) *subject {
 	i.refresh(i.view.Picture(), now)
 	key := facts.Key()
+	if delegated {
+		key = delegatedKey + key
+	}
 	s := i.subjects[key]
 	if s == nil {
 		if len(i.subjects) >= maxSubjects {
 			i.forgetOldest(now)
 		}
-		s = &subject{key: key, facts: facts, changed: make(chan struct{}), asked: -1, askedX509: -1}
+		s = &subject{key: key, facts: facts, delegated: delegated, changed: make(chan struct{}), asked: -1, askedX509: -1}
 		i.subjects[key] = s
 		s.place = i.order.PushFront(s)
 		i.enter(s, now)
@@ -81,7 +86,7 @@ func (i *Issuer) ask(facts attestor.Set, now time.Time) *subject {
 func (i *Issuer) Bundles(facts attestor.Set) (identity.BundleSet, <-chan struct{}) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	s := i.ask(facts, i.now())
+	s := i.ask(facts, false, i.now())
 	return identity.BundleSet{Own: s.own, Federated: s.federated, Matched: len(s.entries), Rev: i.picture.Rev}, s.changed
 }
 
@@ -91,12 +96,16 @@ func (i *Issuer) Bundles(facts attestor.Set) (identity.BundleSet, <-chan struct{
 // not wait long for others. No match: no SVIDs and no error. A match with nothing valid to give: an
 // error wrapping identity.ErrUnavailable.
 func (i *Issuer) X509(ctx context.Context, facts attestor.Set) (identity.X509Context, <-chan struct{}, error) {
+	return i.x509(ctx, facts, false)
+}
+
+func (i *Issuer) x509(ctx context.Context, facts attestor.Set, delegated bool) (identity.X509Context, <-chan struct{}, error) {
 	var late *time.Timer
 	patient := true
 	for {
 		i.mu.Lock()
 		now := i.now()
-		s := i.ask(facts, now)
+		s := i.ask(facts, delegated, now)
 		s.askedX509 = s.wakes
 		calls, failed := i.prepare(s, now)
 		if len(calls) == 0 || !patient {
@@ -215,7 +224,7 @@ func (i *Issuer) refresh(p *view.Picture, now time.Time) {
 // match finds out what the subject may have now, has signed what is missing, and wakes those who
 // follow: at once if something was taken away, else when what was added is there. mu is held.
 func (i *Issuer) match(s *subject, now time.Time) {
-	entries := i.allowed(i.picture.Match(s.facts), now)
+	entries := i.allowed(i.picture.Match(s.facts), s.delegated, now)
 	own, federated := i.own(), i.federated(entries)
 	if slices.Equal(entries, s.entries) && own == s.own && slices.Equal(federated, s.federated) {
 		return
@@ -262,10 +271,14 @@ func (i *Issuer) unlink(s *subject, before []*identity.Entry) (taken bool) {
 }
 
 // allowed leaves out the entries that are not for workloads to have: expired ones, those stored
-// elsewhere, and all but the oldest of those with one hint.
-func (i *Issuer) allowed(entries []*identity.Entry, now time.Time) []*identity.Entry {
+// elsewhere, those that give power over the server if somebody acts for the workload, and all but the
+// oldest of those with one hint.
+func (i *Issuer) allowed(entries []*identity.Entry, delegated bool, now time.Time) []*identity.Entry {
 	hints := map[string]bool{}
 	return slices.DeleteFunc(entries, func(e *identity.Entry) bool {
+		if delegated && (e.Admin || e.Downstream) {
+			return true
+		}
 		if e.StoreSVID || e.Expired(now) || e.Hint != "" && hints[e.Hint] {
 			return true
 		}

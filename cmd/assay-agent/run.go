@@ -108,6 +108,7 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.ServerAddress, c.ServerPort = from.ServerAddress, from.ServerPort
 	c.DataDir, c.KeyManager, c.KeyDir = from.DataDir, from.KeyManager, from.KeysDir
 	c.SocketPath, c.AdminSocketPath = from.SocketPath, from.AdminSocketPath
+	c.AuthorizedDelegates = from.AuthorizedDelegates
 	c.TrustBundlePath, c.TrustBundleURL, c.TrustBundleFormat = from.TrustBundlePath, from.TrustBundleURL, from.TrustBundleFormat
 	c.InsecureBootstrap = from.InsecureBootstrap
 	c.WorkloadKeyType = from.WorkloadKeyType

@@ -64,6 +64,7 @@ var rules = []rule{
 	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/image", "server/verdict/policy", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
 	{pattern: "agent/issue", floor: flows, also: []string{"agent/view"}, why: "signs what the picture shows"},
 	{pattern: "agent/admin", floor: flows, also: []string{"agent/view", "workloadapi"}, why: "explains what they decided"},
+	{pattern: "agent/delegate", floor: flows, also: []string{"workloadapi"}, why: "attests delegates and the processes they name as workloads are"},
 	{pattern: "agent/join", floor: flows},
 	{pattern: "agent/uplink", floor: flows, also: []string{"agent/view"}, why: "feeds the picture"},
 	{pattern: "agent/view", floor: flows},
