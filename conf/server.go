@@ -45,6 +45,8 @@ type Server struct {
 	KeysPath   string // of "disk"; empty: keys.json in DataDir
 	Judges     []Judge
 
+	Federation Federation
+
 	Evidence Evidence
 	// Named are the blocks that Options.Named decoded, by type in the order of the file.
 	Named []Named
@@ -104,6 +106,8 @@ type serverBlock struct {
 	RequirePQKEM bool            `hcl:"require_pq_kem,optional"`
 	RateLimit    *rateLimitBlock `hcl:"ratelimit,block"`
 	Limits       *limitsBlock    `hcl:"limits,block"`
+
+	Federation *federationBlock `hcl:"federation,block"`
 }
 
 type subjectBlock struct {
@@ -207,6 +211,7 @@ func (l *loader) server(b *serverBlock) *Server {
 			b.X509SVIDTTL, s.CATTL, 6*s.X509SVIDTTL)
 	}
 	s.Limits = l.limits(b)
+	s.Federation = l.federation(b.Federation, s.TrustDomain)
 	return s
 }
 

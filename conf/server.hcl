@@ -84,6 +84,44 @@ server {
     #max_connections            = 50000
     #max_connections_per_source = 10000
   #}
+
+  # Exchanging bundles with other trust domains, so that workloads of both can verify each other. What
+  # "assay-server federation create" makes needs nothing of this.
+  #federation {
+    # Where others fetch this server's bundle, at GET /, and how often they are told to look. The port is
+    # required. The profile https_spiffe shows the server's own SVID; https_web a certificate that everybody
+    # knows, from files that something else renews, or from an ACME authority, which must reach the
+    # endpoint at port 443 of the domain.
+    #bundle_endpoint {
+      #address      = "0.0.0.0"
+      #port         = 8443
+      #refresh_hint = "5m"
+      #profile "https_web" {
+        #acme {
+          #domain_name   = "bundle.example.org"
+          #email         = "admin@example.org"
+          #directory_url = "https://acme-v02.api.letsencrypt.org/directory"
+          #tos_accepted  = true
+        #}
+        #serving_cert_file {
+          #cert_file_path     = "/etc/assay/bundle-endpoint.pem"
+          #key_file_path      = "/etc/assay/bundle-endpoint.key"
+          #file_sync_interval = "1h"
+        #}
+      #}
+    #}
+
+    # Whose bundles this server fetches: twice within the refresh hint of each, but not more often than
+    # min_refresh_interval. A block here wins over what was made with the command. With https_spiffe the
+    # first bundle is put in by hand, with "assay-server bundle set".
+    #min_refresh_interval = "1m"
+    #federates_with "other.example.com" {
+      #bundle_endpoint_url = "https://other.example.com:8443/"
+      #bundle_endpoint_profile "https_spiffe" {
+        #endpoint_spiffe_id = "spiffe://other.example.com/spire/server"
+      #}
+    #}
+  #}
 }
 
 # How agents prove what node they run on: a block for each way this server accepts.
