@@ -60,12 +60,13 @@ func main() {
 		compare = flag.String("compare", "", "two JSON files, before and after, to print the ratios of")
 		verbose = flag.Bool("v", false, "say what goes on")
 		held    = flag.Int("hold", 0, "hold this many streams open; the program starts itself so")
-		socket  = flag.String("socket", "", "for -hold: the agent's socket")
+		control = flag.String("obey", "", "be the workload in a container, told by this socket; the program starts itself so")
+		socket  = flag.String("socket", "", "for -hold and -obey: the agent's socket")
 	)
 	flag.Parse()
-	if *held > 0 {
-		if err := hold(*socket, *held); err != nil {
-			fmt.Fprintln(os.Stderr, "bench: hold streams:", err)
+	if *held > 0 || *control != "" {
+		if err := asWorkload(*held, *control, *socket); err != nil {
+			fmt.Fprintln(os.Stderr, "bench: as a workload:", err)
 			os.Exit(1)
 		}
 		return
@@ -88,6 +89,14 @@ func main() {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
+}
+
+// asWorkload is what this program does when it started itself.
+func asWorkload(held int, control, socket string) error {
+	if held > 0 {
+		return hold(socket, held)
+	}
+	return obey(control, socket)
 }
 
 func runScenes(ctx context.Context, bin string, short bool, only string, verbose bool) ([]result, error) {

@@ -21,6 +21,7 @@ var scenes = []scene{
 	{"jwt", jwt},
 	{"streams", streams},
 	{"agent restart", agentRestart},
+	{"docker", inDocker},
 	{"agents", agents},
 	{"signing", signing},
 	{"entries", entriesScene},

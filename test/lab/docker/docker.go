@@ -103,6 +103,9 @@ func (e *Engine) Host() string { return e.client.DaemonHost() }
 // Socket is the path of the engine's Unix socket.
 func (e *Engine) Socket() string { return filepath.Join(e.dir, "docker.sock") }
 
+// PID is the process ID of a started engine that runs.
+func (e *Engine) PID() int { return e.daemon.Process.Pid }
+
 // Client speaks with the engine.
 func (e *Engine) Client() *client.Client { return e.client }
 
