@@ -24,6 +24,7 @@ func root() *cobra.Command {
 		cli.Group("agent", "Looks after admitted agents", agentList(), agentCount(), agentShow(), agentBan(), agentEvict(), agentPurge()),
 		cli.Group("token", "Makes tokens that let agents join", tokenGenerate()),
 		cli.Group("bundle", "Shows and keeps trust bundles", bundleShow(), bundleCount(), bundleList(), bundleSet(), bundleDelete()),
+		cli.Group("federation", "Keeps the bundles of other trust domains", federationCreate(), federationUpdate(), federationDelete(), federationList(), federationShow(), federationRefresh()),
 		cli.Group("x509", "Signs X509-SVIDs without an entry", x509Mint()),
 		cli.Group("jwt", "Signs JWT-SVIDs without an entry", jwtMint()),
 		evidenceCommands(), auditCommands(),

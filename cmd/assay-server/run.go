@@ -122,6 +122,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 		JWTIssuer: from.JWTIssuer, DisableJWT: from.DisableJWT, NewAuthorityOnLostKey: from.NewAuthorityOnLostKey,
 	}
 	c.AdminIDs, c.RequirePQKEM, c.RequireSigned = from.AdminIDs, from.RequirePQKEM, from.Evidence.RequireSigned
+	c.Federation = federation(from.Federation)
 	orDefault(&c.Limits.MaxConnections, from.Limits.MaxConnections)
 	orDefault(&c.Limits.MaxPerSource, from.Limits.MaxPerSource)
 	orDefault(&c.Limits.AttestPerSecond, from.Limits.AttestPerSecond)

@@ -1,0 +1,29 @@
+package main
+
+import (
+	"github.com/assay-id/assay/conf"
+	"github.com/assay-id/assay/server"
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/trust"
+)
+
+// federation hands the file's federation block to the server.
+func federation(from conf.Federation) server.Federation {
+	f := server.Federation{Shortest: from.Shortest}
+	for _, with := range from.With {
+		f.With = append(f.With, &records.Federation{TrustDomain: with.TrustDomain, URL: with.URL, EndpointID: with.EndpointID})
+	}
+	e := from.Endpoint
+	if e == nil {
+		return f
+	}
+	f.Endpoint = &server.BundleEndpoint{Address: e.Address, Port: e.Port, RefreshHint: e.RefreshHint}
+	if e.File != nil {
+		f.Endpoint.File = &server.ServingCertificate{CertPath: e.File.CertPath, KeyPath: e.File.KeyPath, Interval: e.File.Interval}
+	}
+	if e.ACME != nil {
+		// That the terms are accepted is what conf insists on.
+		f.Endpoint.ACME = &trust.ACME{Domain: e.ACME.Domain, Email: e.ACME.Email, DirectoryURL: e.ACME.DirectoryURL, AcceptTOS: true}
+	}
+	return f
+}
