@@ -186,13 +186,6 @@ func timeOf(nanos int64) time.Time {
 	return time.Unix(0, nanos).UTC()
 }
 
-func seconds(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.Unix()
-}
-
 // keyOf hashes parts into the ID of a record. Each goes in after its length, so that no two different
 // lists look the same.
 func keyOf(parts ...string) string {

@@ -286,7 +286,7 @@ func (s *Service) publish(ctx context.Context, images []*image, now time.Time) e
 			before := i.published
 			var want records.Verdict
 			s.record(i, &want)
-			if before != nil && same(before, &want) && !(runs && renew) {
+			if before != nil && same(before, &want) && (!runs || !renew) {
 				return nil
 			}
 			after, rev, err := s.Store.UpdateVerdict(ctx, i.digest, func(r *records.Verdict) error {

@@ -39,9 +39,6 @@ type document struct {
 	selectors []attestor.Selector // of provenance
 }
 
-// source is the name by which scan policies know who vouches.
-func (d *document) source() string { return d.GetSource() }
-
 // link is a digest that leads to an image.
 type link struct {
 	kind     string // manifest or index
@@ -83,16 +80,12 @@ func (i *image) name() string {
 	return i.digest + "@" + strconv.FormatUint(i.published.Seq, 10)
 }
 
-func (s *Service) addLink(i *image, digest string, l link) (fresh bool) {
-	if old, ok := i.links[digest]; ok && old == l {
-		return false
-	}
+func (s *Service) addLink(i *image, digest string, l link) {
 	i.links[digest] = l
 	if s.state.leads[digest] == nil {
 		s.state.leads[digest] = map[string]bool{}
 	}
 	s.state.leads[digest][i.digest] = true
-	return true
 }
 
 func (s *Service) addDocument(d *document) {
@@ -325,9 +318,7 @@ func (s *Service) load(ctx context.Context) error {
 	if s.marks, err = openMarks(s.cfg.MarksPath); err != nil {
 		return err
 	}
-	for id, m := range e.Marks {
-		s.state.marks[id] = m
-	}
+	maps.Copy(s.state.marks, e.Marks)
 	if err := s.marks.merge(s.state.marks); err != nil {
 		return err
 	}

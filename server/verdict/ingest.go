@@ -61,8 +61,7 @@ func (b *because) Error() string   { return b.err.Error() }
 func (b *because) Unwrap() []error { return []error{b.why, b.err} }
 
 func reasonWord(err error) string {
-	var r *refused
-	if errors.As(err, &r) {
+	if r, ok := errors.AsType[*refused](err); ok {
 		return r.word
 	}
 	if errors.Is(err, trust.ErrRefused) {

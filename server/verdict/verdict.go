@@ -38,7 +38,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/records/stored"
@@ -366,6 +365,3 @@ func (s *Service) note(line audit.Line) {
 		s.cfg.Log.WithError(err).WithField("event", line.Event).Error("cannot write an audit line")
 	}
 }
-
-// facts is a set of selectors as text.
-func facts(list []attestor.Selector) []string { return attestor.NewSet(list...).Strings() }

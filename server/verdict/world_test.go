@@ -218,7 +218,7 @@ func (w *world) open() {
 
 func (w *world) close() {
 	if w.store != nil {
-		if err := w.Service.Close(); err != nil {
+		if err := w.Close(); err != nil {
 			w.t.Error(err)
 		}
 		if err := w.store.Close(); err != nil {
