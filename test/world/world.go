@@ -260,6 +260,9 @@ func (a *Agent) Start() *Agent {
 // Stop stops the agent; Start starts it again with what it has on disk.
 func (a *Agent) Stop() { a.stop() }
 
+// Socket is where the agent serves workloads.
+func (a *Agent) Socket() string { return a.cfg.SocketPath }
+
 // Workload connects to the agent as a workload does.
 func (a *Agent) Workload() (context.Context, workload.SpiffeWorkloadAPIClient) {
 	a.w.t.Helper()
