@@ -202,7 +202,7 @@ func TestX509(t *testing.T) {
 	s.src.Federate(workloadapitest.NewAuthority(t, foreign).Bundle())
 	proxy := s.put("/proxy", os.Getpid())
 	app := workload(t)
-	pid := int32(app.Process.Pid) //nolint:gosec // PIDs are small
+	pid := int32(app.Process.Pid)
 	t.Run("a process is followed by its PID, and lost with it", func(t *testing.T) {
 		st := s.subscribe(t, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: pid})
 		wantPaths(t, st, "")

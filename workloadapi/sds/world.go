@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strconv"
+	"strings"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	secretv3 "github.com/envoyproxy/go-control-plane/envoy/service/secret/v3"
@@ -221,18 +222,15 @@ func hand(all []*resource) workloadapi.Handed {
 // errUnknown is for a request with names that the caller may not have. Whether somebody else may is not
 // said.
 func errUnknown(names []string) error {
-	text := "workload is not authorized for the requested identities ["
-	for i, name := range names {
-		if i == 10 {
-			text += " …"
-			break
-		}
-		if i > 0 {
-			text += " "
-		}
-		text += quote(name)
+	const most = 10
+	var shown []string
+	for _, name := range names[:min(len(names), most)] {
+		shown = append(shown, quote(name))
 	}
-	return workloadapi.Invalid(text + "]")
+	if len(names) > most {
+		shown = append(shown, "…")
+	}
+	return workloadapi.Invalid("workload is not authorized for the requested identities [" + strings.Join(shown, " ") + "]")
 }
 
 func tooMany(n int) error {
