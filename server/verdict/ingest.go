@@ -441,8 +441,21 @@ func (s *Service) take(ctx context.Context, in *incoming, who Pusher, d Document
 	if err != nil {
 		return nil, err
 	}
+	replaced := map[string]*document{}
+	undo := func(err error) (*Pushed, error) {
+		for id := range fresh {
+			s.dropDocument(id)
+			if old := replaced[id]; old != nil {
+				s.addDocument(old)
+				s.state.blobs[old.GetBody().GetHash()]++
+				s.state.blobs[old.GetRaw().GetHash()]++
+			}
+		}
+		return nil, err
+	}
 	for id, source := range fresh {
 		if old := s.state.documents[id]; old != nil {
+			replaced[id] = old
 			change.DropBlobs = append(change.DropBlobs, s.freeBlob(old.GetBody()), s.freeBlob(old.GetRaw()))
 			s.dropDocument(id)
 		}
@@ -460,7 +473,7 @@ func (s *Service) take(ctx context.Context, in *incoming, who Pusher, d Document
 	}
 	concerned, dropped, err := s.meet(ctx, in, fresh)
 	if err != nil {
-		return nil, err
+		return undo(err)
 	}
 	change.DropBlobs = append(change.DropBlobs, dropped...)
 	change.DropBlobs = slices.DeleteFunc(change.DropBlobs, func(hash string) bool { return hash == "" })
@@ -471,10 +484,10 @@ func (s *Service) take(ctx context.Context, in *incoming, who Pusher, d Document
 	}
 	// The file first: a mark without its document refuses a replay, a document without its mark does not.
 	if err := s.marks.add(marks); err != nil {
-		return nil, err
+		return undo(err)
 	}
 	if err := s.Store.WriteEvidence(ctx, change); err != nil {
-		return nil, err
+		return undo(err)
 	}
 	maps.Copy(s.state.marks, marks)
 	if len(concerned) == 0 {

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/verdict/policy"
 )
 
@@ -418,4 +419,64 @@ func TestARegistryIsAskedForAManifestThatRuns(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.wantGate(manifest, true)
+}
+
+// brokenStore refuses to write evidence.
+type brokenStore struct {
+	Store
+	broken bool
+}
+
+func (b *brokenStore) WriteEvidence(ctx context.Context, c records.EvidenceChange) error {
+	if b.broken {
+		return errors.New("disk on fire")
+	}
+	return b.Store.WriteEvidence(ctx, c)
+}
+
+func TestWhatCannotBeWrittenDoesNotCount(t *testing.T) {
+	w := newWorld(t, prod)
+	image := config(1)
+	w.mustPush(scan{image: image, findings: []string{critical}})
+	w.pass(time.Minute)
+	store := &brokenStore{Store: w.Store, broken: true}
+	w.Store = store
+	if _, err := w.push(scan{image: image}); err == nil || errors.Is(err, ErrRefused) {
+		t.Errorf("got %v", err)
+	}
+	store.broken = false
+	w.mu2(func() {
+		if err := w.evaluate(t.Context(), "test", w.all()); err != nil {
+			t.Error(err)
+		}
+	})
+	w.wantGate(image, false)
+}
+
+func TestAVerdictIsRenewedAsLongAsItsImageRuns(t *testing.T) {
+	w := newWorld(t, prod)
+	image, idle := config(1), config(2)
+	w.run(image, 1)
+	w.mustPush(scan{image: image})
+	w.mustPush(scan{image: idle})
+	left := func(digest string) time.Duration {
+		v, err := w.rec.Verdict(t.Context(), digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v.NotAfter.Sub(w.now())
+	}
+	for range 6 {
+		w.pass(8 * time.Minute)
+		if d := left(image); d < 7*time.Minute {
+			t.Fatalf("the verdict ends in %s", d)
+		}
+	}
+	if d := left(idle); d > 0 {
+		t.Errorf("the verdict on an image that nobody runs still has %s", d)
+	}
+	w.run(idle, 1)
+	if d := left(idle); d < 14*time.Minute {
+		t.Errorf("the verdict on an image that runs again ends in %s", d)
+	}
 }
