@@ -26,6 +26,10 @@ var scenes = []scene{
 	{"signing", signing},
 	{"entries", entriesScene},
 	{"at rest", atRest},
+	{"evidence: condemn", condemn},
+	{"evidence: large report", largeReport},
+	{"evidence: fleet", fleetJudged},
+	{"evidence: agent memory", trackedImages},
 }
 
 // push measures how long a change takes from the call to the workload's open stream.
