@@ -59,9 +59,9 @@ type proxy struct {
 }
 
 // envoyConfig is a bootstrap: %[1]s to %[4]s are name, admin socket, listener and the agent's socket,
-// %[5]s the listener's TLS, %[6]s where requests go, %[7]s the TLS on the way there.
+// %[5]s the listener's TLS, %[6]s where requests go, %[7]s the TLS on the way there, %[8]s metadata.
 const envoyConfig = `
-node: {id: %[1]s, cluster: test}
+node: {id: %[1]s, cluster: test, metadata: {%[8]s}}
 admin: {address: {pipe: {path: %[2]q}}}
 static_resources:
   listeners:
@@ -119,7 +119,7 @@ func envoyTLS(indent, kind, message, peer, api string) string {
 }
 
 // startEnvoy starts an Envoy whose program has a path of its own, which is what the agent proves of it.
-func startEnvoy(t *testing.T, s *site.Site, agent *site.Agent, name, to, listenerTLS, clusterTLS string) *proxy {
+func startEnvoy(t *testing.T, s *site.Site, agent *site.Agent, name, to, listenerTLS, clusterTLS, metadata string) *proxy {
 	t.Helper()
 	dir := filepath.Join(s.Dir, name)
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -127,7 +127,7 @@ func startEnvoy(t *testing.T, s *site.Site, agent *site.Agent, name, to, listene
 	}
 	p := &proxy{name: name, log: filepath.Join(s.Dir, name+".log"), listener: filepath.Join(dir, "in.sock"), admin: filepath.Join(dir, "admin.sock")}
 	config := filepath.Join(dir, "envoy.yaml")
-	text := fmt.Sprintf(envoyConfig, name, p.admin, p.listener, agent.Socket, listenerTLS, to, clusterTLS)
+	text := fmt.Sprintf(envoyConfig, name, p.admin, p.listener, agent.Socket, listenerTLS, to, clusterTLS, metadata)
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -235,7 +235,7 @@ func served(_ string, err error) bool  { return err == nil }
 func refused(_ string, err error) bool { return err != nil && strings.Contains(err.Error(), "503") }
 
 // TestEnvoy runs two real Envoys that speak mTLS with what the agent's SDS gives them, the one by state
-// of the world, the other by delta.
+// of the world and with Envoy's SPIFFE validator, the other by delta and with plain authorities.
 func TestEnvoy(t *testing.T) {
 	envoyBinary(t)
 	s := newSite(t, nil)
@@ -267,11 +267,12 @@ func TestEnvoy(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = served200.Serve(l) })
 	t.Cleanup(func() { served200.Close(); wg.Wait() })
-	behind := startEnvoy(t, s, agent, "back", app, envoyTLS("      ", "listener", "DownstreamTlsContext", "/front", "DELTA_GRPC"), "")
-	before := startEnvoy(t, s, agent, "front", behind.listener, "", envoyTLS("    ", "cluster", "UpstreamTlsContext", "/back", "GRPC"))
+	behind := startEnvoy(t, s, agent, "back", app, envoyTLS("      ", "listener", "DownstreamTlsContext", "/front", "DELTA_GRPC"), "", "disable_spiffe_cert_validation: true")
+	before := startEnvoy(t, s, agent, "front", behind.listener, "", envoyTLS("    ", "cluster", "UpstreamTlsContext", "/back", "GRPC"), "")
 	before.eventually(t, "a request through both", served)
 
-	t.Run("rotations fail no request", func(t *testing.T) {
+	underLoad := func(t *testing.T, meanwhile func()) {
+		t.Helper()
 		ctx, stop := context.WithCancel(t.Context())
 		var made, failed atomic.Int64
 		var wg sync.WaitGroup
@@ -287,20 +288,39 @@ func TestEnvoy(t *testing.T) {
 				}
 			})
 		}
-		for n := range 20 {
-			name := fmt.Sprintf("rotation-%d.example.org", n)
-			change(front, func(e *types.Entry) { e.DnsNames = []string{name} })
-			change(back, func(e *types.Entry) { e.DnsNames = []string{name} })
-			has := func(certificates string) bool { return strings.Contains(certificates, name) }
-			before.shows(t, "the new certificate", has)
-			behind.shows(t, "the new certificate", has)
-		}
+		meanwhile()
 		stop()
 		wg.Wait()
 		t.Logf("%d requests, %d failed", made.Load(), failed.Load())
 		if made.Load() == 0 {
 			t.Error("no request was made meanwhile")
 		}
+	}
+	rotate := func(name string) {
+		t.Helper()
+		change(front, func(e *types.Entry) { e.DnsNames = []string{name} })
+		change(back, func(e *types.Entry) { e.DnsNames = []string{name} })
+		has := func(certificates string) bool { return strings.Contains(certificates, name) }
+		before.shows(t, "the new certificate", has)
+		behind.shows(t, "the new certificate", has)
+	}
+	t.Run("rotations fail no request", func(t *testing.T) {
+		underLoad(t, func() {
+			for n := range 20 {
+				rotate(fmt.Sprintf("rotation-%d.example.org", n))
+			}
+		})
+	})
+	t.Run("a restart of the agent fails no request", func(t *testing.T) {
+		underLoad(t, func() {
+			if err := agent.Stop(15 * time.Second); err != nil {
+				t.Error(err)
+			}
+			if err := agent.Start(patiently(t)); err != nil {
+				t.Error(err)
+			}
+			rotate("restarted.example.org")
+		})
 	})
 	t.Run("another identity is refused by the other Envoy", func(t *testing.T) {
 		change(front, func(e *types.Entry) { e.SpiffeId.Path = "/intruder" })
