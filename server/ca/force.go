@@ -68,8 +68,42 @@ func (c *CA) PrepareAuthority(ctx context.Context, kind string) (records.Journal
 	return next.line, c.bundleRev, nil
 }
 
-// ActivateAuthority lets the prepared authority sign from now on, whoever has heard of it.
+// How long ActivateAuthority waits for agents, and how often it looks. An agent that is connected has a
+// bundle within milliseconds, or something is wrong with it.
+const (
+	maxForcedWait = 5 * time.Second
+	lookEvery     = 10 * time.Millisecond
+)
+
+// heard waits until all connected agents have the authorities as they are published, for a while.
+func (c *CA) heard(ctx context.Context, kind, id string) {
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	late := time.NewTimer(maxForcedWait)
+	defer late.Stop()
+	for {
+		c.mu.Lock()
+		a, err := c.named(kind, id)
+		wait := err == nil && a.line.State == StatePrepared && c.behind() > 0
+		c.mu.Unlock()
+		if !wait {
+			return
+		}
+		select {
+		case <-look.C:
+		case <-late.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// ActivateAuthority lets the prepared authority sign from now on. It waits a few seconds for connected
+// agents that do not have it in their bundle yet, and then for nobody: an operator who replaces a stolen
+// key is not held up by an agent that hangs.
 func (c *CA) ActivateAuthority(ctx context.Context, kind, id string) (records.Journal, error) {
+	c.heard(ctx, kind, id)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	a, err := c.named(kind, id)

@@ -2,6 +2,7 @@ package ca
 
 import (
 	"errors"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -313,4 +314,19 @@ func TestActivationWaitsForAgents(t *testing.T) {
 		at.pass(5 * time.Minute)
 		look(t, third)
 	})
+}
+
+func TestAnOperatorsActivationWaitsALittle(t *testing.T) {
+	var asked atomic.Int32
+	c, _ := open(t, Config{Behind: func(kv.Rev) int { return int(max(0, 3-asked.Add(1))) }})
+	next, _, err := c.PrepareAuthority(t.Context(), KindX509)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.ActivateAuthority(t.Context(), KindX509, next.AuthorityID); err != nil {
+		t.Fatal(err)
+	}
+	if n := asked.Load(); n < 3 {
+		t.Errorf("agents were looked at %d times", n)
+	}
 }
