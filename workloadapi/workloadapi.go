@@ -25,7 +25,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -241,16 +243,22 @@ func (s *Server) Run(ctx context.Context) error {
 	var g errgroup.Group
 	g.Go(func() error { return tracker.Run(trackCtx) })
 	serving := make(chan error, 1)
-	g.Go(func() error {
-		err := srv.Serve(tracker.Listener(socket.UnixListener, s.admit))
-		serving <- err
-		return nil
-	})
+	serve := func(socket *peer.Socket) {
+		g.Go(func() error {
+			err := srv.Serve(tracker.Listener(socket.UnixListener, s.admit))
+			select {
+			case serving <- err:
+			default: // one is enough to know that it is over
+			}
+			return nil
+		})
+	}
+	serve(socket)
 	if s.cfg.Ready != nil {
 		s.cfg.Ready()
 	}
 	s.log.WithField("socket", socket.Path()).Info("workload API is served")
-	err = s.supervise(ctx, socket, serving)
+	err = s.supervise(ctx, socket, serving, serve)
 	healthy.Shutdown()
 	close(s.stopping)
 	stopServer(srv)
@@ -263,11 +271,16 @@ func (s *Server) Run(ctx context.Context) error {
 	return errors.Join(err, g.Wait())
 }
 
-// supervise waits for the end, and meanwhile sees to it that the socket stays where clients look.
-func (s *Server) supervise(ctx context.Context, socket *peer.Socket, serving <-chan error) error {
-	tick := time.NewTicker(time.Minute)
+// lookEvery is how soon a socket that somebody removed is put back.
+const lookEvery = 2 * time.Second
+
+// supervise waits for the end, and meanwhile sees to it that there is a socket where clients look:
+// cleaners of temporary directories remove what looks old. It is put back; one that somebody put in its
+// place is left alone.
+func (s *Server) supervise(ctx context.Context, socket *peer.Socket, serving <-chan error, serve func(*peer.Socket)) error {
+	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
-	missing := false
+	replaced := false
 	for {
 		select {
 		case <-ctx.Done():
@@ -278,12 +291,26 @@ func (s *Server) supervise(ctx context.Context, socket *peer.Socket, serving <-c
 			}
 			return fmt.Errorf("serve workload API: stopped: %w", err)
 		case <-tick.C:
-			if gone := !socket.InPlace(); gone != missing {
-				missing = gone
-				if gone {
-					s.log.WithField("socket", socket.Path()).Error("socket was removed or replaced by somebody else; restart the agent")
-				}
+		}
+		if socket.InPlace() {
+			replaced = false
+			continue
+		}
+		log := s.log.WithField("socket", socket.Path())
+		if _, err := os.Lstat(socket.Path()); errors.Is(err, fs.ErrNotExist) {
+			// Calls on the old one go on; it ends with the server.
+			again, err := peer.Listen(s.cfg.SocketPath, 0o777, 0o755)
+			if err == nil {
+				socket = again
+				serve(socket)
+				log.Error("socket was removed by somebody else and put back")
+				continue
 			}
+			log = log.WithError(err)
+		}
+		if !replaced {
+			replaced = true
+			log.Error("socket was replaced by somebody else, or cannot be put back; restart the agent")
 		}
 	}
 }

@@ -268,6 +268,27 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
+func TestRemovedSocket(t *testing.T) {
+	w := serve(t, workloadapi.Config{}, newFake(say("a:b")))
+	w.put("/one", "a:b")
+	before := w.stream(t, t.Context())
+	wantPaths(t, before, "/one")
+	for range 2 {
+		if err := os.Remove(w.socket); err != nil {
+			t.Fatal(err)
+		}
+		for _, err := os.Lstat(w.socket); err != nil; _, err = os.Lstat(w.socket) {
+			if !os.IsNotExist(err) || t.Context().Err() != nil {
+				t.Fatal(err)
+			}
+			<-time.After(20 * time.Millisecond)
+		}
+		wantPaths(t, w.stream(t, t.Context()), "/one") // who comes is served
+	}
+	w.put("/two", "a:b")
+	wantPaths(t, before, "/one /two") // and who was there goes on
+}
+
 func TestAuditTo(t *testing.T) {
 	out := &lockedBuffer{}
 	w := serve(t, workloadapi.Config{Hold: -1, Audit: workloadapi.AuditTo(out, nil), LogSelectors: []string{"a"}}, newFake(say("a:b", "secret:password")))
