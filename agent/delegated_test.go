@@ -62,7 +62,7 @@ func TestDelegateAndEnvoy(t *testing.T) {
 	if err != nil || len(tokens.GetSvids()) != 1 || tokens.GetSvids()[0].GetId().GetPath() != "/app" {
 		t.Fatalf("got %v, %v", tokens, err)
 	}
-	own, err := api.SubscribeToX509SVIDs(ctx, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: int32(os.Getpid())}) //nolint:gosec // PIDs are small
+	own, err := api.SubscribeToX509SVIDs(ctx, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: int32(os.Getpid())})
 	if err != nil {
 		t.Fatal(err)
 	}
