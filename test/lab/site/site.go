@@ -24,7 +24,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 )
 
-// TrustDomain is the trust domain of every site.
+// TrustDomain is the trust domain of every site that has no other.
 const TrustDomain = "example.org"
 
 // Site is one server with its folder, and what agents need to know to join it.
@@ -36,6 +36,8 @@ type Site struct {
 	// Port is the server's TCP port on 127.0.0.1, chosen once, so that a server can be restarted
 	// where its agents look for it.
 	Port int
+	// Domain is the trust domain. Empty: TrustDomain.
+	Domain string
 	// LogLevel of the server and its agents. Empty: debug.
 	LogLevel string
 	// ServerExtra is put inside the server block, ServerBlocks after it.
@@ -148,7 +150,7 @@ func (s *Site) WriteServerConfig() (string, error) {
   %s
 }
 %s
-`, TrustDomain, s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra, s.serverBlocks())
+`, s.trustDomain(), s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra, s.serverBlocks())
 	path := s.ServerConfig()
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		return "", err
@@ -164,6 +166,13 @@ func (s *Site) serverBlocks() string {
 		return s.ServerBlocks
 	}
 	return `node_attestor "join_token" {}`
+}
+
+func (s *Site) trustDomain() string {
+	if s.Domain != "" {
+		return s.Domain
+	}
+	return TrustDomain
 }
 
 func (s *Site) logLevel() string {
@@ -280,7 +289,7 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
   %s
 }
 %s
-`, TrustDomain, s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), o.Trust, s.logLevel(), o.Extra, o.Blocks)
+`, s.trustDomain(), s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), o.Trust, s.logLevel(), o.Extra, o.Blocks)
 	return a, os.WriteFile(a.config, []byte(config), 0o600)
 }
 
