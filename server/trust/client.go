@@ -3,7 +3,6 @@ package trust
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -64,6 +63,8 @@ func (f *Fetcher) get(ctx context.Context, federation *records.Federation) ([]by
 	}
 	text, err := io.ReadAll(io.LimitReader(resp.Body, maxDocument+1))
 	switch {
+	case ctx.Err() != nil: // the endpoint may see the end of the time first, and end what it said
+		return nil, failed(ctx.Err())
 	case err != nil:
 		return nil, failed(err)
 	case len(text) > maxDocument:
@@ -88,8 +89,14 @@ func (f *Fetcher) authentication(ctx context.Context, federation *records.Federa
 	config := tlsconfig.TLSClientConfig(held.X509Bundle(), tlsconfig.AuthorizeID(federation.EndpointID))
 	config.MinVersion = tls.VersionTLS12
 	verify := config.VerifyPeerCertificate
-	config.VerifyPeerCertificate = func(raw [][]byte, chains [][]*x509.Certificate) error {
-		if err := verify(raw, chains); err != nil {
+	config.VerifyPeerCertificate = nil
+	// A resumed session is verified too, should there ever be one.
+	config.VerifyConnection = func(state tls.ConnectionState) error {
+		raw := make([][]byte, len(state.PeerCertificates))
+		for i, cert := range state.PeerCertificates {
+			raw[i] = cert.Raw
+		}
+		if err := verify(raw, nil); err != nil {
 			return fmt.Errorf("%w: %w", errEndpoint, err)
 		}
 		return nil

@@ -44,14 +44,14 @@ func TestEndpoint(t *testing.T) {
 	p := &picture{}
 	first, second := newAuthority(t, own), newAuthority(t, own)
 	e := NewEndpoint(own, p, 7*time.Minute, nil)
-	ask := func(method, path string) *http.Response {
+	ask := func(method, path string) *httptest.ResponseRecorder {
 		w := httptest.NewRecorder()
 		e.ServeHTTP(w, httptest.NewRequest(method, "https://localhost"+path, nil))
-		return w.Result()
+		return w
 	}
 	t.Run("there is nothing before the first picture", func(t *testing.T) {
-		if r := ask(http.MethodGet, "/"); r.StatusCode != http.StatusInternalServerError {
-			t.Error(r.Status)
+		if r := ask(http.MethodGet, "/"); r.Code != http.StatusInternalServerError {
+			t.Error(r.Code)
 		}
 	})
 	for sequence, cas := range [][]*authority{1: {first}, 2: {first, second}} {
@@ -67,21 +67,21 @@ func TestEndpoint(t *testing.T) {
 				if err != nil || b.Origin != uint64(sequence) || len(b.X509) != len(cas) || b.RefreshHint != 7*time.Minute {
 					t.Errorf("%+v, %v", b, err)
 				}
-				if r.Header.Get("Content-Type") != "application/json" || !strings.Contains(string(text), `"use":"x509-svid"`) {
-					t.Errorf("%v %s", r.Header, text)
+				if r.Header().Get("Content-Type") != "application/json" || !strings.Contains(string(text), `"use":"x509-svid"`) {
+					t.Errorf("%v %s", r.Header(), text)
 				}
 			}
 		})
 	}
 	t.Run("nothing else is there", func(t *testing.T) {
 		for _, path := range []string{"/bundle", "//", "/index.html", "/../"} {
-			if r := ask(http.MethodGet, path); r.StatusCode != http.StatusNotFound || r.Header.Get("Location") != "" {
-				t.Errorf("%s: %s", path, r.Status)
+			if r := ask(http.MethodGet, path); r.Code != http.StatusNotFound || r.Header().Get("Location") != "" {
+				t.Errorf("%s: %d", path, r.Code)
 			}
 		}
 		for _, method := range []string{http.MethodPost, http.MethodHead, http.MethodPut, http.MethodOptions} {
-			if r := ask(method, "/"); r.StatusCode != http.StatusMethodNotAllowed || r.Header.Get("Allow") != http.MethodGet {
-				t.Errorf("%s: %s", method, r.Status)
+			if r := ask(method, "/"); r.Code != http.StatusMethodNotAllowed || r.Header().Get("Allow") != http.MethodGet {
+				t.Errorf("%s: %d", method, r.Code)
 			}
 		}
 	})

@@ -6,7 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	stdlog "log"
+	stdlog "log" //nolint:depguard // net/http takes no other
 	"net/http"
 	"net/http/httptest"
 	"strings"

@@ -67,7 +67,7 @@ func readPEM(path string) ([]byte, error) {
 	case info.Size() > maxPEM:
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxPEM)
 	}
-	return os.ReadFile(path) //nolint:gosec // the operator names it
+	return os.ReadFile(path)
 }
 
 // Run reads the files again at an interval until ctx ends. A pair that does not fit, as while it is being
