@@ -86,7 +86,7 @@ fuzz: ## every fuzz target for FUZZTIME
 	FUZZTIME=$(FUZZTIME) ./test/fuzz.sh
 
 bench: build ## the numbers we promise
-	$(GO) test -run '^$$' -bench . -benchmem ./server/... ./agent/... ./workloadapi/... ./attestor/...
+	$(GO) test -run '^$$' -bench . -benchmem ./server/... ./agent/... ./workloadapi/... ./attestor/... ./test/world
 	$(GO) run ./test/bench -bin $(BIN)
 
 bench-short: build ## that everything can be measured: small counts, fails on wrong counts and errors only

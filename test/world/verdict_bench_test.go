@@ -10,16 +10,69 @@ import (
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/assay-id/assay/server"
+	"github.com/assay-id/assay/server/verdict"
+	"github.com/assay-id/assay/server/verdict/policy"
+	"github.com/assay-id/assay/server/wire/evidencev1"
 	"github.com/assay-id/assay/test/world"
 )
 
 // BenchmarkVerdict measures what a verdict takes from its commit until the last of 1,000 streams, on 50
 // agents that run the image, has the reduced set of identities.
 func BenchmarkVerdict(b *testing.B) {
-	const agents, each = 50, 20
 	w := world.New(b)
 	digest := world.Digest("a")
-	w.Verdict(digest, passes)
+	withdrawals(b, w, digest, func(selectors string) time.Time {
+		began := time.Now()
+		w.Verdict(digest, selectors)
+		return began
+	})
+}
+
+// BenchmarkIngest measures what it takes from the answer to a push of a report until the last of 1,000
+// streams, on 50 agents that run the image, has the reduced set of identities. All of it is the real
+// thing over real sockets, in one process: the server with its evidence service and its store on disk, the
+// agents, the workloads' streams.
+func BenchmarkIngest(b *testing.B) {
+	scan, problems := policy.New(policy.Block{Name: "prod", Sources: []string{verdict.Local}, Fail: []policy.Fails{{Severity: "critical"}}})
+	if len(problems) > 0 {
+		b.Fatal(problems)
+	}
+	w := world.New(b, func(c *server.Config) {
+		c.Evidence = &server.Evidence{Rules: verdict.Rules{Policies: []*policy.ScanPolicy{scan}}}
+	})
+	digest := world.Digest("a")
+	withdrawals(b, w, digest, func(selectors string) time.Time {
+		findings := "[]"
+		if selectors == fails {
+			findings = `[{"VulnerabilityID":"CVE-2099-1","PkgName":"lib","InstalledVersion":"1","Severity":"CRITICAL","PkgIdentifier":{"PURL":"pkg:deb/debian/lib@1"}}]`
+		}
+		stream, err := evidencev1.NewEvidenceClient(w.Local).Push(w.Context())
+		if err != nil {
+			b.Fatal(err)
+		}
+		for _, m := range []*evidencev1.PushRequest{
+			{Step: &evidencev1.PushRequest_Header{Header: &evidencev1.PushHeader{Image: digest}}},
+			{Step: &evidencev1.PushRequest_Chunk{Chunk: fmt.Appendf(nil, `{"SchemaVersion":2,"CreatedAt":%q,"ArtifactName":"shop",
+"ArtifactType":"container_image","Metadata":{"ImageID":%q,"OS":{"Family":"debian","Name":"12.9"}},"Results":[{"Target":"shop","Class":"os-pkgs",
+"Type":"debian","Packages":[{"Name":"lib"}],"Vulnerabilities":%s}]}`, time.Now().Format(time.RFC3339Nano), digest, findings)}},
+		} {
+			if err := stream.Send(m); err != nil {
+				b.Fatal(err)
+			}
+		}
+		if _, err := stream.CloseAndRecv(); err != nil {
+			b.Fatal(err)
+		}
+		return time.Now()
+	})
+}
+
+// withdrawals has a verdict withdrawn and restored, again and again, for 1,000 streams on 50 agents. decide
+// brings a verdict about and returns from when on time counts.
+func withdrawals(b *testing.B, w *world.World, digest string, decide func(selectors string) time.Time) {
+	const agents, each = 50, 20
+	decide(passes)
 	arrived := make(chan string, 4*agents*each)
 	var work sync.WaitGroup
 	for i := range agents {
@@ -55,12 +108,10 @@ func BenchmarkVerdict(b *testing.B) {
 	all("s")
 	var withdrawn, restored []time.Duration
 	for b.Loop() {
-		began := time.Now()
-		w.Verdict(digest, fails)
+		began := decide(fails)
 		all("q")
 		withdrawn = append(withdrawn, time.Since(began))
-		began = time.Now()
-		w.Verdict(digest, passes)
+		began = decide(passes)
 		all("s")
 		restored = append(restored, time.Since(began))
 	}
