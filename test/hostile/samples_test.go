@@ -153,12 +153,21 @@ var samples = map[string]sample{
 	"/spire.api.server.svid.v1.SVID/BatchNewWITSVID":     notYet("agent", &svidv1.BatchNewWITSVIDRequest{Params: []*svidv1.NewWITSVIDParams{{EntryId: "x"}}}),
 	"/spire.api.server.svid.v1.SVID/NewDownstreamX509CA": notYet("downstream", &svidv1.NewDownstreamX509CARequest{Csr: aCSR}),
 
-	"/spire.api.server.trustdomain.v1.TrustDomain/ListFederationRelationships":       notYet("admin", &trustdomainv1.ListFederationRelationshipsRequest{}),
-	"/spire.api.server.trustdomain.v1.TrustDomain/GetFederationRelationship":         notYet("admin", &trustdomainv1.GetFederationRelationshipRequest{}),
-	"/spire.api.server.trustdomain.v1.TrustDomain/BatchCreateFederationRelationship": notYet("admin", &trustdomainv1.BatchCreateFederationRelationshipRequest{}),
-	"/spire.api.server.trustdomain.v1.TrustDomain/BatchUpdateFederationRelationship": notYet("admin", &trustdomainv1.BatchUpdateFederationRelationshipRequest{}),
-	"/spire.api.server.trustdomain.v1.TrustDomain/BatchDeleteFederationRelationship": notYet("admin", &trustdomainv1.BatchDeleteFederationRelationshipRequest{}),
-	"/spire.api.server.trustdomain.v1.TrustDomain/RefreshBundle":                     notYet("admin", &trustdomainv1.RefreshBundleRequest{}),
+	"/spire.api.server.trustdomain.v1.TrustDomain/ListFederationRelationships": call("admin", fixed(&trustdomainv1.ListFederationRelationshipsRequest{PageSize: 2})),
+	"/spire.api.server.trustdomain.v1.TrustDomain/GetFederationRelationship": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &trustdomainv1.GetFederationRelationshipRequest{TrustDomain: g.related("related.test")}
+	}),
+	"/spire.api.server.trustdomain.v1.TrustDomain/BatchCreateFederationRelationship": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &trustdomainv1.BatchCreateFederationRelationshipRequest{FederationRelationships: []*types.FederationRelationship{aRelationship(g.name() + ".test")}}
+	}),
+	"/spire.api.server.trustdomain.v1.TrustDomain/BatchUpdateFederationRelationship": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &trustdomainv1.BatchUpdateFederationRelationshipRequest{FederationRelationships: []*types.FederationRelationship{aRelationship(g.related("related.test"))}}
+	}),
+	"/spire.api.server.trustdomain.v1.TrustDomain/BatchDeleteFederationRelationship": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &trustdomainv1.BatchDeleteFederationRelationshipRequest{TrustDomains: []string{g.related(g.name() + ".test")}}
+	}),
+	// No endpoint is there to refresh from; server/trust and server have tests with one.
+	"/spire.api.server.trustdomain.v1.TrustDomain/RefreshBundle": {as: "admin", code: codes.NotFound, messages: []message{fixed(&trustdomainv1.RefreshBundleRequest{TrustDomain: "nobody.test"})}},
 
 	"/spire.api.server.localauthority.v1.LocalAuthority/GetJWTAuthorityState":        notYet("admin", &localauthorityv1.GetJWTAuthorityStateRequest{}),
 	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareJWTAuthority":         notYet("admin", &localauthorityv1.PrepareJWTAuthorityRequest{}),
@@ -314,6 +323,29 @@ func (g *ground) federated() string {
 	g.t.Helper()
 	const td = "federated.test"
 	g.federate(td)
+	return td
+}
+
+// aRelationship is with a trust domain whose endpoint nobody is at.
+func aRelationship(td string) *types.FederationRelationship {
+	return &types.FederationRelationship{
+		TrustDomain: td, BundleEndpointUrl: "https://127.0.0.1:1/", TrustDomainBundle: aBundle(td),
+		BundleEndpointProfile: &types.FederationRelationship_HttpsSpiffe{HttpsSpiffe: &types.HTTPSSPIFFEProfile{EndpointSpiffeId: "spiffe://" + td + "/spire/server"}},
+	}
+}
+
+// related makes such a federation, if there is none, and returns the trust domain.
+func (g *ground) related(td string) string {
+	g.t.Helper()
+	resp, err := trustdomainv1.NewTrustDomainClient(g.as["local"]).BatchCreateFederationRelationship(g.context(), &trustdomainv1.BatchCreateFederationRelationshipRequest{
+		FederationRelationships: []*types.FederationRelationship{aRelationship(td)},
+	})
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	if st := resp.GetResults()[0].GetStatus(); st.GetCode() != int32(codes.OK) && st.GetCode() != int32(codes.AlreadyExists) {
+		g.t.Fatalf("create federation: %v", st)
+	}
 	return td
 }
 
