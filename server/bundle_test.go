@@ -143,6 +143,15 @@ func TestFederatedBundles(t *testing.T) {
 		if got := remove("example.org", bundlev1.BatchDeleteFederatedBundleRequest_DELETE); got != codes.InvalidArgument {
 			t.Errorf("our own: %s", got)
 		}
+		told := 0
+		for _, line := range w.audit() {
+			if line["event"] == "bundle.delete" && line["entry_id"] == e.GetId() {
+				told++
+			}
+		}
+		if told != 2 {
+			t.Errorf("%d audit lines name the entry that was changed and then deleted", told)
+		}
 	})
 	t.Run("authorities are appended to our own", func(t *testing.T) {
 		_, err := c.AppendBundle(ctx, &bundlev1.AppendBundleRequest{})

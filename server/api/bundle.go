@@ -326,9 +326,11 @@ func (s *bundleService) remove(ctx context.Context, name string, mode bundlev1.B
 		for i, e := range entries {
 			ids[i] = e.ID
 		}
-		errs, _, err := s.api.Records.DeleteEntries(ctx, ids)
-		for _, e := range errs {
-			if err == nil && e != nil && !errors.Is(e, records.ErrNotFound) {
+		errs, rev, err := s.api.Records.DeleteEntries(ctx, ids)
+		for i, e := range errs {
+			if e == nil {
+				ledgerOf(ctx).item(audit.Line{EntryID: ids[i], SPIFFEID: entries[i].SPIFFEID.String(), Rev: rev}, nil)
+			} else if err == nil && !errors.Is(e, records.ErrNotFound) {
 				err = e
 			}
 		}
@@ -337,12 +339,15 @@ func (s *bundleService) remove(ctx context.Context, name string, mode bundlev1.B
 		}
 	default: // dissociate
 		for _, e := range entries {
-			_, _, err := s.api.Records.UpdateEntry(ctx, e.ID, func(e *identity.Entry) error {
+			_, rev, err := s.api.Records.UpdateEntry(ctx, e.ID, func(e *identity.Entry) error {
 				e.FederatesWith = slices.DeleteFunc(slices.Clone(e.FederatesWith), func(with spiffeid.TrustDomain) bool { return with == td })
 				return nil
 			})
 			if err != nil && !errors.Is(err, records.ErrNotFound) {
 				return 0, fail("failed to dissociate entries from federated bundle", err)
+			}
+			if err == nil {
+				ledgerOf(ctx).item(audit.Line{EntryID: e.ID, SPIFFEID: e.SPIFFEID.String(), Rev: rev}, nil)
 			}
 		}
 	}
