@@ -21,7 +21,7 @@ import (
 func evidenceCommands() *cobra.Command {
 	return cli.Group("evidence", "Looks after what is known about images, and what comes of it",
 		evidenceList(), evidenceShow(), evidenceExplain(), evidencePush(), evidenceSimulate(),
-		evidenceExcept(), evidenceExceptions(), evidenceUnexcept(), evidenceRelease())
+		evidenceExcept(), evidenceExceptions(), evidenceUnexcept(), evidenceRelease(), evidenceAccept())
 }
 
 // shortTime is how times are shown.
@@ -360,6 +360,30 @@ func evidenceRelease() *cobra.Command {
 	return r.checked(func() error {
 		if policy == "" {
 			return errors.New("-policy is required: whose guard?")
+		}
+		return nil
+	}).Command
+}
+
+func evidenceAccept() *cobra.Command {
+	var req evidencev1.AcceptRequest
+	r := newRemote("accept", "Puts a report in force that was held because packages are gone", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+		resp, err := evidencev1.NewEvidenceClient(conn).Accept(ctx, &req)
+		if err != nil {
+			return err
+		}
+		return printPushed(r.Command, &r.output, []string{req.GetReport()}, []*evidencev1.PushResponse{resp})
+	})
+	f := r.Flags()
+	f.StringVar(&req.Report, "report", "", "The digest of the report's bytes, as its pusher and the webhooks were told")
+	f.StringVar(&req.Image, "image", "", "What it was pushed for, as it was written there; needed only if the same bytes were pushed for several")
+	f.StringVar(&req.Reason, "reason", "", "Why, for those who ask later")
+	return r.checked(func() error {
+		switch {
+		case req.GetReport() == "":
+			return errors.New("-report is required: the pusher's error and the audit log have its digest")
+		case req.GetReason() == "":
+			return errors.New("-reason is required: somebody will ask")
 		}
 		return nil
 	}).Command

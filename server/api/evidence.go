@@ -34,6 +34,7 @@ type Evidence interface {
 	Exceptions() []policy.Exception
 	DeleteException(ctx context.Context, id, who string) error
 	Release(ctx context.Context, policy, who string) ([]string, error)
+	Accept(ctx context.Context, hash, image, reason, who string) (*verdict.Pushed, error)
 	// Issued writes down certificates that rest on verdicts, before they are given out.
 	Issued(ctx context.Context, serials ...records.Serial) error
 }
@@ -137,10 +138,7 @@ func (s *evidenceService) Push(stream grpc.ClientStreamingServer[evidencev1.Push
 			line.Facts = append(line.Facts, "source:"+source)
 		}
 	})
-	resp := &evidencev1.PushResponse{
-		Format: pushed.Format, Kind: pushed.Kind, Hash: pushed.Hash, Sources: pushed.Sources, Duplicate: pushed.Duplicate,
-		Findings: clampInt32(pushed.Findings), Notes: pushed.Notes,
-	}
+	resp := pushedWire(pushed)
 	for _, i := range judge.Summaries(pushed.Images) {
 		w := imageWire(&i)
 		if who.Push != nil {
@@ -153,6 +151,13 @@ func (s *evidenceService) Push(stream grpc.ClientStreamingServer[evidencev1.Push
 		return err
 	}
 	return stream.SendAndClose(resp)
+}
+
+func pushedWire(p *verdict.Pushed) *evidencev1.PushResponse {
+	return &evidencev1.PushResponse{
+		Format: p.Format, Kind: p.Kind, Hash: p.Hash, Sources: p.Sources, Duplicate: p.Duplicate,
+		Findings: clampInt32(p.Findings), Notes: p.Notes,
+	}
 }
 
 func cut(s string) string { return s[:min(len(s), 500)] }
@@ -321,4 +326,27 @@ func (s *evidenceService) Release(ctx context.Context, req *evidencev1.ReleaseRe
 		return nil, fail("failed to release", err)
 	}
 	return &evidencev1.ReleaseResponse{Digests: digests}, nil
+}
+
+func (s *evidenceService) Accept(ctx context.Context, req *evidencev1.AcceptRequest) (*evidencev1.PushResponse, error) {
+	judge, err := s.on()
+	if err != nil {
+		return nil, err
+	}
+	who := caller.FromContext(ctx)
+	ledgerOf(ctx).note(func(l *audit.Line) { l.Report, l.Reason = cut(req.GetReport()), cut(req.GetReason()) })
+	pushed, err := judge.Accept(ctx, req.GetReport(), req.GetImage(), req.GetReason(), who.Name()+" "+who.Peer())
+	switch {
+	case errors.Is(err, verdict.ErrNotHeld):
+		return nil, refusal(codes.NotFound, err.Error())
+	case errors.Is(err, verdict.ErrReason):
+		return nil, refusal(codes.InvalidArgument, err.Error())
+	case err != nil:
+		return nil, fail("the report was not accepted", err)
+	}
+	resp := pushedWire(pushed)
+	for _, i := range judge.Summaries(pushed.Images) {
+		resp.Images = append(resp.Images, imageWire(&i))
+	}
+	return resp, nil
 }

@@ -125,7 +125,17 @@ const maxDocuments = 200
 // from it are written. An error that wraps ErrRefused says what is wrong with the document; then
 // nothing has changed.
 func (s *Service) Push(ctx context.Context, who Pusher, d Document) (*Pushed, error) {
-	out, err := s.push(ctx, who, d)
+	in := &incoming{now: s.cfg.Now(), hash: digestOf(d.Content)}
+	out, err := s.pushed(ctx, who, d, in)
+	if errors.Is(err, ErrHeld) {
+		s.hold(who, d, in.now)
+	}
+	return out, err
+}
+
+// pushed is Push for a document that came at in.now.
+func (s *Service) pushed(ctx context.Context, who Pusher, d Document, in *incoming) (*Pushed, error) {
+	out, err := s.push(ctx, who, d, in)
 	switch {
 	case err == nil:
 		s.settle(ctx)
@@ -155,10 +165,10 @@ type incoming struct {
 	sources    []string // that vouch for the document
 	notes      []string
 	unresolved string // why the registry was of no help
+	accepted   bool   // by an operator, although it looks as if the scanner had gone wrong
 }
 
-func (s *Service) push(ctx context.Context, who Pusher, d Document) (*Pushed, error) {
-	in := &incoming{now: s.cfg.Now(), hash: digestOf(d.Content)}
+func (s *Service) push(ctx context.Context, who Pusher, d Document, in *incoming) (*Pushed, error) {
 	if err := in.image(who, d); err != nil {
 		return nil, err
 	}
@@ -518,7 +528,7 @@ func (s *Service) admit(in *incoming) (map[string]string, map[string]*stored.Evi
 				Source: in.repository, TrustPolicy: source, Report: r,
 				ReceivedAt: in.now, VerifiedAt: in.proof.VerifiedAt, Hash: in.hash,
 			}
-			if err := s.newer(old, next, s.state.marks[id]); err != nil {
+			if err := s.newer(old, next, s.state.marks[id], in.accepted); err != nil {
 				return nil, nil, err
 			}
 			marks[id] = later(s.state.marks[id], &stored.EvidenceMark{
@@ -554,15 +564,17 @@ func evidenceTime(r policy.SourcedReport) time.Time {
 }
 
 // newer says why a report may not take the place of what is known.
-func (s *Service) newer(old *document, next policy.SourcedReport, mark *stored.EvidenceMark) error {
+func (s *Service) newer(old *document, next policy.SourcedReport, mark *stored.EvidenceMark, accepted bool) error {
 	if old != nil && old.report != nil {
 		was := policy.SourcedReport{
 			Source: next.Source, TrustPolicy: next.TrustPolicy, Report: old.report,
 			ReceivedAt: timeOf(old.GetReceivedAt()), VerifiedAt: timeOf(old.GetVerifiedAt()), Hash: old.GetHash(),
 		}
+		// That packages are gone is what Replaces looks at last.
 		switch err := policy.Replaces(was, next); {
+		case errors.Is(err, policy.ErrHold) && accepted:
 		case errors.Is(err, policy.ErrHold):
-			return clash(ErrHeld, "%w", err)
+			return clash(ErrHeld, "%w; if that is as it should be: assay-server evidence accept -report %s -reason …", err, next.Hash)
 		case err != nil:
 			return clash(ErrStale, "%w", err)
 		}

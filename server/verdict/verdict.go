@@ -143,7 +143,8 @@ type Service struct {
 	outbox outbox
 	feeds  feeds
 	marks  *marksFile
-	rev    kv.Rev // of the last verdict written
+	rev    kv.Rev    // of the last verdict written
+	held   []waiting // reports for an operator, the oldest first
 	// releasing is the policy whose guard lets everything go, while an operator releases it.
 	releasing string
 }
@@ -344,6 +345,7 @@ func (s *Service) Replace(ctx context.Context, rules Rules) error {
 	s.revokes.Store(slices.ContainsFunc(rules.Policies, revokes))
 	s.verifier.Replace(rules.Trust)
 	s.callers.Replace(rules.Sources)
+	s.held = nil // who was let in to push them may not be any more
 	err := s.verifyAgain(ctx)
 	s.readFeeds()
 	err = errors.Join(err, s.evaluate(ctx, "rules", s.all()))

@@ -93,6 +93,7 @@ var table = map[string]Kind{
 	"/assay.evidence.v1.Evidence/ListExceptions":  Local | Admin,
 	"/assay.evidence.v1.Evidence/DeleteException": Local | Admin,
 	"/assay.evidence.v1.Evidence/Release":         Local | Admin,
+	"/assay.evidence.v1.Evidence/Accept":          Local | Admin,
 
 	"/assay.admin.v1.Admin/Backup":         Local,
 	"/assay.admin.v1.Admin/TakeSnapshot":   Local,
