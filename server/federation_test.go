@@ -218,7 +218,9 @@ func TestBadRelationships(t *testing.T) {
 		{"no endpoint ID", func(r *types.FederationRelationship) { r.GetHttpsSpiffe().EndpointSpiffeId = "" }, "endpoint SPIFFE ID"},
 		{"an endpoint ID without path", func(r *types.FederationRelationship) { r.GetHttpsSpiffe().EndpointSpiffeId = "spiffe://abroad.test" }, "no path"},
 		{"another trust domain's bundle", func(r *types.FederationRelationship) { r.GetTrustDomainBundle().TrustDomain = "third.test" }, "must match"},
-		{"a broken bundle", func(r *types.FederationRelationship) { r.GetTrustDomainBundle().GetX509Authorities()[0].Asn1 = []byte("x") }, "unable to parse bundle"},
+		{"a broken bundle", func(r *types.FederationRelationship) {
+			r.GetTrustDomainBundle().GetX509Authorities()[0].Asn1 = []byte("x")
+		}, "unable to parse bundle"},
 	} {
 		t.Run(c.name+" is refused", func(t *testing.T) {
 			bad := proto.CloneOf(good)

@@ -90,13 +90,13 @@ func (s *trustDomainService) BatchCreateFederationRelationship(ctx context.Conte
 	var last kv.Rev
 	for _, w := range req.GetFederationRelationships() {
 		made, rev, err := s.create(ctx, w, req.GetOutputMask())
-		ledgerOf(ctx).item(audit.Line{SPIFFEID: "spiffe://" + w.GetTrustDomain(), Rev: rev}, err)
+		ledgerOf(ctx).item(audit.Line{SPIFFEID: "spiffe://" + w.GetTrustDomain(), Rev: rev.line()}, err)
 		r := &trustdomainv1.BatchCreateFederationRelationshipResponse_Result{Status: itemOK(), FederationRelationship: made}
 		if err != nil {
 			r.Status = itemFailed(err)
 		}
 		resp.Results = append(resp.Results, r)
-		last = max(last, rev)
+		last = max(last, rev.bundle)
 	}
 	s.api.settle(ctx, last)
 	return resp, nil
@@ -107,13 +107,13 @@ func (s *trustDomainService) BatchUpdateFederationRelationship(ctx context.Conte
 	var last kv.Rev
 	for _, w := range req.GetFederationRelationships() {
 		made, rev, err := s.update(ctx, w, req.GetInputMask(), req.GetOutputMask())
-		ledgerOf(ctx).item(audit.Line{SPIFFEID: "spiffe://" + w.GetTrustDomain(), Rev: rev}, err)
+		ledgerOf(ctx).item(audit.Line{SPIFFEID: "spiffe://" + w.GetTrustDomain(), Rev: rev.line()}, err)
 		r := &trustdomainv1.BatchUpdateFederationRelationshipResponse_Result{Status: itemOK(), FederationRelationship: made}
 		if err != nil {
 			r.Status = itemFailed(err)
 		}
 		resp.Results = append(resp.Results, r)
-		last = max(last, rev)
+		last = max(last, rev.bundle)
 	}
 	s.api.settle(ctx, last)
 	return resp, nil
@@ -168,7 +168,7 @@ func (s *trustDomainService) federationFromWire(w *types.FederationRelationship,
 	}
 	f := &records.Federation{TrustDomain: td, URL: w.GetBundleEndpointUrl()}
 	if mask != nil && !mask.GetBundleEndpointUrl() {
-		f.URL = "https://unchanged.invalid"
+		f.URL = "https://unchanged.invalid" // Check wants one; nobody takes it
 	}
 	if mask == nil || mask.GetBundleEndpointProfile() {
 		switch profile := w.GetBundleEndpointProfile().(type) {
@@ -200,27 +200,34 @@ func (s *trustDomainService) federationFromWire(w *types.FederationRelationship,
 	return f, b, nil
 }
 
-func (s *trustDomainService) create(ctx context.Context, w *types.FederationRelationship, out *types.FederationRelationshipMask) (*types.FederationRelationship, kv.Rev, error) {
+// commits are what one item of a batch wrote; 0: nothing of it.
+type commits struct{ bundle, federation kv.Rev }
+
+// line is the one that the audit line names.
+func (c commits) line() kv.Rev { return max(c.bundle, c.federation) }
+
+func (s *trustDomainService) create(ctx context.Context, w *types.FederationRelationship, out *types.FederationRelationshipMask) (*types.FederationRelationship, commits, error) {
 	f, b, err := s.federationFromWire(w, nil)
 	if err != nil {
-		return nil, 0, err
+		return nil, commits{}, err
 	}
 	if f.TrustDomain == s.api.cfg.TrustDomain {
-		return nil, 0, refusal(codes.InvalidArgument, "unable to create federation relationship for server trust domain")
+		return nil, commits{}, refusal(codes.InvalidArgument, "unable to create federation relationship for server trust domain")
 	}
 	present := refusal(codes.AlreadyExists, "federation relationship already exists")
 	// The bundle goes first, for the first fetch is verified with it.
 	switch _, err := s.api.Federations.Federation(ctx, f.TrustDomain); {
 	case err == nil:
-		return nil, 0, present
+		return nil, commits{}, present
 	case !errors.Is(err, records.ErrNotFound):
-		return nil, 0, fail("failed to create federation relationship", err)
+		return nil, commits{}, fail("failed to create federation relationship", err)
 	}
-	held, rev, err := s.put(ctx, b)
+	held, at, err := s.put(ctx, b)
 	if err != nil {
-		return nil, 0, err
+		return nil, commits{}, err
 	}
-	_, err = s.api.Federations.CreateFederation(ctx, f)
+	rev := commits{bundle: at}
+	rev.federation, err = s.api.Federations.CreateFederation(ctx, f)
 	switch {
 	case errors.Is(err, records.ErrExists):
 		return nil, rev, present
@@ -231,23 +238,24 @@ func (s *trustDomainService) create(ctx context.Context, w *types.FederationRela
 	return made, rev, err
 }
 
-func (s *trustDomainService) update(ctx context.Context, w *types.FederationRelationship, in, out *types.FederationRelationshipMask) (*types.FederationRelationship, kv.Rev, error) {
+func (s *trustDomainService) update(ctx context.Context, w *types.FederationRelationship, in, out *types.FederationRelationshipMask) (*types.FederationRelationship, commits, error) {
 	f, b, err := s.federationFromWire(w, in)
 	if err != nil {
-		return nil, 0, err
+		return nil, commits{}, err
 	}
 	absent := refusal(codes.NotFound, "federation relationship does not exist")
 	switch _, err := s.api.Federations.Federation(ctx, f.TrustDomain); {
 	case errors.Is(err, records.ErrNotFound):
-		return nil, 0, absent
+		return nil, commits{}, absent
 	case err != nil:
-		return nil, 0, fail("failed to update federation relationship", err)
+		return nil, commits{}, fail("failed to update federation relationship", err)
 	}
-	held, rev, err := s.put(ctx, b)
+	held, at, err := s.put(ctx, b)
 	if err != nil {
-		return nil, 0, err
+		return nil, commits{}, err
 	}
-	now, _, err := s.api.Federations.UpdateFederation(ctx, f.TrustDomain, func(now *records.Federation) error {
+	rev := commits{bundle: at}
+	now, at, err := s.api.Federations.UpdateFederation(ctx, f.TrustDomain, func(now *records.Federation) error {
 		if in == nil || in.GetBundleEndpointUrl() {
 			now.URL = f.URL
 		}
@@ -262,6 +270,7 @@ func (s *trustDomainService) update(ctx context.Context, w *types.FederationRela
 	case err != nil:
 		return nil, rev, fail("failed to update federation relationship", err)
 	}
+	rev.federation = at
 	made, err := s.wire(now, held, out)
 	return made, rev, err
 }
@@ -290,14 +299,14 @@ func (s *trustDomainService) remove(ctx context.Context, name string) (kv.Rev, e
 	if err != nil {
 		return 0, malformed("failed to parse trust domain", err)
 	}
-	_, err = s.api.Federations.DeleteFederation(ctx, td)
+	rev, err := s.api.Federations.DeleteFederation(ctx, td)
 	switch {
 	case errors.Is(err, records.ErrNotFound):
 		return 0, refusal(codes.NotFound, "federation relationship not found")
 	case err != nil:
 		return 0, fail("failed to delete federation relationship", err)
 	}
-	return 0, nil
+	return rev, nil
 }
 
 // wire returns what of a relationship the mask names; a nil mask names all. held is the bundle if it is
