@@ -14,12 +14,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
@@ -222,6 +224,45 @@ func TestFederation(t *testing.T) {
 	web.work(t)
 	t.Run("the authority behind https_spiffe rotates", func(t *testing.T) { rotate(t, spiffe, web) })
 	t.Run("the authority behind https_web rotates", func(t *testing.T) { rotate(t, web, spiffe) })
+}
+
+// TestFederatedBundleIsPushed measures how long a bundle takes from the server's store to a workload.
+func TestFederatedBundleIsPushed(t *testing.T) {
+	r := &realm{td: spiffeid.RequireTrustDomainFromString(site.TrustDomain), far: spiffeid.RequireTrustDomainFromString("far.test"), Site: newSite(t, nil)}
+	conn, err := r.DialServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	b := &types.Bundle{TrustDomain: r.far.Name()}
+	set := func() {
+		t.Helper()
+		path, _ := webCertificate(t, t.TempDir())
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		block, _ := pem.Decode(text)
+		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: block.Bytes})
+		resp, err := bundlev1.NewBundleClient(conn).BatchSetFederatedBundle(t.Context(), &bundlev1.BatchSetFederatedBundleRequest{Bundle: []*types.Bundle{b}})
+		if err != nil || resp.GetResults()[0].GetStatus().GetCode() != 0 {
+			t.Fatal(resp, err)
+		}
+	}
+	set()
+	r.work(t)
+	var waits []time.Duration
+	for n := 2; n <= 6; n++ {
+		begin := time.Now()
+		set()
+		r.until(t, "new bundle", r.believes(n))
+		waits = append(waits, time.Since(begin))
+	}
+	slices.Sort(waits)
+	t.Logf("from the call to the workload: %v", waits)
+	if median := waits[len(waits)/2]; median > time.Second {
+		t.Errorf("a bundle takes %s to a workload: it is not pushed", median)
+	}
 }
 
 // webCertificate makes a certificate for 127.0.0.1 that signs itself.
