@@ -55,6 +55,8 @@ type Evidence struct {
 	// KEVFile and EPSSFile are the vulnerability feeds, looked at every FeedRefresh.
 	KEVFile, EPSSFile string
 	FeedRefresh       time.Duration
+	// KeepUnused is how long an image stays known that nobody runs and nobody pushes about. 0: for ever.
+	KeepUnused time.Duration
 	// RequireSigned refuses entries that rest on claims alone.
 	RequireSigned bool
 	// CRLFile and CRLAddress are where the list of revoked certificates is to be found.
@@ -76,6 +78,7 @@ type evidenceBlock struct {
 	KEVFile     string         `hcl:"kev_file,optional"`
 	EPSSFile    string         `hcl:"epss_file,optional"`
 	FeedRefresh string         `hcl:"feed_refresh,optional"`
+	KeepUnused  string         `hcl:"keep_unused,optional"`
 	Require     string         `hcl:"require_evidence,optional"`
 	CRLFile     string         `hcl:"crl_file,optional"`
 	CRLAddress  string         `hcl:"crl_address,optional"`
@@ -96,7 +99,7 @@ type webhookBlock struct {
 }
 
 func (l *loader) evidence(b *evidenceBlock) Evidence {
-	e := Evidence{FeedRefresh: time.Minute}
+	e := Evidence{FeedRefresh: time.Minute, KeepUnused: 90 * 24 * time.Hour}
 	if b == nil {
 		return e
 	}
@@ -105,6 +108,7 @@ func (l *loader) evidence(b *evidenceBlock) Evidence {
 	// The feeds' files may come later: a cron job downloads them.
 	e.KEVFile, e.EPSSFile = l.inFile(key+"kev_file", b.KEVFile), l.inFile(key+"epss_file", b.EPSSFile)
 	e.FeedRefresh = l.duration(key+"feed_refresh", b.FeedRefresh, e.FeedRefresh, time.Second)
+	e.KeepUnused = l.keepUnused(key+"keep_unused", b.KeepUnused, e.KeepUnused)
 	e.RequireSigned = l.oneOf(key+"require_evidence", b.Require, "any", "signed") == "signed"
 	e.CRLFile = l.inFile(key+"crl_file", b.CRLFile)
 	if b.CRLAddress != "" {
@@ -124,6 +128,22 @@ func (l *loader) evidence(b *evidenceBlock) Evidence {
 		e.Webhooks = append(e.Webhooks, l.webhook(w, e.Webhooks))
 	}
 	return e
+}
+
+// keepUnused reads a duration that may be written in days, or "0".
+func (l *loader) keepUnused(key, text string, byDefault time.Duration) time.Duration {
+	if text == "0" {
+		return 0
+	}
+	if days, ok := strings.CutSuffix(text, "d"); ok {
+		n, err := strconv.ParseUint(days, 10, 16)
+		if err != nil {
+			l.say(key, "Invalid duration", "%q is no duration: write a whole number of days, as in \"90d\", or \"0\" for ever.", text)
+			return byDefault
+		}
+		text = strconv.FormatUint(n*24, 10) + "h"
+	}
+	return l.duration(key, text, byDefault, 24*time.Hour)
 }
 
 func (l *loader) webhook(b webhookBlock, before []Webhook) Webhook {

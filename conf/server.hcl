@@ -187,6 +187,10 @@ key_manager "disk" {
   #feed_refresh = "1m"
 
   # The list of revoked certificates: a PEM file, and an address where GET /crl answers with it in DER.
+  # Images that nobody has run for so long, and nobody has pushed about, are forgotten with their documents,
+  # in whole days or as other durations; "0" keeps them for ever. That newer evidence was known stays known.
+  #keep_unused = "90d"
+
   #crl_file    = "/var/lib/assay/crl.pem"
   #crl_address = "0.0.0.0:8092"
 

@@ -58,7 +58,7 @@ func evidenceRules(from *conf.Server) (verdict.Rules, error) {
 		Policies: conf.NamedOf[*policy.ScanPolicy](from.Named, rules.Scan),
 		Trust:    conf.NamedOf[*trust.Policy](from.Named, rules.Trust),
 		Sources:  conf.NamedOf[*trust.Source](from.Named, rules.Source),
-		KEVPath:  e.KEVFile, EPSSPath: e.EPSSFile, FeedEvery: e.FeedRefresh,
+		KEVPath:  e.KEVFile, EPSSPath: e.EPSSFile, FeedEvery: e.FeedRefresh, KeepUnused: e.KeepUnused,
 	}
 	for _, w := range e.Webhooks {
 		hook := verdict.Webhook{Name: w.Name, URL: w.URL, Events: w.Events}

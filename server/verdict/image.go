@@ -49,6 +49,8 @@ type link struct {
 type image struct {
 	digest    string
 	seenAt    time.Time // first run by an agent; zero: never
+	usedAt    time.Time // last known to run or to be pushed about; see forgetUnused
+	usedKept  time.Time // that time as it is stored
 	updatedAt time.Time
 	links     map[string]link
 	names     []string // as it was pushed, for people
@@ -388,6 +390,7 @@ func (s *Service) read(ctx context.Context, d *document) error {
 func (s *Service) readImage(ctx context.Context, digest string, m *stored.EvidenceImage) error {
 	i := s.newImage(digest)
 	i.seenAt, i.updatedAt, i.names = timeOf(m.GetSeenAt()), timeOf(m.GetUpdatedAt()), m.GetNames()
+	i.usedAt, i.usedKept = timeOf(m.GetUsedAt()), timeOf(m.GetUsedAt())
 	for _, l := range m.GetLinks() {
 		s.addLink(i, l.GetDigest(), link{kind: l.GetKind(), platform: l.GetPlatform()})
 	}
@@ -418,7 +421,7 @@ func (s *Service) readImage(ctx context.Context, digest string, m *stored.Eviden
 
 // stored returns the record of an image.
 func (i *image) stored() *stored.EvidenceImage {
-	m := &stored.EvidenceImage{SeenAt: nanos(i.seenAt), UpdatedAt: nanos(i.updatedAt), Names: i.names, FirstSeen: i.firstBlob}
+	m := &stored.EvidenceImage{SeenAt: nanos(i.seenAt), UpdatedAt: nanos(i.updatedAt), Names: i.names, FirstSeen: i.firstBlob, UsedAt: nanos(i.usedAt)}
 	for _, digest := range slices.Sorted(maps.Keys(i.links)) {
 		m.Links = append(m.Links, &stored.EvidenceLink{Digest: digest, Kind: i.links[digest].kind, Platform: i.links[digest].platform})
 	}

@@ -442,6 +442,9 @@ func (s *Service) take(ctx context.Context, in *incoming, who Pusher, d Document
 	if len(fresh) == 0 {
 		out.Duplicate = true
 		out.Images = s.imagesOf(in)
+		for _, digest := range out.Images {
+			s.state.images[digest].usedAt = in.now
+		}
 		return out, s.extend(ctx, in)
 	}
 	change := records.EvidenceChange{

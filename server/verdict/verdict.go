@@ -56,6 +56,7 @@ type Store interface {
 	Blob(ctx context.Context, blob *stored.EvidenceBlob) ([]byte, error)
 	Blobs(ctx context.Context) ([]string, error)
 	DropBlobs(ctx context.Context, hashes ...string) error
+	DeleteVerdict(ctx context.Context, digest string) (kv.Rev, error)
 	UpdateVerdict(ctx context.Context, digest string, change func(*records.Verdict) error) (*records.Verdict, kv.Rev, error)
 	Verdict(ctx context.Context, digest string) (*records.Verdict, error)
 	PutSerials(ctx context.Context, serials ...records.Serial) error
@@ -85,7 +86,9 @@ type Rules struct {
 	// KEVPath and EPSSPath are the feeds' files, empty for none. They are looked at every FeedEvery.
 	KEVPath, EPSSPath string
 	FeedEvery         time.Duration
-	Webhooks          []Webhook
+	// KeepUnused is how long an image stays known that nobody runs and nobody pushes about. 0: for ever.
+	KeepUnused time.Duration
+	Webhooks   []Webhook
 }
 
 // Config is what a Service can do without.
@@ -143,6 +146,7 @@ type Service struct {
 	outbox outbox
 	feeds  feeds
 	marks  *marksFile
+	sweep  time.Time // when to look for images to forget again
 	rev    kv.Rev    // of the last verdict written
 	held   []waiting // reports for an operator, the oldest first
 	// releasing is the policy whose guard lets everything go, while an operator releases it.
@@ -268,6 +272,9 @@ func (s *Service) due(ctx context.Context) time.Duration {
 			return retryAfter
 		}
 	}
+	if err := s.forgetUnused(ctx, now); err != nil && ctx.Err() == nil {
+		s.cfg.Log.WithError(err).Warn("cannot forget images that nobody uses, will try again")
+	}
 	sleep := longest
 	for _, i := range s.state.images {
 		if !i.due.IsZero() {
@@ -317,6 +324,7 @@ func (s *Service) seen(ctx context.Context, running []string) error {
 		if i == nil {
 			i = s.newImage(digest)
 		}
+		i.usedAt = now
 		if i.seenAt.IsZero() {
 			i.seenAt = now
 		} else if !i.lease.IsZero() && i.published != nil {
