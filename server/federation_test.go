@@ -61,15 +61,15 @@ func TestFederation(t *testing.T) {
 		if _, err := localauthorityv1.NewLocalAuthorityClient(far.local).PrepareX509Authority(ctx, &localauthorityv1.PrepareX509AuthorityRequest{}); err != nil {
 			t.Fatal(err)
 		}
+		want := far.ownBundle()
+		for len(want.GetX509Authorities()) < 2 { // the picture abroad follows its store
+			want = far.ownBundle()
+		}
 		if _, err := w.federations().RefreshBundle(ctx, &trustdomainv1.RefreshBundleRequest{TrustDomain: abroadTD.Name()}); err != nil {
 			t.Fatal(err)
 		}
-		want, err := far.bundles().GetBundle(ctx, &bundlev1.GetBundleRequest{})
-		if err != nil {
-			t.Fatal(err)
-		}
 		have, err := w.bundles().GetFederatedBundle(ctx, &bundlev1.GetFederatedBundleRequest{TrustDomain: abroadTD.Name()})
-		if err != nil || len(have.GetX509Authorities()) != 2 || len(want.GetX509Authorities()) != 2 ||
+		if err != nil || len(have.GetX509Authorities()) != 2 ||
 			len(have.GetJwtAuthorities()) != len(want.GetJwtAuthorities()) {
 			t.Errorf("have %v, want %v, %v", have, want, err)
 		}

@@ -29,7 +29,7 @@ type Federations interface {
 // Refresher fetches a federated bundle now; *trust.Fetcher is one. An error that has a method
 // Endpoint() string says there what the caller may be told.
 type Refresher interface {
-	Refresh(ctx context.Context, td spiffeid.TrustDomain) (known bool, err error)
+	Refresh(ctx context.Context, td spiffeid.TrustDomain) (rev kv.Rev, known bool, err error)
 }
 
 // trustDomainService is trustdomain.v1. As with SPIRE it knows the federations that were made through it,
@@ -140,7 +140,7 @@ func (s *trustDomainService) RefreshBundle(ctx context.Context, req *trustdomain
 		return nil, malformed("trust domain argument is not valid", err)
 	}
 	ledgerOf(ctx).note(func(l *audit.Line) { l.SPIFFEID = td.IDString() })
-	known, err := s.api.Refresher.Refresh(ctx, td)
+	rev, known, err := s.api.Refresher.Refresh(ctx, td)
 	var told interface {
 		error
 		Endpoint() string
@@ -153,6 +153,8 @@ func (s *trustDomainService) RefreshBundle(ctx context.Context, req *trustdomain
 	case !known:
 		return nil, refusal(codes.NotFound, fmt.Sprintf("no relationship with trust domain %q", td.Name()))
 	}
+	ledgerOf(ctx).note(func(l *audit.Line) { l.Rev = rev })
+	s.api.settle(ctx, rev)
 	return &emptypb.Empty{}, nil
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -42,25 +43,25 @@ func fail(format string, args ...any) error {
 }
 
 // fetch gets a bundle, stores it if it is another than the one that is held, and tells of it. It returns
-// the bundle as it is held now.
-func (f *Fetcher) fetch(ctx context.Context, federation *records.Federation) (*identity.Bundle, error) {
+// the bundle as it is held now, and the commit that made it so, 0 if that was before the server started.
+func (f *Fetcher) fetch(ctx context.Context, federation *records.Federation) (*identity.Bundle, kv.Rev, error) {
 	name := federation.TrustDomain.Name()
 	s := f.of(federation.TrustDomain)
 	select {
 	case s.turn <- struct{}{}:
 		defer func() { <-s.turn }()
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, 0, ctx.Err()
 	}
 	select {
 	case f.slots <- struct{}{}:
 		defer func() { <-f.slots }()
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, 0, ctx.Err()
 	}
 	held, changed, err := f.exchange(ctx, federation, s)
 	if ctx.Err() != nil && err != nil {
-		return nil, err // who asked has gone: it says nothing of the endpoint
+		return nil, 0, err // who asked has gone: it says nothing of the endpoint
 	}
 	log := f.cfg.Log.WithFields(logrus.Fields{"trust_domain": name, "url": federation.URL})
 	switch {
@@ -75,7 +76,7 @@ func (f *Fetcher) fetch(ctx context.Context, federation *records.Federation) (*i
 		s.said = ""
 		f.fetches.WithLabelValues(name, outcome).Inc()
 		f.fresh.WithLabelValues(name).Set(float64(f.cfg.Now().Unix()))
-		return held, nil
+		return held, s.rev, nil
 	case errors.Is(err, ErrRefused):
 		f.fetches.WithLabelValues(name, "refused").Inc()
 	default:
@@ -89,7 +90,7 @@ func (f *Fetcher) fetch(ctx context.Context, federation *records.Federation) (*i
 			f.tell(audit.Line{SPIFFEID: federation.TrustDomain.IDString(), Peer: federation.URL, Outcome: audit.Deny, Reason: text})
 		}
 	}
-	return nil, err
+	return nil, 0, err
 }
 
 // tell writes an audit line that nothing depends on.
@@ -137,7 +138,7 @@ func (f *Fetcher) exchange(ctx context.Context, federation *records.Federation, 
 		return nil, false, fmt.Errorf("write audit line: %w", err)
 	}
 	changed := false
-	held, _, err = f.store.UpdateBundle(ctx, td, func(b *identity.Bundle) error {
+	held, rev, err := f.store.UpdateBundle(ctx, td, func(b *identity.Bundle) error {
 		if err := newer(given, b.Origin); err != nil {
 			return err
 		}
@@ -148,7 +149,7 @@ func (f *Fetcher) exchange(ctx context.Context, federation *records.Federation, 
 	if err != nil {
 		return nil, false, fmt.Errorf("store bundle: %w", err)
 	}
-	s.seen = max(s.seen, given.Origin)
+	s.seen, s.rev = max(s.seen, given.Origin), rev
 	return held, changed, nil
 }
 

@@ -65,7 +65,7 @@ func TestFetch(t *testing.T) {
 	t.Run("the number outlives the process", func(t *testing.T) {
 		again := New(s.rec, s.lines, Config{})
 		s.serve(written(t, bundle(other, 1, s.ca)))
-		if _, err := again.Refresh(t.Context(), other); !errors.Is(err, ErrRefused) {
+		if _, _, err := again.Refresh(t.Context(), other); !errors.Is(err, ErrRefused) {
 			t.Error(err)
 		}
 	})
@@ -78,7 +78,7 @@ func TestFetch(t *testing.T) {
 		}
 	})
 	t.Run("who is not federated with is not known", func(t *testing.T) {
-		if known, err := s.Refresh(t.Context(), third); known || err != nil {
+		if _, known, err := s.Refresh(t.Context(), third); known || err != nil {
 			t.Errorf("%v, %v", known, err)
 		}
 	})
@@ -348,7 +348,7 @@ func TestRun(t *testing.T) {
 		if _, err := s.rec.DeleteFederation(t.Context(), other); err != nil {
 			t.Fatal(err)
 		}
-		if known, err := s.Refresh(t.Context(), other); known || err != nil {
+		if _, known, err := s.Refresh(t.Context(), other); known || err != nil {
 			t.Errorf("%v, %v", known, err)
 		}
 	})
@@ -358,7 +358,7 @@ func TestStaticWins(t *testing.T) {
 	s := newStage(t)
 	s.federate(t)
 	f := New(s.rec, s.lines, Config{Static: []*records.Federation{{TrustDomain: other, URL: "https://localhost:1/", EndpointID: spiffeid.RequireFromString("spiffe://other.test/spire/server")}}})
-	if known, err := f.Refresh(t.Context(), other); !known || err == nil || errors.Is(err, ErrRefused) {
+	if _, known, err := f.Refresh(t.Context(), other); !known || err == nil || errors.Is(err, ErrRefused) {
 		t.Errorf("%v, %v", known, err)
 	}
 	if s.asked != 0 {

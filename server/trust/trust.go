@@ -94,6 +94,7 @@ type Fetcher struct {
 type state struct {
 	turn chan struct{} // one fetch at a time; who holds it owns the rest
 	seen uint64        // the highest sequence number of its documents
+	rev  kv.Rev        // of the commit that last changed its bundle; 0: none since the server started
 	said string        // the failure that was told last; empty: it went well
 }
 
@@ -213,7 +214,7 @@ func (f *Fetcher) keep(ctx context.Context, federation *records.Federation) {
 	f.cfg.Log.WithFields(logrus.Fields{"trust_domain": federation.TrustDomain.Name(), "url": federation.URL}).Info("federation begins")
 	failures := 0
 	for {
-		held, err := f.fetch(ctx, federation)
+		held, _, err := f.fetch(ctx, federation)
 		var wait time.Duration
 		if err != nil {
 			wait = f.retry(failures)
@@ -259,8 +260,9 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// Refresh fetches the bundle of a trust domain now. It reports whether there is a federation with it.
-func (f *Fetcher) Refresh(ctx context.Context, td spiffeid.TrustDomain) (known bool, err error) {
+// Refresh fetches the bundle of a trust domain now. It reports whether there is a federation with it, and the
+// revision of the commit that the bundle is from, 0 if the server did not fetch it since it started.
+func (f *Fetcher) Refresh(ctx context.Context, td spiffeid.TrustDomain) (rev kv.Rev, known bool, err error) {
 	var federation *records.Federation
 	for _, static := range f.cfg.Static {
 		if static.TrustDomain == td {
@@ -271,13 +273,13 @@ func (f *Fetcher) Refresh(ctx context.Context, td spiffeid.TrustDomain) (known b
 		federation, err = f.store.Federation(ctx, td)
 		switch {
 		case errors.Is(err, records.ErrNotFound):
-			return false, nil
+			return 0, false, nil
 		case err != nil:
-			return false, err
+			return 0, false, err
 		}
 	}
-	_, err = f.fetch(ctx, federation)
-	return true, err
+	_, rev, err = f.fetch(ctx, federation)
+	return rev, true, err
 }
 
 // of returns what is remembered of a trust domain.

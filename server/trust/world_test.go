@@ -244,7 +244,7 @@ func (s *stage) held(t *testing.T) *identity.Bundle {
 // refresh fetches the bundle of other.
 func (s *stage) refresh(t *testing.T) error {
 	t.Helper()
-	known, err := s.Refresh(t.Context(), other)
+	_, known, err := s.Refresh(t.Context(), other)
 	if !known {
 		t.Fatal("there is no federation")
 	}
