@@ -15,6 +15,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/records/stored"
 	"github.com/assay-id/assay/server/verdict/policy"
 )
 
@@ -22,7 +24,6 @@ import (
 type feeds struct {
 	now       policy.Feeds
 	kev, epss seenFile
-	stale     map[string]bool // which of them were told to be stale
 }
 
 // seenFile tells whether a file is another one than before.
@@ -207,12 +208,13 @@ func earlierOf(said, modified time.Time) time.Time {
 	return said
 }
 
+// feedGuard and a feed's name is where it is kept that the feed was told to be stale, beside the guards of
+// policies: no policy has a colon in its name.
+const feedGuard = "feed:"
+
 // staleFeeds tells once of a feed that has become too old for a policy. mu is held.
 func (s *Service) staleFeeds(ctx context.Context) {
 	now := s.cfg.Now()
-	if s.feeds.stale == nil {
-		s.feeds.stale = map[string]bool{}
-	}
 	for _, f := range []struct {
 		name, path string
 		at         time.Time
@@ -222,13 +224,21 @@ func (s *Service) staleFeeds(ctx context.Context) {
 			oldest = stricter(oldest, p.FeedMaxAge)
 		}
 		stale := f.path != "" && oldest > 0 && now.Sub(f.at) > oldest
-		if stale && !s.feeds.stale[f.name] {
+		told := feedGuard + f.name
+		if stale == (s.state.guards[told] != nil) {
+			continue
+		}
+		change := records.EvidenceChange{Guards: map[string]*stored.EvidenceGuard{told: nil}}
+		delete(s.state.guards, told)
+		if stale {
+			change.Guards[told] = &stored.EvidenceGuard{TrippedAt: nanos(now)}
+			s.state.guards[told] = change.Guards[told]
 			e := event{Type: eventFeed, Reason: fmt.Sprintf("the %s feed is of %s, older than feed_max_age %s", f.name, f.at.UTC().Format(time.RFC3339), oldest)}
-			if err := s.alertNow(ctx, e, "feed", now); err != nil && ctx.Err() == nil {
-				s.cfg.Log.WithError(err).Error("cannot keep an alert")
-			}
+			s.alert(&change, e, "feed", now)
 			s.cfg.Log.WithField("feed", f.name).Warn("A vulnerability feed is too old to clear findings")
 		}
-		s.feeds.stale[f.name] = stale
+		if err := s.Store.WriteEvidence(ctx, change); err != nil && ctx.Err() == nil {
+			s.cfg.Log.WithError(err).Error("cannot keep an alert")
+		}
 	}
 }
