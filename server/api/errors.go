@@ -112,6 +112,8 @@ func code(err error) (codes.Code, string) {
 	case errors.Is(err, ca.ErrKey), errors.Is(err, ca.ErrCSR), errors.Is(err, ca.ErrDNSName),
 		errors.Is(err, ca.ErrID), errors.Is(err, ca.ErrTTL), errors.Is(err, ca.ErrAudience):
 		return codes.InvalidArgument, err.Error()
+	case errors.Is(err, ca.ErrManyAuthorities):
+		return codes.ResourceExhausted, ca.ErrManyAuthorities.Error()
 	case errors.Is(err, ca.ErrNoAuthority):
 		return codes.Unavailable, ca.ErrNoAuthority.Error()
 	case errors.Is(err, verdict.ErrStale), errors.Is(err, verdict.ErrHeld):

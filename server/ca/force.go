@@ -26,7 +26,13 @@ var (
 	// ErrNotTainted says that the authority must be tainted before it is revoked: what it signed is
 	// replaced first.
 	ErrNotTainted = errors.New("authority is not tainted")
+	// ErrManyAuthorities says that no other authority is made before some have left the bundle.
+	ErrManyAuthorities = errors.New("there are too many authorities: taint and revoke old ones")
 )
+
+// maxLive is how many authorities of a kind may be in the bundle before an operator is given no other:
+// everybody who verifies has to take all of them.
+const maxLive = 200
 
 // A forced rotation is four steps of an operator, each of them here, in this order:
 //
@@ -39,12 +45,16 @@ var (
 // the next start: a step that was begun is not taken back.
 
 // PrepareAuthority makes an authority of the kind and publishes it. The revision is that of the bundle
-// that names it. One that was prepared before and never signed is old from now on.
+// that names it. One that was prepared before leaves the bundle: it has signed nothing, and it may be the
+// reason why another is wanted.
 func (c *CA) PrepareAuthority(ctx context.Context, kind string) (records.Journal, kv.Rev, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := c.cfg.Now()
 	before := c.find(kind, StatePrepared)
+	if c.live(kind, now) >= maxLive {
+		return records.Journal{}, 0, ErrManyAuthorities
+	}
 	c.dropPending(ctx, kind)
 	next, err := c.makeAuthority(ctx, kind)
 	if err != nil {
@@ -52,7 +62,7 @@ func (c *CA) PrepareAuthority(ctx context.Context, kind string) (records.Journal
 	}
 	changed := []*authority{next}
 	if before != nil {
-		changed = append(changed, before.with(StateOld, now))
+		changed = append(changed, before.with(StateRevoked, now))
 	}
 	if err := c.put(ctx, changed...); err != nil {
 		c.pending[kind] = next // it may have been written: the next turn uses it or deletes its key
@@ -192,6 +202,17 @@ func (c *CA) RevokeAuthority(ctx context.Context, kind, id string) (records.Jour
 		return records.Journal{}, 0, err
 	}
 	return c.lines[id].line, c.bundleRev, nil
+}
+
+// live counts the authorities of the kind in the bundle. mu is held.
+func (c *CA) live(kind string, now time.Time) int {
+	n := 0
+	for _, a := range c.lines {
+		if a.line.Kind == kind && a.line.State != StateRevoked && !a.prunable(now) {
+			n++
+		}
+	}
+	return n
 }
 
 // named returns the authority of the kind with the ID. mu is held.

@@ -84,8 +84,11 @@ func TestForcedRotation(t *testing.T) {
 				if got := lineIn(t, c, kind, StateActive); got.AuthorityID != first.AuthorityID {
 					t.Errorf("active is %s", got.AuthorityID)
 				}
-				if got := lineIn(t, c, kind, StateOld); got.AuthorityID != replaced.AuthorityID {
-					t.Errorf("old is %s, want the one that was prepared first", got.AuthorityID)
+				if got := lineIn(t, c, kind, StateRevoked); got.AuthorityID != replaced.AuthorityID {
+					t.Errorf("revoked is %s, want the one that was prepared first", got.AuthorityID)
+				}
+				if there, _ := published(store.held(), replaced); there {
+					t.Error("the bundle names the one that was prepared first")
 				}
 				if _, err := c.keys.Get(ctx, replaced.KeyID); !errors.Is(err, keys.ErrNotFound) {
 					t.Errorf("its key: %v", err)
@@ -190,7 +193,9 @@ func TestForcedRotation(t *testing.T) {
 					t.Fatal(err)
 				}
 				gone(t)
-				lineIn(t, again, kind, StateRevoked)
+				if line := again.lines[first.AuthorityID].line; line.State != StateRevoked {
+					t.Errorf("it is %s", line.State)
+				}
 				if _, _, err := c.RevokeAuthority(ctx, kind, first.AuthorityID); !errors.Is(err, ErrUnknownAuthority) {
 					t.Errorf("twice: %v", err)
 				}
@@ -250,6 +255,25 @@ func TestForcedRotation(t *testing.T) {
 			if there, tainted := published(store.held(), first); there != step.want || tainted != step.want {
 				t.Errorf("%s: there %t, tainted %t", step.name, there, tainted)
 			}
+		}
+	})
+
+	t.Run("there is an end to them", func(t *testing.T) {
+		c, store := open(t, Config{})
+		for n := 1; n < maxLive; n++ {
+			next, _, err := c.PrepareAuthority(t.Context(), KindJWT)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.ActivateAuthority(t.Context(), KindJWT, next.AuthorityID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, _, err := c.PrepareAuthority(t.Context(), KindJWT); !errors.Is(err, ErrManyAuthorities) {
+			t.Errorf("got %v", err)
+		}
+		if n := len(store.held().JWT); n != maxLive {
+			t.Errorf("%d keys", n)
 		}
 	})
 
