@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -197,22 +198,37 @@ func receiveDocument(ctx context.Context, stream grpc.ClientStreamingServer[evid
 const (
 	defaultImages = 100
 	maxImages     = 1000
+	maxName       = 255 // bytes, of a policy or a file
 )
+
+// statuses are those that a verdict may have.
+var statuses = []policy.Status{policy.Pass, policy.Grace, policy.Fail, policy.Stale, policy.Missing, policy.Error, policy.Exempt}
+
+// tooLong refuses a name that nothing has.
+func tooLong(what, name string) error {
+	if len(name) > maxName {
+		return refusal(codes.InvalidArgument, fmt.Sprintf("%s is %d bytes long, the limit is %d", what, len(name), maxName))
+	}
+	return nil
+}
 
 func (s *evidenceService) List(_ context.Context, req *evidencev1.ListRequest) (*evidencev1.ListResponse, error) {
 	judge, err := s.on()
 	if err != nil {
 		return nil, err
 	}
-	size := int(req.GetPageSize())
-	switch {
-	case size < 0:
-		return nil, refusal(codes.InvalidArgument, "page size is negative")
-	case size == 0:
-		size = defaultImages
+	page, err := pageFromWire(req.GetPageSize(), req.GetPageToken())
+	if err != nil {
+		return nil, err
 	}
-	list, next := judge.List(req.GetStatus(), req.GetRunning(), req.GetPageToken(), min(size, maxImages))
-	resp := &evidencev1.ListResponse{NextPageToken: next}
+	if page.size == 0 {
+		page.size = defaultImages
+	}
+	if status := policy.Status(req.GetStatus()); status != "" && !slices.Contains(statuses, status) {
+		return nil, refusal(codes.InvalidArgument, fmt.Sprintf("there is no such status; there are %q", statuses))
+	}
+	list, next := judge.List(req.GetStatus(), req.GetRunning(), page.after, min(page.size, maxImages))
+	resp := &evidencev1.ListResponse{NextPageToken: pageToken(next)}
 	for n := range list {
 		resp.Images = append(resp.Images, imageWire(&list[n]))
 	}
@@ -236,6 +252,9 @@ func (s *evidenceService) Explain(_ context.Context, req *evidencev1.ExplainRequ
 	if err != nil {
 		return nil, err
 	}
+	if err := tooLong("policy", req.GetPolicy()); err != nil {
+		return nil, err
+	}
 	digest, lines, err := judge.Explain(req.GetImage(), req.GetPolicy())
 	if err != nil {
 		return nil, fail("failed to explain the image", err)
@@ -246,6 +265,9 @@ func (s *evidenceService) Explain(_ context.Context, req *evidencev1.ExplainRequ
 func (s *evidenceService) Simulate(ctx context.Context, req *evidencev1.SimulateRequest) (*evidencev1.SimulateResponse, error) {
 	judge, err := s.on()
 	if err != nil {
+		return nil, err
+	}
+	if err := tooLong("file name", req.GetFile()); err != nil {
 		return nil, err
 	}
 	policies, err := s.api.ScanPolicies(req.GetFile(), []byte(req.GetConfig()))
@@ -277,6 +299,9 @@ func (s *evidenceService) PutException(ctx context.Context, req *evidencev1.PutE
 	}
 	who := caller.FromContext(ctx)
 	w := req.GetException()
+	if w == nil {
+		return nil, refusal(codes.InvalidArgument, "missing exception")
+	}
 	if who.Kind&caller.Local == 0 {
 		w.Approver = who.Name()
 	}

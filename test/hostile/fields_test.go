@@ -26,7 +26,7 @@ func services(t *testing.T, conn *grpc.ClientConn) (found []protoreflect.MethodD
 			methods := file.Services().Get(i).Methods()
 			for j := range methods.Len() {
 				m := methods.Get(j)
-				a := converse(t.Context(), conn, m, true, turns{func([]byte) ([]byte, error) { return []byte{0x07}, nil }})
+				a := converse(t.Context(), conn, m, true, nil, turns{func([]byte) ([]byte, error) { return []byte{0x07}, nil }})
 				text := status.Convert(a.err).Message()
 				if status.Code(a.err) == codes.Unimplemented && (strings.HasPrefix(text, "unknown service") || strings.HasPrefix(text, "unknown method")) {
 					continue
@@ -68,7 +68,7 @@ var sockets = []socket{
 // TestEveryFieldOfEveryMethod calls every method at every socket with every kind of bad value in every
 // field, one at a time.
 func TestEveryFieldOfEveryMethod(t *testing.T) {
-	g := newGround(t)
+	g := newGround(t, withEvidence(t))
 	g.populate()
 	g.startAgent()
 	used := map[string]bool{}
@@ -167,7 +167,17 @@ func (c *table) call(ctx context.Context, at int, way spoiled) answer {
 	if c.at.knock == "workload" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
 	}
-	return converse(ctx, c.g.as[c.who], c.method, c.sample.endless, messages)
+	var closing []byte
+	if c.sample.closing != nil && at == len(messages)-1 {
+		closing = marshal(c.sample.closing)
+	}
+	a := converse(ctx, c.g.as[c.who], c.method, c.sample.endless, closing, messages)
+	for _, text := range c.sample.closed {
+		if closing != nil && strings.Contains(status.Convert(a.err).Message(), text) {
+			a.err = nil // it was the closing message that was refused
+		}
+	}
+	return a
 }
 
 // audited checks that the audit log has what it must have of a call.

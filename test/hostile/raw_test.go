@@ -43,9 +43,11 @@ type answer struct {
 // turns are the messages of a call: each is made from the response to the one before.
 type turns []func(last []byte) ([]byte, error)
 
-// converse makes a call. Each message but the last is followed by one response; after the last, the
-// call is read to its end, or, if it has none, up to one response.
-func converse(ctx context.Context, conn *grpc.ClientConn, method protoreflect.MethodDescriptor, endless bool, messages turns) (a answer) {
+// converse makes a call. Each message but the last is followed by one response, where there is more than
+// one; after the last, the
+// call is read to its end, or, if it has none, up to one response. With a closing message, that is sent
+// after the last, and the call is read to its end in any case.
+func converse(ctx context.Context, conn *grpc.ClientConn, method protoreflect.MethodDescriptor, endless bool, closing []byte, messages turns) (a answer) {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	desc := &grpc.StreamDesc{ClientStreams: method.IsStreamingClient(), ServerStreams: method.IsStreamingServer()}
@@ -63,7 +65,7 @@ func converse(ctx context.Context, conn *grpc.ClientConn, method protoreflect.Me
 		return true
 	}
 	for i, make := range messages {
-		if i > 0 && !receive() {
+		if i > 0 && method.IsStreamingServer() && !receive() {
 			break
 		}
 		message, err := make(a.last)
@@ -73,7 +75,10 @@ func converse(ctx context.Context, conn *grpc.ClientConn, method protoreflect.Me
 		// An error here says that the stream has ended; why, RecvMsg says.
 		_ = stream.SendMsg(message)
 	}
-	if a.err == nil && !endless {
+	if a.err == nil && (!endless || closing != nil) {
+		if closing != nil {
+			_ = stream.SendMsg(closing)
+		}
 		_ = stream.CloseSend()
 		for receive() { //nolint:revive // to the end
 		}
