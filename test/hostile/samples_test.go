@@ -95,7 +95,7 @@ var samples = map[string]sample{
 	"/spire.api.server.bundle.v1.Bundle/CountBundles":         call("admin", fixed(&bundlev1.CountBundlesRequest{})),
 	"/spire.api.server.bundle.v1.Bundle/GetBundle":            call("anyone", fixed(&bundlev1.GetBundleRequest{OutputMask: &types.BundleMask{X509Authorities: true}})).quietly(),
 	"/spire.api.server.bundle.v1.Bundle/AppendBundle":         call("admin", fixed(&bundlev1.AppendBundleRequest{X509Authorities: aBundle("").X509Authorities, JwtAuthorities: aBundle("").JwtAuthorities})),
-	"/spire.api.server.bundle.v1.Bundle/PublishJWTAuthority":  notYet("downstream", &bundlev1.PublishJWTAuthorityRequest{JwtAuthority: aBundle("").JwtAuthorities[0]}),
+	"/spire.api.server.bundle.v1.Bundle/PublishJWTAuthority":  call("downstream", fixed(&bundlev1.PublishJWTAuthorityRequest{JwtAuthority: aBundle("").JwtAuthorities[0]})),
 	"/spire.api.server.bundle.v1.Bundle/PublishWITAuthority":  notYet("downstream", &bundlev1.PublishWITAuthorityRequest{WitAuthority: &types.WITKey{KeyId: "w"}}),
 	"/spire.api.server.bundle.v1.Bundle/ListFederatedBundles": call("admin", fixed(&bundlev1.ListFederatedBundlesRequest{PageSize: 2})),
 	"/spire.api.server.bundle.v1.Bundle/GetFederatedBundle": call("admin", func(g *ground, _ []byte) proto.Message {
@@ -151,7 +151,7 @@ var samples = map[string]sample{
 		return &svidv1.NewJWTSVIDRequest{EntryId: g.entry, Audience: []string{"a"}}
 	}),
 	"/spire.api.server.svid.v1.SVID/BatchNewWITSVID":     notYet("agent", &svidv1.BatchNewWITSVIDRequest{Params: []*svidv1.NewWITSVIDParams{{EntryId: "x"}}}),
-	"/spire.api.server.svid.v1.SVID/NewDownstreamX509CA": notYet("downstream", &svidv1.NewDownstreamX509CARequest{Csr: aCSR}),
+	"/spire.api.server.svid.v1.SVID/NewDownstreamX509CA": call("downstream", fixed(&svidv1.NewDownstreamX509CARequest{Csr: aCSR, PreferredTtl: 60})),
 
 	"/spire.api.server.trustdomain.v1.TrustDomain/ListFederationRelationships": call("admin", fixed(&trustdomainv1.ListFederationRelationshipsRequest{PageSize: 2})),
 	"/spire.api.server.trustdomain.v1.TrustDomain/GetFederationRelationship": call("admin", func(g *ground, _ []byte) proto.Message {
@@ -169,26 +169,39 @@ var samples = map[string]sample{
 	// No endpoint is there to refresh from; server/trust and server have tests with one.
 	"/spire.api.server.trustdomain.v1.TrustDomain/RefreshBundle": {as: "admin", code: codes.NotFound, messages: []message{fixed(&trustdomainv1.RefreshBundleRequest{TrustDomain: "nobody.test"})}},
 
-	"/spire.api.server.localauthority.v1.LocalAuthority/GetJWTAuthorityState":        notYet("admin", &localauthorityv1.GetJWTAuthorityStateRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareJWTAuthority":         notYet("admin", &localauthorityv1.PrepareJWTAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/ActivateJWTAuthority":        notYet("admin", &localauthorityv1.ActivateJWTAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/TaintJWTAuthority":           notYet("admin", &localauthorityv1.TaintJWTAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeJWTAuthority":          notYet("admin", &localauthorityv1.RevokeJWTAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/GetX509AuthorityState":       notYet("admin", &localauthorityv1.GetX509AuthorityStateRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareX509Authority":        notYet("admin", &localauthorityv1.PrepareX509AuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/ActivateX509Authority":       notYet("admin", &localauthorityv1.ActivateX509AuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/TaintX509Authority":          notYet("admin", &localauthorityv1.TaintX509AuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/TaintX509UpstreamAuthority":  notYet("admin", &localauthorityv1.TaintX509UpstreamAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeX509Authority":         notYet("admin", &localauthorityv1.RevokeX509AuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeX509UpstreamAuthority": notYet("admin", &localauthorityv1.RevokeX509UpstreamAuthorityRequest{}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/GetJWTAuthorityState": call("admin", fixed(&localauthorityv1.GetJWTAuthorityStateRequest{})),
+	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareJWTAuthority":  call("admin", fixed(&localauthorityv1.PrepareJWTAuthorityRequest{})),
+	"/spire.api.server.localauthority.v1.LocalAuthority/ActivateJWTAuthority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.ActivateJWTAuthorityRequest{AuthorityId: g.prepared("jwt")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/TaintJWTAuthority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.TaintJWTAuthorityRequest{AuthorityId: g.old("jwt")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeJWTAuthority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.RevokeJWTAuthorityRequest{AuthorityId: g.tainted("jwt")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/GetX509AuthorityState": call("admin", fixed(&localauthorityv1.GetX509AuthorityStateRequest{})),
+	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareX509Authority":  call("admin", fixed(&localauthorityv1.PrepareX509AuthorityRequest{})),
+	"/spire.api.server.localauthority.v1.LocalAuthority/ActivateX509Authority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.ActivateX509AuthorityRequest{AuthorityId: g.prepared("x509")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/TaintX509Authority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.TaintX509AuthorityRequest{AuthorityId: g.old("x509")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/TaintX509UpstreamAuthority": {as: "admin", code: codes.FailedPrecondition, messages: []message{fixed(&localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: "aa"})}},
+	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeX509Authority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.RevokeX509AuthorityRequest{AuthorityId: g.tainted("x509")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeX509UpstreamAuthority": {as: "admin", code: codes.FailedPrecondition, messages: []message{fixed(&localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: "aa"})}},
 	"/spire.api.server.localauthority.v1.LocalAuthority/GetWITAuthorityState":        notYet("admin", &localauthorityv1.GetWITAuthorityStateRequest{}),
 	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareWITAuthority":         notYet("admin", &localauthorityv1.PrepareWITAuthorityRequest{}),
 	"/spire.api.server.localauthority.v1.LocalAuthority/ActivateWITAuthority":        notYet("admin", &localauthorityv1.ActivateWITAuthorityRequest{}),
 	"/spire.api.server.localauthority.v1.LocalAuthority/TaintWITAuthority":           notYet("admin", &localauthorityv1.TaintWITAuthorityRequest{}),
 	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeWITAuthority":          notYet("admin", &localauthorityv1.RevokeWITAuthorityRequest{}),
 
-	"/assay.admin.v1.Admin/Backup":       call("", fixed(&adminv1.BackupRequest{})),
-	"/assay.admin.v1.Admin/TakeSnapshot": call("", fixed(&adminv1.TakeSnapshotRequest{})),
+	"/assay.admin.v1.Admin/Backup":         call("", fixed(&adminv1.BackupRequest{})),
+	"/assay.admin.v1.Admin/TakeSnapshot":   call("", fixed(&adminv1.TakeSnapshotRequest{})),
+	"/assay.admin.v1.Admin/RotationStatus": call("", fixed(&adminv1.RotationStatusRequest{Kind: "x509", All: true})),
 
 	"/spire.api.server.debug.v1.Debug/GetInfo":         call("", fixed(&debugv1.GetInfoRequest{})),
 	"/spire.api.server.logger.v1.Logger/GetLogger":     call("", fixed(&loggerv1.GetLoggerRequest{})),
