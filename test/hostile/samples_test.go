@@ -47,10 +47,12 @@ type sample struct {
 	// quiet says that it has no audit line when it goes well.
 	quiet bool
 	// endless says that the server does not end it.
-	endless bool
-	// many says that a good call of it by itself does nothing that the next would notice, so that
-	// messages need not be made anew.
+	endless  bool
 	messages []message
+	// closing is a message that makes the server end an endless call with one of the texts in closed,
+	// whatever it made of the one before, which it need not answer.
+	closing proto.Message
+	closed  []string
 }
 
 // fixed is a message that is always the same.
@@ -66,6 +68,11 @@ func notYet(as string, m proto.Message) sample {
 
 func (s sample) quietly() sample   { s.quiet = true; return s }
 func (s sample) endlessly() sample { s.endless = true; return s }
+
+func (s sample) closedBy(m proto.Message, texts ...string) sample {
+	s.closing, s.closed = m, texts
+	return s
+}
 
 // samples has one good call for every method there is on any socket.
 var samples = map[string]sample{
@@ -222,7 +229,8 @@ var samples = map[string]sample{
 			})
 			return &feedv1.FollowRequest{Message: &feedv1.FollowRequest_Ack{Ack: &feedv1.Ack{Revision: resp.GetRevision()}}}
 		},
-	}}.quietly().endlessly(),
+	}}.quietly().endlessly().closedBy(&feedv1.FollowRequest{Message: &feedv1.FollowRequest_Ack{Ack: &feedv1.Ack{Revision: 1 << 62}}},
+		fmt.Sprint("acknowledged revision ", 1<<62), "nothing is to be acknowledged"),
 
 	"/SpiffeWorkloadAPI/FetchX509SVID":    call("workload", fixed(&workload.X509SVIDRequest{})).endlessly(),
 	"/SpiffeWorkloadAPI/FetchX509Bundles": call("workload", fixed(&workload.X509BundlesRequest{})).endlessly(),
@@ -277,6 +285,9 @@ var lenient = map[string]string{
 
 	"envoy.config.core.v3.SocketAddress.protocol": "what Envoy tells about itself; only its version and metadata are read",
 	"google.rpc.Status.code":                      "why a client refused its secrets is its own affair, and logged",
+
+	"assay.evidence.v1.Exception.created_at": "the server's to say; what is sent is ignored",
+	"assay.evidence.v1.Exception.approver":   "who calls over TCP approves himself, whatever he says",
 
 	"grpc.health.v1.HealthCheckRequest.service": "a service nobody knows is answered as such, and watched for, by gRPC's own code",
 
