@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -172,9 +173,16 @@ func storedSelectors(list []attestor.Selector) []*stored.Selector {
 	return out
 }
 
+// nanos is a time as it is stored, 0 for none. One before 1970 becomes the first moment of it, and one
+// after 2261 the last that fits: a document from the Middle Ages must not come round as one of today.
 func nanos(t time.Time) int64 {
-	if t.IsZero() {
+	switch {
+	case t.IsZero():
 		return 0
+	case t.Unix() < 0 || t.Equal(time.Unix(0, 0)):
+		return 1
+	case t.Year() > 2261:
+		return math.MaxInt64
 	}
 	return t.UnixNano()
 }
