@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"slices"
 
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -13,6 +14,7 @@ import (
 	"github.com/assay-id/assay/server/feed"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -253,10 +255,23 @@ func (s *entryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 }
 
 func (s *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.GetAuthorizedEntriesRequest) (*entryv1.GetAuthorizedEntriesResponse, error) {
-	picture := s.api.View.Agent(caller.FromContext(ctx).ID)
+	picture := s.api.unexpired(s.api.View.Agent(caller.FromContext(ctx).ID))
 	return &entryv1.GetAuthorizedEntriesResponse{Entries: feed.Authorized(picture, req.GetOutputMask())}, nil
 }
 
 func (s *entryService) SyncAuthorizedEntries(stream entryv1.Entry_SyncAuthorizedEntriesServer) error {
-	return feed.Sync(stream, s.api.View.Agent(caller.FromContext(stream.Context()).ID))
+	return feed.Sync(stream, s.api.unexpired(s.api.View.Agent(caller.FromContext(stream.Context()).ID)))
+}
+
+// unexpired returns the picture without entries that have expired. The view takes them out when its
+// timer says so, which a clock that was set may have made late.
+func (a *API) unexpired(p *view.AgentPicture) *view.AgentPicture {
+	now := a.cfg.Now()
+	expired := func(e *identity.Entry) bool { return e.Expired(now) }
+	if !slices.ContainsFunc(p.Entries, expired) {
+		return p
+	}
+	return &view.AgentPicture{
+		StoreID: p.StoreID, Rev: p.Rev, Entries: slices.DeleteFunc(slices.Clone(p.Entries), expired), Bundles: p.Bundles, Verdicts: p.Verdicts,
+	}
 }

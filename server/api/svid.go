@@ -156,7 +156,7 @@ func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p
 	}
 	e := item.entry
 	chain, err := s.api.CA.SignWorkload(ctx, ca.WorkloadParams{
-		PublicKey: csr.PublicKey, ID: e.SPIFFEID, DNSNames: e.DNSNames, TTL: e.X509SVIDTTL, MaxTTL: item.grant.X509,
+		PublicKey: csr.PublicKey, ID: e.SPIFFEID, DNSNames: e.DNSNames, TTL: e.X509SVIDTTL, MaxTTL: item.most(item.grant.X509, s.api.cfg.Now()),
 	})
 	if err != nil {
 		return item, nil, fail("failed to sign X509-SVID", err)
@@ -194,6 +194,19 @@ func (s *svidService) noteSerials(ctx context.Context, serials []records.Serial)
 type permitted struct {
 	entry *identity.Entry
 	grant view.Grant
+}
+
+// most is how long something that is signed for the entry may live: no longer than the verdicts say, and
+// not beyond the entry's own expiry, from which on nobody is authorized by it. 0 is no limit.
+func (p *permitted) most(grant time.Duration, now time.Time) time.Duration {
+	if p.entry.ExpiresAt.IsZero() {
+		return grant
+	}
+	left := p.entry.ExpiresAt.Sub(now)
+	if grant > 0 {
+		return min(grant, left)
+	}
+	return left
 }
 
 // permit returns the entry if the picture's agent may have it signed for. With the error of an entry that
@@ -239,7 +252,8 @@ func (s *svidService) still(was, now *view.AgentPicture, item *permitted) error 
 // says so; the certificate is refused at the very second.
 func (s *svidService) authorized(picture *view.AgentPicture, id string) (*identity.Entry, bool) {
 	e, ok := picture.Entry(id)
-	if !ok || e.Expired(s.api.cfg.Now()) {
+	// One that has less than a second left could have nothing signed that lives so short.
+	if !ok || e.Expired(s.api.cfg.Now().Add(time.Second)) {
 		return nil, false
 	}
 	return e, true
@@ -277,7 +291,7 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	e := item.entry
 	var svid *identity.JWTSVID
 	err = s.api.inTurn(ctx, turn.Usual, who, func() (err error) {
-		svid, err = s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, MaxTTL: item.grant.JWT, JTI: e.JTI})
+		svid, err = s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, MaxTTL: item.most(item.grant.JWT, s.api.cfg.Now()), JTI: e.JTI})
 		return err
 	})
 	if err != nil {

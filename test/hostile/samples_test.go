@@ -280,6 +280,7 @@ var lenient = map[string]string{
 
 	"spire.api.types.WITKey.key_id":     "dropped unread: nothing verifies with WIT keys, and bundles of others may have them",
 	"spire.api.types.WITKey.expires_at": "likewise",
+	"spire.api.types.WITKey.public_key": "likewise",
 
 	"spire.api.server.entry.v1.SyncAuthorizedEntriesRequest.ids": "an ID the agent may not have is skipped, so that the answer tells it nothing",
 

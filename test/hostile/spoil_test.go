@@ -3,7 +3,9 @@ package hostile
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 
@@ -219,14 +221,19 @@ func scalars(f protoreflect.FieldDescriptor) []scalar {
 		return values
 	case protoreflect.BytesKind:
 		raw := protoreflect.ValueOfBytes
-		return []scalar{
+		var named []scalar
+		values := badDER[string(f.Name())]
+		for _, what := range slices.Sorted(maps.Keys(values)) {
+			named = append(named, scalar{what, raw(values[what]), true})
+		}
+		return append(named, []scalar{
 			{"empty", raw(nil), false},
 			{"one zero", raw([]byte{0}), false},
 			{"64 KiB of zeros", raw(make([]byte, 64<<10)), false},
 			{"a MiB of ones", raw(bytes.Repeat([]byte{0xff}, huge)), false},
 			{"an endless ASN.1 sequence", raw([]byte{0x30, 0x84, 0xff, 0xff, 0xff, 0xff, 0x30, 0x80}), false},
 			{"text", raw([]byte(`{"a":[[[[[[[[`)), false},
-		}
+		}...)
 	case protoreflect.Int32Kind, protoreflect.Sint32Kind, protoreflect.Sfixed32Kind:
 		n := protoreflect.ValueOfInt32
 		return []scalar{{"-1", n(-1), true}, {"the least", n(math.MinInt32), true}, {"the most", n(math.MaxInt32), false}, {"0", n(0), false}}
