@@ -354,7 +354,6 @@ func remoteOptions(l Limits) []grpc.ServerOption {
 		// TLS reads whole records into a buffer of its own, and what is written is flushed at once:
 		// an agent that only listens holds neither.
 		grpc.ReadBufferSize(0),
-		grpc.SharedWriteBuffer(true),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			MaxConnectionIdle: l.ConnectionIdle,
 			MaxConnectionAge:  l.ConnectionAge,

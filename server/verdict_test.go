@@ -124,7 +124,7 @@ func TestSigningDemandsAVerdict(t *testing.T) {
 		}
 	})
 	t.Run("and gets none signed, as if there were none; the audit line says why", func(t *testing.T) {
-		if r := x509New(stock, theirs); codes.Code(r.GetStatus().GetCode()) != codes.NotFound || r.GetSvid() != nil { //nolint:gosec // small
+		if r := x509New(stock, theirs); codes.Code(r.GetStatus().GetCode()) != codes.NotFound || r.GetSvid() != nil {
 			t.Errorf("X509-SVID: %v", r)
 		}
 		if line := w.lastAudit("svid.x509.new"); line["outcome"] != "deny" || !strings.Contains(line["reason"].(string), "no verdict on any image that the agent reported") {
@@ -164,7 +164,7 @@ func TestSigningDemandsAVerdict(t *testing.T) {
 		}, "scan:status:prod:fail")
 		agent.next() // so that the view has it
 		r := x509New(conn, e)
-		if codes.Code(r.GetStatus().GetCode()) != codes.FailedPrecondition || r.GetSvid() != nil { //nolint:gosec // small
+		if codes.Code(r.GetStatus().GetCode()) != codes.FailedPrecondition || r.GetSvid() != nil {
 			t.Errorf("X509-SVID: %v", r)
 		}
 		line := w.lastAudit("svid.x509.new")

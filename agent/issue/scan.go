@@ -14,7 +14,7 @@ func (i *Issuer) scan(now time.Time) {
 	stale := map[*subject]bool{}
 	for _, sl := range i.slots {
 		i.scanSlot(sl, stale, now)
-		if !i.wanted(sl, now) && !(sl.forced && sl.svid != nil) {
+		if !i.wanted(sl, now) && (!sl.forced || sl.svid == nil) {
 			continue
 		}
 		if !sl.usable(now) || !sl.current() || !now.Before(sl.renewAt) {
