@@ -73,7 +73,8 @@ server {
   # exchange is preferred.
   #require_pq_kem = false
 
-  # Rates per source address; a caller above them waits. Local callers are exempt.
+  # Rates: attestations of each source address, signatures of each agent. A caller above them waits.
+  # Local callers are exempt. For a fleet behind one address see server/README.md.
   #ratelimit {
     #attestation = true
     #signing     = true
@@ -186,11 +187,11 @@ key_manager "disk" {
   #epss_file    = "/var/lib/assay/feeds/epss_scores-current.csv.gz"
   #feed_refresh = "1m"
 
-  # The list of revoked certificates: a PEM file, and an address where GET /crl answers with it in DER.
   # Images that nobody has run for so long, and nobody has pushed about, are forgotten with their documents,
   # in whole days or as other durations; "0" keeps them for ever. That newer evidence was known stays known.
   #keep_unused = "90d"
 
+  # The list of revoked certificates: a PEM file, and an address where GET /crl answers with it in DER.
   #crl_file    = "/var/lib/assay/crl.pem"
   #crl_address = "0.0.0.0:8092"
 

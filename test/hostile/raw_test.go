@@ -155,7 +155,7 @@ func items(method protoreflect.MethodDescriptor, response []byte) (found []item)
 			s := one.Get(st).Message()
 			fields := s.Descriptor().Fields()
 			found = append(found, item{
-				codes.Code(s.Get(fields.ByName("code")).Int()), //nolint:gosec // codes are small
+				codes.Code(s.Get(fields.ByName("code")).Int()),
 				s.Get(fields.ByName("message")).String(),
 			})
 		}

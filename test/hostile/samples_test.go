@@ -247,7 +247,7 @@ var samples = map[string]sample{
 	"/envoy.service.secret.v3.SecretDiscoveryService/FetchSecrets":  call("workload", fixed(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}})),
 
 	"/assay.agentadmin.v1.Admin/Explain": call("operator", fixed(&adminwire.ExplainRequest{
-		Target: &adminwire.ExplainRequest_Pid{Pid: int32(os.Getpid())}, //nolint:gosec // PIDs are small
+		Target: &adminwire.ExplainRequest_Pid{Pid: int32(os.Getpid())},
 	})),
 	"/spire.api.agent.delegatedidentity.v1.DelegatedIdentity/SubscribeToX509SVIDs": call("operator", fixed(&delegatedv1.SubscribeToX509SVIDsRequest{
 		Selectors: []*types.Selector{{Type: "unix", Value: fmt.Sprint("uid:", os.Getuid())}},
@@ -269,7 +269,7 @@ var samples = map[string]sample{
 		MessageRequest: &grpc_reflection_v1.ServerReflectionRequest_ListServices{},
 	})),
 	"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": call("", fixed(&grpc_reflection_v1alpha.ServerReflectionRequest{ //nolint:staticcheck // served, so attacked
-		MessageRequest: &grpc_reflection_v1alpha.ServerReflectionRequest_ListServices{}, //nolint:staticcheck // likewise
+		MessageRequest: &grpc_reflection_v1alpha.ServerReflectionRequest_ListServices{},
 	})),
 }
 

@@ -109,7 +109,7 @@ func (s *spoiler) message(at path, desc protoreflect.MessageDescriptor) {
 		case f.Message() != nil:
 			s.change(at, f, "missing", func(m protoreflect.Message) { m.Clear(f) })
 			s.change(at, f, "empty", func(m protoreflect.Message) { m.Set(f, m.NewField(f)) })
-			s.message(append(at[:len(at):len(at)], step{f, -1}), f.Message())
+			s.message(append(slices.Clip(at), step{f, -1}), f.Message())
 		default:
 			s.scalar(at, f)
 		}
@@ -151,7 +151,7 @@ func (s *spoiler) list(at path, f protoreflect.FieldDescriptor) {
 	})
 	if f.Message() != nil {
 		s.change(at, f, "with an empty one", func(m protoreflect.Message) { m.Mutable(f).List().AppendMutable() })
-		s.message(append(at[:len(at):len(at)], step{f, 0}), f.Message())
+		s.message(append(slices.Clip(at), step{f, 0}), f.Message())
 		return
 	}
 	for _, v := range scalars(f) {

@@ -108,7 +108,7 @@ func (f *fleet) sign(ctx context.Context, conn *grpc.ClientConn, entries []strin
 		return 0, err
 	}
 	for _, r := range resp.GetResults() {
-		if code := codes.Code(r.GetStatus().GetCode()); code != codes.OK { //nolint:gosec // codes are small
+		if code := codes.Code(r.GetStatus().GetCode()); code != codes.OK {
 			return 0, status.Error(code, r.GetStatus().GetMessage())
 		}
 	}

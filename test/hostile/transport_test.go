@@ -71,7 +71,7 @@ func TestTransport(t *testing.T) {
 					for range 4 {
 						c := way.open(t)
 						for i := range scaled(5_000, 50_000) {
-							id := uint32(2*i + 1) //nolint:gosec // small
+							id := uint32(2*i + 1)
 							if c.open(id, way.call) != nil || c.WriteRSTStream(id, http2.ErrCodeCancel) != nil {
 								break // thrown out, which is as good
 							}
@@ -84,7 +84,7 @@ func TestTransport(t *testing.T) {
 				v.suffer(t, bounds{Peak: 128 * mib}, func(t *testing.T) {
 					c := way.open(t)
 					for i := range scaled(3_000, 30_000) {
-						id := uint32(2*i + 1) //nolint:gosec // small
+						id := uint32(2*i + 1)
 						if c.open(id, way.call, "workload.spiffe.io", "true") != nil || c.WriteData(id, true, framed(0, 0, nil)) != nil ||
 							c.WriteRSTStream(id, http2.ErrCodeCancel) != nil {
 							break
@@ -203,7 +203,7 @@ func TestTransport(t *testing.T) {
 				v.suffer(t, bounds{Peak: 64 * mib}, func(t *testing.T) {
 					c := way.open(t)
 					for i := range scaled(50_000, 1_000_000) {
-						if c.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(i)}) != nil { //nolint:gosec // small
+						if c.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(i)}) != nil {
 							break
 						}
 					}
@@ -218,11 +218,11 @@ func TestTransport(t *testing.T) {
 					for _, frame := range []func(c *client, i int) error{
 						func(c *client, _ int) error { return c.WriteRawFrame(0x77, 0, 0, make([]byte, 100)) }, // nobody's
 						func(c *client, i int) error {
-							return c.WritePriority(uint32(2*i+1), http2.PriorityParam{Weight: 7}) //nolint:gosec // small
+							return c.WritePriority(uint32(2*i+1), http2.PriorityParam{Weight: 7})
 						},
 						func(c *client, _ int) error { return c.WriteWindowUpdate(0, 1) },
-						func(c *client, i int) error { return c.WriteRSTStream(uint32(2*i+1), http2.ErrCodeNo) }, //nolint:gosec // small
-						func(c *client, i int) error { return c.WriteData(uint32(2*i+1), false, nil) },           //nolint:gosec // small
+						func(c *client, i int) error { return c.WriteRSTStream(uint32(2*i+1), http2.ErrCodeNo) },
+						func(c *client, i int) error { return c.WriteData(uint32(2*i+1), false, nil) },
 						func(c *client, _ int) error { return c.WriteGoAway(1, http2.ErrCodeNo, nil) },
 					} {
 						c := way.open(t)
@@ -322,7 +322,7 @@ func TestTransport(t *testing.T) {
 						c := way.open(t)
 						clients = append(clients, c)
 						for i := range 100 {
-							id := uint32(2*i + 1) //nolint:gosec // small
+							id := uint32(2*i + 1)
 							if c.open(id, way.call, "workload.spiffe.io", "true") != nil {
 								break
 							}
@@ -595,7 +595,7 @@ func TestAnswersThatNobodyReads(t *testing.T) {
 			c := overTLS(t, v.is.Address, cert, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
 			clients = append(clients, c)
 			for i := range 200 {
-				id := uint32(2*i + 1) //nolint:gosec // small
+				id := uint32(2*i + 1)
 				if c.open(id, getAuthorized) != nil || c.WriteData(id, true, framed(0, 0, nil)) != nil {
 					t.Fatal("a connection was closed")
 				}

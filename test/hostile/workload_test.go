@@ -34,7 +34,8 @@ func beCaller(path string) {
 	var c client
 	c.Framer = http2.NewFramer(conn, nil)
 	c.enc = newEncoder(&c)
-	if _, err := io.WriteString(conn, http2.ClientPreface); err == nil {
+	_, err = io.WriteString(conn, http2.ClientPreface)
+	if err == nil {
 		err = errors.Join(c.WriteSettings(), c.open(1, fetchX509, "workload.spiffe.io", "true"), c.WriteData(1, true, framed(0, 0, nil)))
 	}
 	if err != nil {
@@ -128,7 +129,7 @@ func TestWorkloadSocket(t *testing.T) {
 				c := overUnix(t, v.is.WorkloadSocket, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
 				clients = append(clients, c)
 				for i := range 250 {
-					stream := uint32(2*i + 1) //nolint:gosec // small
+					stream := uint32(2*i + 1)
 					if c.open(stream, fetchX509, "workload.spiffe.io", "true") != nil || c.WriteData(stream, true, framed(0, 0, nil)) != nil {
 						t.Fatal("a connection was closed")
 					}
