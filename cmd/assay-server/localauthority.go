@@ -239,6 +239,9 @@ func (k authorityKind) printStatus(w io.Writer, s *adminv1.RotationStatusRespons
 
 // agentProgress says in words how far an agent has come.
 func agentProgress(a *adminv1.RotatingAgent) []string {
+	if a.GetReturning() {
+		return []string{"connecting anew"}
+	}
 	if !a.GetConnected() {
 		return []string{"unknown: not connected to the feed", "its SVID expires at " + time.Unix(a.GetExpiresAt(), 0).UTC().String()}
 	}

@@ -18,6 +18,8 @@ import (
 type Feed interface {
 	// Status returns all streams, each agent's oldest first.
 	Status() []feed.StreamStatus
+	// Returning returns the agents without a stream that are expected back any moment.
+	Returning() map[spiffeid.ID]bool
 }
 
 // agentsPerMessage keeps messages far below what gRPC takes.
@@ -71,12 +73,13 @@ func (s *adminService) rotation(kind string, all bool) (*adminv1.RotationStatusR
 	for _, st := range s.api.Feed.Status() {
 		streams[st.Agent] = st // the newest is the last
 	}
+	returning := s.api.Feed.Returning()
 	now, published := s.api.cfg.Now(), s.api.Authorities.Published()
 	nodes, _ := s.api.View.ListNodes(func(n *records.Node) bool { return !n.Banned && now.Before(n.ExpiresAt) }, "", 0)
 	var agents []*adminv1.RotatingAgent
 	for _, n := range nodes {
 		st, connected := streams[n.ID]
-		a := &adminv1.RotatingAgent{SpiffeId: n.ID.String(), Connected: connected, ExpiresAt: n.ExpiresAt.Unix()}
+		a := &adminv1.RotatingAgent{SpiffeId: n.ID.String(), Connected: connected, Returning: returning[n.ID] && !connected, ExpiresAt: n.ExpiresAt.Unix()}
 		if connected {
 			following(a, st, kind, active, known, published)
 		}
@@ -109,6 +112,8 @@ func following(a *adminv1.RotatingAgent, st feed.StreamStatus, kind, active stri
 func count(c *adminv1.RotationCounts, a *adminv1.RotatingAgent) bool {
 	c.Agents++
 	switch {
+	case a.GetReturning():
+		c.Behind++
 	case !a.GetConnected():
 	case a.GetCurrent():
 		c.Current++
@@ -119,7 +124,7 @@ func count(c *adminv1.RotationCounts, a *adminv1.RotatingAgent) bool {
 	if holding {
 		c.Holding++
 	}
-	unknown := !a.GetConnected() || !a.GetReports()
+	unknown := !a.GetReturning() && (!a.GetConnected() || !a.GetReports())
 	if unknown {
 		c.Unknown++
 	}

@@ -74,6 +74,9 @@ type Config struct {
 	// StreamsPerAgent is how many streams one agent may have (default 4: a new connection and some
 	// that died unnoticed). With one more, the oldest ends.
 	StreamsPerAgent int
+	// Returning is for how long an agent is expected back after its last stream ended (default 30 s): it
+	// reconnects for each SVID of its own, and with none of its streams it is not away yet.
+	Returning time.Duration
 }
 
 func (c Config) withDefaults() Config {
@@ -93,6 +96,7 @@ func (c Config) withDefaults() Config {
 	c.Recheck = cmp.Or(c.Recheck, time.Minute)
 	c.PartSize = cmp.Or(c.PartSize, 1<<20-4096)
 	c.StreamsPerAgent = cmp.Or(c.StreamsPerAgent, 4)
+	c.Returning = cmp.Or(c.Returning, 30*time.Second)
 	return c
 }
 
@@ -108,6 +112,9 @@ type Server struct {
 	mu      sync.Mutex
 	streams map[spiffeid.ID][]*stream // by agent, oldest first
 	count   uint64                    // of streams there ever were
+	// left has, of the agents without a stream, those expected back. Older ones may still be in it.
+	left   map[spiffeid.ID]departure
+	forgot time.Time // when the older ones were dropped
 }
 
 // New returns a server of the view's pictures. It panics if cfg lacks a required function, because a
@@ -116,7 +123,7 @@ func New(v *view.View, cfg Config) *Server {
 	if cfg.Caller == nil || cfg.Authorize == nil {
 		panic("feed: Config.Caller and Config.Authorize are required")
 	}
-	s := &Server{view: v, cfg: cfg.withDefaults(), streams: map[spiffeid.ID][]*stream{}}
+	s := &Server{view: v, cfg: cfg.withDefaults(), streams: map[spiffeid.ID][]*stream{}, left: map[spiffeid.ID]departure{}}
 	s.m = newMetrics(s.cfg.Metrics, s)
 	return s
 }
@@ -176,6 +183,7 @@ func (s *Server) add(st *stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	id := st.agent
+	delete(s.left, id)
 	if len(s.streams[id]) >= s.cfg.StreamsPerAgent {
 		close(s.streams[id][0].replaced)
 		s.streams[id] = slices.Delete(s.streams[id], 0, 1)
@@ -189,9 +197,13 @@ func (s *Server) remove(st *stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	rest := slices.DeleteFunc(s.streams[st.agent], func(o *stream) bool { return o == st })
-	if len(rest) == 0 {
-		delete(s.streams, st.agent)
+	if len(rest) > 0 {
+		s.streams[st.agent] = rest
 		return
 	}
-	s.streams[st.agent] = rest
+	delete(s.streams, st.agent)
+	if s.cfg.Now().Sub(s.forgot) > s.cfg.Returning {
+		s.forgetAway() // so that s.left has no more than what went within two of these
+	}
+	s.left[st.agent] = departure{at: s.cfg.Now(), acked: st.status.Acked}
 }

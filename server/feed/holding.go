@@ -1,9 +1,12 @@
 package feed
 
 import (
+	"maps"
 	"slices"
 	"strings"
+	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -48,14 +51,46 @@ func (st *stream) holding(h *feedv1.Holding) error {
 // stands for any from before this server was started: whoever has a picture of this server has that.
 func (s StreamStatus) HasAcked(rev kv.Rev) bool { return s.Acked >= max(rev, 1) }
 
-// Behind counts the agents that have streams and on none of them has put in force what the store held
-// at the revision.
+// departure is when an agent's last stream ended, and what the agent had put in force by then.
+type departure struct {
+	at    time.Time
+	acked kv.Rev
+}
+
+// Returning returns the agents that have no stream and are expected back, because their last one ended
+// no longer ago than Config.Returning.
+func (s *Server) Returning() map[spiffeid.ID]bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.forgetAway()
+	agents := make(map[spiffeid.ID]bool, len(s.left))
+	for id := range s.left {
+		agents[id] = true
+	}
+	return agents
+}
+
+// forgetAway drops from s.left those who are not expected any more. s.mu is held.
+func (s *Server) forgetAway() {
+	now := s.cfg.Now()
+	s.forgot = now
+	maps.DeleteFunc(s.left, func(_ spiffeid.ID, d departure) bool { return now.Sub(d.at) > s.cfg.Returning })
+}
+
+// Behind counts the agents that have streams, or are expected back, and have put in force on none of them
+// what the store held at the revision.
 func (s *Server) Behind(rev kv.Rev) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := 0
 	for _, streams := range s.streams {
 		if !slices.ContainsFunc(streams, func(st *stream) bool { return st.status.HasAcked(rev) }) {
+			n++
+		}
+	}
+	s.forgetAway()
+	for _, d := range s.left {
+		if d.acked < max(rev, 1) {
 			n++
 		}
 	}

@@ -3,6 +3,7 @@ package feed
 import (
 	"context"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -62,6 +63,34 @@ func TestHolding(t *testing.T) {
 		}
 		a.ack(t)
 		until(t, "nobody is behind", func() bool { return h.server.Behind(rev) == 0 })
+	})
+	t.Run("so is one whose stream has just ended, until it is away for longer than it takes to reconnect", func(t *testing.T) {
+		var later atomic.Int64
+		h := open(t, src, Config{Now: func() time.Time { return time.Now().Add(time.Duration(later.Load())) }})
+		b := newAgent()
+		b.dial(t, h, 2)
+		b.hello(t)
+		if err := b.receive(t); err != nil {
+			t.Fatal(err)
+		}
+		b.ack(t)
+		until(t, "nobody is behind", func() bool { return h.server.Behind(0) == 0 })
+		b.cancel()
+		id := node(2).ID
+		until(t, "the agent is expected back", func() bool { return h.server.Returning()[id] })
+		rev := src.PutBundles(&identity.Bundle{TrustDomain: td, Sequence: 3})
+		if n := h.server.Behind(rev); n != 1 {
+			t.Errorf("%d agents are behind", n)
+		}
+		b.dial(t, h, 2)
+		b.hello(t)
+		until(t, "the agent is back", func() bool { return !h.server.Returning()[id] })
+		b.cancel()
+		until(t, "the agent is expected back again", func() bool { return h.server.Returning()[id] })
+		later.Store(int64(31 * time.Second))
+		if n := h.server.Behind(rev); n != 0 || len(h.server.Returning()) != 0 {
+			t.Errorf("%d agents are behind and %d expected, when nobody was there for 31 s", n, len(h.server.Returning()))
+		}
 	})
 	t.Run("what an agent says it holds is in its status, with who signed its own", func(t *testing.T) {
 		if st := h.server.Status()[0]; st.Reports || st.Authority != "a0" {

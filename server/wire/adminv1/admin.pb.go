@@ -421,8 +421,8 @@ type RotationCounts struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Admitted, not banned, with an SVID that has not expired.
 	Agents uint32 `protobuf:"varint,1,opt,name=agents,proto3" json:"agents,omitempty"`
-	// Of these: with the bundle as it is now; connected and without it; with something of another
-	// authority than the active one; not connected, or not telling what they hold.
+	// Of these: with the bundle as it is now; connected and without it, or connecting anew; with
+	// something of another authority than the active one; not connected, or not telling what they hold.
 	Current       uint32 `protobuf:"varint,2,opt,name=current,proto3" json:"current,omitempty"`
 	Behind        uint32 `protobuf:"varint,3,opt,name=behind,proto3" json:"behind,omitempty"`
 	Holding       uint32 `protobuf:"varint,4,opt,name=holding,proto3" json:"holding,omitempty"`
@@ -511,7 +511,9 @@ type RotatingAgent struct {
 	Held []*HeldByAgent `protobuf:"bytes,6,rep,name=held,proto3" json:"held,omitempty"`
 	// Of its SVID, Unix seconds: an agent that is away holds nothing for longer than that plus the
 	// longest lifetime of an entry.
-	ExpiresAt     int64 `protobuf:"varint,7,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	ExpiresAt int64 `protobuf:"varint,7,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	// It follows the feed no more but did a moment ago, as when it connects with a new SVID.
+	Returning     bool `protobuf:"varint,8,opt,name=returning,proto3" json:"returning,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -593,6 +595,13 @@ func (x *RotatingAgent) GetExpiresAt() int64 {
 		return x.ExpiresAt
 	}
 	return 0
+}
+
+func (x *RotatingAgent) GetReturning() bool {
+	if x != nil {
+		return x.Returning
+	}
+	return false
 }
 
 type HeldByAgent struct {
@@ -682,7 +691,7 @@ const file_server_wire_adminv1_admin_proto_rawDesc = "" +
 	"\acurrent\x18\x02 \x01(\rR\acurrent\x12\x16\n" +
 	"\x06behind\x18\x03 \x01(\rR\x06behind\x12\x18\n" +
 	"\aholding\x18\x04 \x01(\rR\aholding\x12\x18\n" +
-	"\aunknown\x18\x05 \x01(\rR\aunknown\"\xf8\x01\n" +
+	"\aunknown\x18\x05 \x01(\rR\aunknown\"\x96\x02\n" +
 	"\rRotatingAgent\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x12\x18\n" +
@@ -691,7 +700,8 @@ const file_server_wire_adminv1_admin_proto_rawDesc = "" +
 	"\x10own_authority_id\x18\x05 \x01(\tR\x0eownAuthorityId\x12/\n" +
 	"\x04held\x18\x06 \x03(\v2\x1b.assay.admin.v1.HeldByAgentR\x04held\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\a \x01(\x03R\texpiresAt\"F\n" +
+	"expires_at\x18\a \x01(\x03R\texpiresAt\x12\x1c\n" +
+	"\treturning\x18\b \x01(\bR\treturning\"F\n" +
 	"\vHeldByAgent\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x14\n" +
 	"\x05svids\x18\x02 \x01(\rR\x05svids2\x90\x02\n" +
