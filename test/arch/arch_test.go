@@ -129,7 +129,7 @@ func allowed(from, to string) string {
 		return "only tests import suites"
 	case parts[0] == "attestor" && len(parts) == 3 && here.floor < doors:
 		return "only commands import an attestor's roles"
-	case parts[0] == "attestor" && len(parts) > 1 && strings.HasPrefix(from, "attestor/"):
+	case parts[0] == "attestor" && len(parts) > 1 && there.floor != words && strings.HasPrefix(from, "attestor/"):
 		if strings.Split(from, "/")[1] != parts[1] {
 			return "an attestor does not import another"
 		}

@@ -22,6 +22,7 @@ type rule struct {
 
 var rules = []rule{
 	{pattern: "attestor", floor: words},
+	{pattern: "attestor/cgroup", floor: words, why: "which container a process is in, asked by more than one attestor, and these do not import each other"},
 	{pattern: "workloadapi/identity", floor: words},
 	{pattern: "server/wire/...", floor: words},
 	{pattern: "agent/admin/wire/...", floor: words, why: "the wire of the agent's own socket, spoken by its command too"},

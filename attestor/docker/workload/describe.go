@@ -11,6 +11,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/cgroup"
 	"github.com/assay-id/assay/attestor/docker"
 )
 
@@ -22,7 +23,7 @@ const maxSelectors = 2048
 // engine gave none. Podman leaves the algorithm out.
 func imageID(c container.InspectResponse) string {
 	hex := strings.TrimPrefix(c.Image, "sha256:")
-	if !isID(hex) { // the same 64 digits as a container's
+	if !cgroup.IsID(hex) { // the same 64 digits as a container's
 		return ""
 	}
 	return "sha256:" + hex

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/assay-id/assay/attestor/cgroup"
 	fake "github.com/assay-id/assay/test/fake/docker"
 )
 
@@ -48,28 +49,28 @@ func TestLayouts(t *testing.T) {
 			if (err != nil) != (want == "error") {
 				t.Fatalf("error is %v", err)
 			}
-			if err == nil && at.id != want {
-				t.Errorf("container is %q, want %q", at.id, want)
+			if err == nil && at.ID != want {
+				t.Errorf("container is %q, want %q", at.ID, want)
 			}
-			if at.prefix != "" && !strings.Contains(at.prefix, at.id) {
-				t.Errorf("cgroup %q does not name %q", at.prefix, at.id)
+			if at.Prefix != "" && !strings.Contains(at.Prefix, at.ID) {
+				t.Errorf("cgroup %q does not name %q", at.Prefix, at.ID)
 			}
 		})
 	}
 }
 
 func TestLocator(t *testing.T) {
-	locate := func(t *testing.T, l *locator, cgroup string) string {
+	locate := func(t *testing.T, l *locator, text string) string {
 		t.Helper()
 		proc := t.TempDir()
-		if err := fake.WriteProcess(proc, 7, cgroup, ""); err != nil {
+		if err := fake.WriteProcess(proc, 7, text, ""); err != nil {
 			t.Fatal(err)
 		}
 		at, err := l.locate(proc, 7)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return at.id
+		return at.ID
 	}
 	t.Run("pods are attested when asked for", func(t *testing.T) {
 		l := newTestLocator(t, true)
@@ -79,7 +80,7 @@ func TestLocator(t *testing.T) {
 	})
 	t.Run("configured matchers replace the layouts", func(t *testing.T) {
 		l := newTestLocator(t, false, "/docker/<id>", "/my.slice/*/<id>/*", "/kubepods/*/<id>")
-		for cgroup, want := range map[string]string{
+		for path, want := range map[string]string{
 			"/docker/" + idA:                 idA,
 			"/my.slice/x/" + idA + "/y":      idA,
 			"/my.slice/x/" + idA:             "",
@@ -89,8 +90,8 @@ func TestLocator(t *testing.T) {
 			"/my.slice/x/" + idA[:60] + "/y": "",
 			"/docker/" + idA + "x":           "",
 		} {
-			if got := locate(t, l, "0::"+cgroup+"\n"); got != want {
-				t.Errorf("in %s container is %q, want %q", cgroup, got, want)
+			if got := locate(t, l, "0::"+path+"\n"); got != want {
+				t.Errorf("in %s container is %q, want %q", path, got, want)
 			}
 		}
 	})
@@ -122,8 +123,8 @@ func TestLocator(t *testing.T) {
 
 func TestInside(t *testing.T) {
 	l := newTestLocator(t, false)
-	at := func(cgroup string) place {
-		p, _, err := l.inCgroups(cgroup)
+	at := func(text string) cgroup.Place {
+		p, _, err := cgroup.Parse(text, l)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -149,7 +150,7 @@ func TestInside(t *testing.T) {
 		"a sibling whose name begins the same": {"0::/ab", "0::/a", false},
 	} {
 		p := at(c.process)
-		if got := p.inside(at(c.first)); got != c.want {
+		if got := p.Inside(at(c.first)); got != c.want {
 			t.Errorf("%s: inside is %v", why, got)
 		}
 	}
@@ -161,23 +162,23 @@ func FuzzLocate(f *testing.F) {
 		f.Fatal(err)
 	}
 	for _, layout := range layouts {
-		cgroup, err := os.ReadFile(filepath.Join(layout, "cgroup"))
+		named, err := os.ReadFile(filepath.Join(layout, "cgroup"))
 		if err != nil {
 			f.Fatal(err)
 		}
 		mounts, _ := os.ReadFile(filepath.Join(layout, "mountinfo"))
-		f.Add(string(cgroup), string(mounts))
+		f.Add(string(named), string(mounts))
 	}
 	l := newTestLocator(f, false)
 	matching := newTestLocator(f, false, "/docker/<id>", "/*/<id>")
-	f.Fuzz(func(t *testing.T, cgroup, mounts string) {
+	f.Fuzz(func(t *testing.T, text, mounts string) {
 		for _, l := range []*locator{l, matching} {
-			at, _, err := l.inCgroups(cgroup)
-			if err == nil && at.id != "" && (!isID(at.id) || !strings.Contains(at.prefix, at.id)) {
-				t.Fatalf("container %q in cgroup %q", at.id, at.prefix)
+			at, _, err := cgroup.Parse(text, l)
+			if err == nil && at.ID != "" && (!cgroup.IsID(at.ID) || !strings.Contains(at.Prefix, at.ID)) {
+				t.Fatalf("container %q in cgroup %q", at.ID, at.Prefix)
 			}
-			if id, err := l.inMounts(mounts); err == nil && id != "" && !isID(id) {
-				t.Fatalf("container %q", id)
+			if name, err := cgroup.ParseMounts(mounts, l); err == nil && name.ID != "" && !cgroup.IsID(name.ID) {
+				t.Fatalf("container %q", name.ID)
 			}
 		}
 	})

@@ -11,6 +11,8 @@ import (
 
 	"github.com/moby/moby/api/types/events"
 	"github.com/sirupsen/logrus"
+
+	"github.com/assay-id/assay/attestor/cgroup"
 )
 
 const (
@@ -126,7 +128,7 @@ func (w *workload) happened(event events.Message, changed func(...int)) {
 
 // normal gives an image ID its algorithm, which Podman leaves out.
 func normal(id string) string {
-	if isID(id) {
+	if cgroup.IsID(id) {
 		return "sha256:" + id
 	}
 	return id

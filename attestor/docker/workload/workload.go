@@ -28,6 +28,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/cgroup"
 	"github.com/assay-id/assay/attestor/docker"
 )
 
@@ -73,7 +74,7 @@ type fetching struct {
 // known is what was learned of a container.
 type known struct {
 	learned   time.Time
-	first     place // of the container's first process
+	first     cgroup.Place // of the container's first process
 	imageID   string
 	selectors []attestor.Selector
 	// pids are the processes that were attested; many says that there were more than fit.
@@ -121,30 +122,30 @@ func (w *workload) Attest(ctx context.Context, p attestor.Process) ([]attestor.S
 	if err != nil {
 		return nil, fmt.Errorf("find container of process: %w", err)
 	}
-	if at.id == "" {
+	if at.ID == "" {
 		return nil, nil
 	}
 	for range maxTries {
-		k, err := w.learn(ctx, at.id, p.Proc)
+		k, err := w.learn(ctx, at.ID, p.Proc)
 		if errors.Is(err, errNotKnown) {
-			w.log.WithFields(logrus.Fields{"pid": p.PID, "container": at.id}).Debug("engine does not know the container: another engine's")
+			w.log.WithFields(logrus.Fields{"pid": p.PID, "container": at.ID}).Debug("engine does not know the container: another engine's")
 			return nil, nil
 		}
 		if err != nil {
-			return nil, fmt.Errorf("ask engine about container %.12s: %w", at.id, err)
+			return nil, fmt.Errorf("ask engine about container %.12s: %w", at.ID, err)
 		}
-		if !at.inside(k.first) {
+		if !at.Inside(k.first) {
 			if w.now().Sub(k.learned) < relearnAfter {
 				break
 			}
-			w.forget(at.id, k) // it may be of before a restart
+			w.forget(at.ID, k) // it may be of before a restart
 			continue
 		}
-		if w.note(at.id, k, p) {
+		if w.note(at.ID, k, p) {
 			return slices.Clone(k.selectors), nil
 		}
 	}
-	return nil, fmt.Errorf("process is in a cgroup named after container %.12s, but not in that container's cgroup", at.id)
+	return nil, fmt.Errorf("process is in a cgroup named after container %.12s, but not in that container's cgroup", at.ID)
 }
 
 // learn returns what is known of a container, asking the engine if nothing is. One caller asks for a
