@@ -74,7 +74,7 @@ lab: build ## real Docker
 	$(TEST) -count=1 ./test/lab/... ./attestor/docker/...
 
 robust: build ## kill, fill, damage, take away; history compared with a model after each
-	$(TEST) -count=1 ./test/robust
+	$(TEST) -count=1 -parallel 8 ./test/robust
 
 hostile: build ## every field of every RPC, and the transport below
 	$(TEST) -count=1 ./test/hostile

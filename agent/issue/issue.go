@@ -210,13 +210,13 @@ func (i *Issuer) Run(ctx context.Context) error {
 	work.Go(func() { i.pool.run(ctx) })
 	defer work.Wait()
 	defer i.stop()
+	var clock drift
 	for {
 		picture, replaced := i.view.Follow()
 		i.mu.Lock()
 		now := i.now()
 		i.refresh(picture, now)
-		// The next scan is never further away than scanEvery, unless the clock was set back.
-		if !now.Before(i.nextScan) || i.nextScan.Sub(now) > scanEvery {
+		if clock.moved(now) || !now.Before(i.nextScan) {
 			i.scan(now)
 		}
 		if len(i.queue) > 0 && !i.gathering && i.batches < maxBatches {

@@ -9,13 +9,11 @@
 //	second server, port in use                  start_test.go
 //	server away past every TTL                  away_test.go
 //	agent restarted, its state lost             agent_test.go
-//
-// What cannot be done to a built binary without a hook in it is tested where the code is:
-//
-//	clock a day ahead and back                  server/ca (TestClock), server/records (TestRun),
-//	                                            server/view, agent/issue, agent/join
+//	clock a day ahead, a day back, right again  clock_test.go; hour by hour in server/ca (TestClock),
+//	                                            server/records (TestRun), server/view, agent/issue, agent/join
 //	workload dead after connect, reused PID,
-//	inherited connection                        workloadapi/peer (TestPeer), workloadapi (TestProcess…)
+//	inherited connection                        caller_test.go; each race in workloadapi/peer (TestPeer),
+//	                                            workloadapi (TestProcess…)
 //
 // The tests need the binaries in bin/ (make robust builds them), and root for the disks of their own;
 // what is skipped says so. No test asserts how long something takes.
