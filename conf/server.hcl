@@ -191,7 +191,9 @@ key_manager "disk" {
   # in whole days or as other durations; "0" keeps them for ever. That newer evidence was known stays known.
   #keep_unused = "90d"
 
-  # The list of revoked certificates: a PEM file, and an address where GET /crl answers with it in DER.
+  # The lists of revoked certificates, one of each authority: a PEM file with all of them, as nginx and
+  # PostgreSQL read it, and an address where GET /crl.pem answers with the same and GET /crl with the active
+  # authority's in DER.
   #crl_file    = "/var/lib/assay/crl.pem"
   #crl_address = "0.0.0.0:8092"
 

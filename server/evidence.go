@@ -25,8 +25,8 @@ import (
 type Evidence struct {
 	// Rules are the policies, and may be replaced while the server runs; see Running.
 	Rules verdict.Rules
-	// CRLPath is a file that holds the list of revoked certificates as PEM, and CRLAddress an address where
-	// it is served over HTTP as DER; empty: neither.
+	// CRLPath is a file that holds the lists of revoked certificates as PEM, and CRLAddress an address where
+	// they are served over HTTP; empty: neither.
 	CRLPath, CRLAddress string
 	// Registries say where manifests may be fetched; without any, nothing is.
 	Registries registry.Config
@@ -50,10 +50,10 @@ func openEvidence(ctx context.Context, cfg *Config, rec *records.Records, pictur
 	return verdict.Open(ctx, parts, cfg.Evidence.Rules, verdict.Config{
 		MarksPath: filepath.Join(cfg.DataDir, "evidence-marks"),
 		CRLPath:   cfg.Evidence.CRLPath,
-		// The list goes the road that bundles go.
-		CRLChanged: func(ctx context.Context, der []byte) error {
+		// The lists go the road that bundles go.
+		CRLChanged: func(ctx context.Context, lists [][]byte) error {
 			_, _, err := rec.UpdateBundle(ctx, cfg.TrustDomain, func(b *identity.Bundle) error {
-				b.CRL = der
+				b.CRLs = lists
 				return nil
 			})
 			return err
@@ -82,19 +82,24 @@ func listenCRL(cfg *Config) (net.Listener, error) {
 	return l, nil
 }
 
-// serveCRL answers GET /crl with the list of revoked certificates (RFC 5280 section 4.2.1.13 asks for DER
-// over plain HTTP: the list is signed and secret to nobody), until ctx ends.
+// serveCRL answers GET /crl with the active authority's list of revoked certificates (RFC 5280 section
+// 4.2.1.13 asks for one list as DER over plain HTTP: it is signed and secret to nobody) and GET /crl.pem with
+// those of all authorities, as crl_file has them, until ctx ends.
 func serveCRL(ctx context.Context, l net.Listener, judge *verdict.Service) error {
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /crl", func(w http.ResponseWriter, _ *http.Request) {
-		der := judge.CRL()
-		if der == nil {
-			http.Error(w, "there is no list yet", http.StatusServiceUnavailable)
-			return
+	answer := func(kind string, content func(lists [][]byte) []byte) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			lists := judge.CRLs()
+			if len(lists) == 0 {
+				http.Error(w, "there is no list yet", http.StatusServiceUnavailable)
+				return
+			}
+			w.Header().Set("Content-Type", kind)
+			_, _ = w.Write(content(lists)) // the client is gone if it fails
 		}
-		w.Header().Set("Content-Type", "application/pkix-crl")
-		_, _ = w.Write(der) // the client is gone if it fails
-	})
+	}
+	mux.HandleFunc("GET /crl", answer("application/pkix-crl", func(lists [][]byte) []byte { return lists[0] }))
+	mux.HandleFunc("GET /crl.pem", answer("application/x-pem-file", verdict.PEM))
 	s := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second,
 		IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,

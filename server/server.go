@@ -291,7 +291,8 @@ func openCA(ctx context.Context, cfg *Config, km keys.Manager, store ca.Store, b
 		CATTL: cfg.CA.TTL, KeyType: kind, JWTKeyType: jwtKind,
 		X509SVIDTTL: cfg.CA.X509SVIDTTL, JWTSVIDTTL: cfg.CA.JWTSVIDTTL, AgentTTL: cfg.CA.AgentTTL,
 		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
-		Behind: behind, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
+		RevocationLists: cfg.Evidence != nil,
+		Behind:          behind, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
 	})
 }
 

@@ -163,9 +163,7 @@ func keySet(b *identity.Bundle) ([]byte, error) {
 func lists(bundles []*identity.Bundle) [][]byte {
 	var all [][]byte
 	for _, b := range bundles {
-		if len(b.CRL) > 0 {
-			all = append(all, b.CRL)
-		}
+		all = append(all, b.CRLs...)
 	}
 	return all
 }

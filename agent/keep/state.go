@@ -157,7 +157,7 @@ type pictureJSON struct {
 	Verdicts [][]byte `json:"verdicts,omitempty"` // feedv1.Verdict
 	HeardAt  int64    `json:"heard_at,omitempty"` // Unix seconds
 	// CRLs are those of the bundles by trust domain, DER.
-	CRLs map[string][]byte `json:"crls,omitempty"`
+	CRLs map[string][][]byte `json:"crl_lists,omitempty"`
 }
 
 // Picture returns the kept picture, or nil.
@@ -195,7 +195,7 @@ func (s *pictureJSON) parse() (*Picture, error) {
 		if err != nil {
 			return nil, err
 		}
-		b.CRL = s.CRLs[b.TrustDomain.Name()]
+		b.CRLs = s.CRLs[b.TrustDomain.Name()]
 		p.Bundles = append(p.Bundles, b)
 	}
 	for _, raw := range s.Verdicts {
@@ -232,11 +232,11 @@ func (k *Keep) SavePicture(p *Picture) {
 				return nil, err
 			}
 			stored.Bundles = append(stored.Bundles, raw)
-			if len(b.CRL) > 0 {
+			if len(b.CRLs) > 0 {
 				if stored.CRLs == nil {
-					stored.CRLs = map[string][]byte{}
+					stored.CRLs = map[string][][]byte{}
 				}
-				stored.CRLs[b.TrustDomain.Name()] = b.CRL
+				stored.CRLs[b.TrustDomain.Name()] = b.CRLs
 			}
 		}
 		for _, v := range p.Verdicts {

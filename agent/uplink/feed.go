@@ -194,7 +194,7 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabiliti
 		for _, l := range msg.GetCrls() {
 			for _, b := range up.Bundles {
 				if b.TrustDomain.Name() == l.GetTrustDomain() {
-					b.CRL = l.GetDer()
+					b.CRLs = append(b.CRLs, l.GetDer())
 				}
 			}
 		}

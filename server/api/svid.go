@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"runtime"
@@ -170,7 +171,8 @@ func (p *permitted) serial(agent spiffeid.ID, cert *x509.Certificate, now time.T
 		return records.Serial{}
 	}
 	m := &stored.EvidenceSerial{
-		EntryId: p.entry.ID, Agent: agent.String(), SpiffeId: p.entry.SPIFFEID.String(), IssuedAt: now.Unix(), ExpiresAt: cert.NotAfter.Unix(),
+		AuthorityId: hex.EncodeToString(cert.AuthorityKeyId),
+		EntryId:     p.entry.ID, Agent: agent.String(), SpiffeId: p.entry.SPIFFEID.String(), IssuedAt: now.Unix(), ExpiresAt: cert.NotAfter.Unix(),
 	}
 	for _, v := range p.grant.By {
 		m.Digests = append(m.Digests, v.Digest)

@@ -45,7 +45,9 @@ const (
 type authority struct {
 	line   records.Journal
 	public crypto.PublicKey
-	signer crypto.Signer // nil unless prepared or active
+	signer crypto.Signer // nil unless prepared, active or aside
+	// lister signs lists of revoked certificates; nil if there is no key for that, or the kind has none.
+	lister crypto.Signer
 
 	hash crypto.Hash // what is signed is a digest of this kind
 
@@ -63,6 +65,9 @@ func (a *authority) with(state string, now time.Time) *authority {
 		b.line.ActivatedAt = now.Truncate(time.Second).UTC()
 	} else if state != StatePrepared && state != StateAside {
 		b.signer = nil
+	}
+	if state == StateRevoked {
+		b.lister = nil
 	}
 	return &b
 }
@@ -187,6 +192,9 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 		}
 		if err := a.prepareX509(); err != nil {
 			return broken("%w", err)
+		}
+		if signer != nil {
+			a.lister = signer
 		}
 	case KindJWT:
 		if line.AuthorityID == "" {

@@ -15,7 +15,8 @@
 // NotAfter − min(lifetime/6, 7 days), which is also the longest that an SVID can live without being
 // cut short by its authority. An authority that is no longer active keeps its line in the journal and its
 // place in the bundle until 24 hours after it expired; its private key is deleted at once where its
-// successor took over on schedule.
+// successor took over on schedule, or, where there are lists of revoked certificates, when it is revoked or
+// pruned: until then it signs those lists and nothing else.
 //
 // # What can go wrong
 //
@@ -115,6 +116,10 @@ type Config struct {
 	// the active one is gone from keys that were meant to last. SVIDs of the lost one stay valid.
 	NewAuthorityOnLostKey bool
 
+	// RevocationLists says that there will be lists of revoked certificates: the key of an X.509 authority
+	// is kept until the authority is revoked or pruned, for the lists of what it signed.
+	RevocationLists bool
+
 	// Behind counts the connected agents that do not have the bundle of the revision yet. A successor
 	// whose time has come waits a while for them. Nil: nobody is waited for.
 	Behind func(bundle kv.Rev) int
@@ -135,6 +140,8 @@ type CA struct {
 
 	// The authorities that sign. Written with mu held, read by every signature.
 	x509, jwt atomic.Pointer[authority]
+	// Those that sign lists of revoked certificates, likewise.
+	listers atomic.Pointer[listers]
 
 	mu sync.Mutex // held during Open and while Run turns the wheel
 	// lines is the journal as it is stored, and pending an authority per kind that has a key and

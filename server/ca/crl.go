@@ -4,49 +4,127 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"math/big"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/assay-id/assay/server/ca/keys"
+	"github.com/assay-id/assay/server/records"
 )
 
 // maxRevoked bounds a list: every verifier reads all of it.
 const maxRevoked = 100_000
 
-// SignCRL signs a list of revoked certificates (RFC 5280 section 5) with the active X.509 authority:
-// version 2, with the authority's key identifier and the number, which must grow from list to list.
-// revoked are serial numbers in decimal and when each was revoked; until is when the next list will
+// SignCRLs signs lists of revoked certificates (RFC 5280 section 5), one for each X.509 authority whose key
+// is there, the active one's first: version 2, with the authority's key identifier and the number, which
+// must grow from time to time. revoked are certificates with the authority that signed each and when it was
+// revoked; one of which it is not known who signed it is on every list. until is when the next lists will
 // have come. An empty list is a good one.
 //
-// It covers what the active authority has signed. A certificate of the authority before it expires soon
-// after the new one has begun to sign, for no SVID outlives its half of the schedule; what is revoked of
-// those is on the list nevertheless, for verifiers that compare serial numbers alone.
-func (c *CA) SignCRL(_ context.Context, number uint64, revoked map[string]time.Time, until time.Time) ([]byte, error) {
-	a := c.current(KindX509)
-	if a == nil {
-		return nil, ErrNoAuthority
-	}
+// A verifier that asks for a list refuses what it has no list for. So there is one of the authority that is
+// prepared, before it signs anything, and one of each that is old, for as long as something that it signed
+// may be about.
+func (c *CA) SignCRLs(_ context.Context, number uint64, revoked []records.Serial, until time.Time) ([][]byte, error) {
 	if len(revoked) > maxRevoked {
 		return nil, fmt.Errorf("sign CRL: %d certificates are revoked, the limit is %d", len(revoked), maxRevoked)
 	}
-	now := c.cfg.Now().UTC()
-	template := &x509.RevocationList{
-		Number: new(big.Int).SetUint64(number), ThisUpdate: now.Add(-c.cfg.Backdate), NextUpdate: until.UTC(),
-	}
-	for serial, at := range revoked {
-		n, ok := new(big.Int).SetString(serial, 10)
-		if !ok || n.Sign() <= 0 {
-			return nil, fmt.Errorf("sign CRL: %q is no serial number", serial)
+	now := c.cfg.Now()
+	var lists [][]byte
+	for _, a := range c.listers.Load().authorities {
+		if a.expired(now) {
+			continue
 		}
-		template.RevokedCertificateEntries = append(template.RevokedCertificateEntries, x509.RevocationListEntry{SerialNumber: n, RevocationTime: at.UTC()})
+		template := &x509.RevocationList{
+			Number: new(big.Int).SetUint64(number), ThisUpdate: now.Add(-c.cfg.Backdate).UTC(), NextUpdate: until.UTC(),
+		}
+		for _, one := range revoked {
+			if by := one.GetAuthorityId(); by != "" && by != a.line.AuthorityID {
+				continue
+			}
+			n, ok := new(big.Int).SetString(one.Number, 10)
+			if !ok || n.Sign() <= 0 {
+				return nil, fmt.Errorf("sign CRL: %q is no serial number", one.Number)
+			}
+			template.RevokedCertificateEntries = append(template.RevokedCertificateEntries,
+				x509.RevocationListEntry{SerialNumber: n, RevocationTime: time.Unix(one.GetRevokedAt(), 0).UTC()})
+		}
+		slices.SortFunc(template.RevokedCertificateEntries, func(a, b x509.RevocationListEntry) int {
+			return strings.Compare(a.SerialNumber.Text(62), b.SerialNumber.Text(62))
+		})
+		der, err := x509.CreateRevocationList(rand.Reader, template, a.cert, a.lister)
+		if err != nil {
+			return nil, fmt.Errorf("sign CRL of authority %s: %w", a.line.AuthorityID, err)
+		}
+		lists = append(lists, der)
 	}
-	slices.SortFunc(template.RevokedCertificateEntries, func(a, b x509.RevocationListEntry) int {
-		return strings.Compare(a.SerialNumber.Text(62), b.SerialNumber.Text(62))
+	if len(lists) == 0 {
+		return nil, fmt.Errorf("sign CRL: %w", ErrNoAuthority)
+	}
+	return lists, nil
+}
+
+// listers are the authorities that can sign lists of revoked certificates.
+type listers struct {
+	authorities []*authority
+	replaced    chan struct{} // closed when there are others
+}
+
+// CRLsDue returns a channel that is closed when other authorities sign lists than now: then all are to be
+// made anew.
+func (c *CA) CRLsDue() <-chan struct{} { return c.listers.Load().replaced }
+
+// relist publishes which authorities can sign lists. mu is held.
+func (c *CA) relist() {
+	var list []*authority
+	for _, a := range c.sorted() {
+		if a.lister != nil && (a.signer != nil || c.lists(a, c.cfg.Now())) {
+			list = append(list, a)
+		}
+	}
+	slices.SortStableFunc(list, func(a, b *authority) int {
+		switch {
+		case a.line.State == StateActive:
+			return -1
+		case b.line.State == StateActive:
+			return 1
+		}
+		return 0
 	})
-	der, err := x509.CreateRevocationList(rand.Reader, template, a.cert, a.signer)
-	if err != nil {
-		return nil, fmt.Errorf("sign CRL: %w", err)
+	was := c.listers.Load()
+	if was != nil && slices.Equal(was.authorities, list) {
+		return
 	}
-	return der, nil
+	c.listers.Store(&listers{authorities: list, replaced: make(chan struct{})})
+	if was != nil {
+		close(was.replaced)
+	}
+}
+
+// lists reports whether an authority that does not sign any more keeps its key for lists of revoked
+// certificates: as long as something that it signed can be valid, and the bundle verifies it.
+func (c *CA) lists(a *authority, now time.Time) bool {
+	return c.cfg.RevocationLists && a.line.Kind == KindX509 && !a.expired(now) &&
+		(a.line.State == StateOld || a.line.State == StateTainted)
+}
+
+// loadLister finds the key of an authority that signs lists and nothing else. One whose key is gone signs
+// none: what it signed will not be on a list.
+func (c *CA) loadLister(ctx context.Context, a *authority) error {
+	if !c.lists(a, c.cfg.Now()) {
+		return nil
+	}
+	key, err := c.keys.Get(ctx, a.line.KeyID)
+	switch {
+	case errors.Is(err, keys.ErrNotFound):
+		return nil
+	case err != nil:
+		return fmt.Errorf("get key of %s authority %s: %w", a.line.Kind, a.line.AuthorityID, err)
+	case !samePublic(a.public, key.Public()):
+		return nil
+	}
+	a.lister = key
+	return nil
 }

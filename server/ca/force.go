@@ -163,7 +163,9 @@ func (c *CA) TaintAuthority(ctx context.Context, kind, id string) (records.Journ
 		return records.Journal{}, 0, fmt.Errorf("taint %s authority: %w", kind, err)
 	}
 	c.log.WithFields(a.fields()).Warn("Authority tainted: what it signed is being replaced")
-	c.deleteKey(ctx, a) // of one that had made way because of the clock
+	if !c.lists(c.lines[id], now) {
+		c.deleteKey(ctx, a) // of one that had made way because of the clock
+	}
 	if err := c.publishSoon(ctx, now); err != nil {
 		return records.Journal{}, 0, err
 	}
@@ -198,6 +200,9 @@ func (c *CA) RevokeAuthority(ctx context.Context, kind, id string) (records.Jour
 		return records.Journal{}, 0, fmt.Errorf("revoke %s authority: %w", kind, err)
 	}
 	c.log.WithFields(a.fields()).Warn("Authority revoked: what it signed is not accepted any more")
+	if a.lister != nil {
+		c.deleteKey(ctx, a) // it was kept for lists of revoked certificates
+	}
 	if err := c.publishSoon(ctx, now); err != nil {
 		return records.Journal{}, 0, err
 	}

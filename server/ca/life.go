@@ -50,8 +50,12 @@ func (c *CA) load(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if err := c.loadLister(ctx, a); err != nil {
+			return err
+		}
 		c.lines[line.AuthorityID] = a
 	}
+	defer c.relist()
 	return c.retire(ctx)
 }
 
@@ -259,7 +263,7 @@ func (c *CA) takeOver(ctx context.Context, kind string, active, prepared *author
 	c.slot(kind).Store(changed[0])
 	c.metrics.active(kind, changed[0].line.NotAfter)
 	c.log.WithFields(changed[0].fields()).Info("Authority activated")
-	if active != nil && state == StateOld {
+	if active != nil && state == StateOld && !c.lists(c.lines[active.line.AuthorityID], now) {
 		c.deleteKey(ctx, active)
 	}
 	return nil
@@ -379,6 +383,7 @@ func (c *CA) prune(ctx context.Context, now time.Time) error {
 		c.log.WithFields(c.lines[id].fields()).Info("Authority pruned")
 		delete(c.lines, id)
 	}
+	c.relist()
 	return nil
 }
 
@@ -392,8 +397,12 @@ func (c *CA) put(ctx context.Context, changed ...*authority) error {
 		return fmt.Errorf("write journal: %w", err)
 	}
 	for _, a := range changed {
+		if a.signer == nil && !c.lists(a, c.cfg.Now()) {
+			a.lister = nil // nobody has seen it yet
+		}
 		c.lines[a.line.AuthorityID] = a
 	}
+	c.relist()
 	return nil
 }
 
@@ -401,7 +410,7 @@ func (c *CA) put(ctx context.Context, changed ...*authority) error {
 // that no line names stay: after a backup of the store was restored, they may be all there is.
 func (c *CA) sweepKeys(ctx context.Context) {
 	for _, a := range c.lines {
-		if a.line.State == StateOld || a.line.State == StateTainted || a.line.State == StateRevoked {
+		if (a.line.State == StateOld || a.line.State == StateTainted || a.line.State == StateRevoked) && !c.lists(a, c.cfg.Now()) {
 			c.deleteKey(ctx, a)
 		}
 	}

@@ -66,13 +66,16 @@ func (u *update) parts(limit int, send func(part *feedv1.FollowResponse, size in
 		if err != nil {
 			return fmt.Errorf("convert bundle of %s: %w", b.TrustDomain, err)
 		}
-		if err := room(proto.Size(w) + len(b.CRL)); err != nil {
+		crls, lists := 0, []*feedv1.RevocationList{}
+		for _, der := range b.CRLs {
+			l := &feedv1.RevocationList{TrustDomain: b.TrustDomain.Name(), Der: der}
+			lists, crls = append(lists, l), crls+proto.Size(l)+overhead
+		}
+		if err := room(proto.Size(w) + crls); err != nil {
 			return err
 		}
 		part.Bundles = append(part.Bundles, w)
-		if len(b.CRL) > 0 {
-			part.Crls = append(part.Crls, &feedv1.RevocationList{TrustDomain: b.TrustDomain.Name(), Der: b.CRL})
-		}
+		part.Crls = append(part.Crls, lists...)
 	}
 	for _, e := range u.entries {
 		w := e.Wire()

@@ -188,7 +188,7 @@ func (w *words) decodeNode(id spiffeid.ID, b []byte) (*Node, error) {
 }
 
 func encodeBundle(b *identity.Bundle) ([]byte, error) {
-	m := &stored.Bundle{RefreshHint: int64(b.RefreshHint / time.Second), Sequence: b.Sequence, Origin: b.Origin, Crl: b.CRL}
+	m := &stored.Bundle{RefreshHint: int64(b.RefreshHint / time.Second), Sequence: b.Sequence, Origin: b.Origin, Crls: b.CRLs}
 	for _, a := range b.X509 {
 		m.X509 = append(m.X509, &stored.X509Authority{Certificate: a.Certificate.Raw, Tainted: a.Tainted})
 	}
@@ -212,7 +212,7 @@ func decodeBundle(td spiffeid.TrustDomain, b []byte) (*identity.Bundle, error) {
 		RefreshHint: time.Duration(m.GetRefreshHint()) * time.Second,
 		Sequence:    m.GetSequence(),
 		Origin:      m.GetOrigin(),
-		CRL:         m.GetCrl(),
+		CRLs:        m.GetCrls(),
 	}
 	for _, a := range m.GetX509() {
 		cert, err := x509.ParseCertificate(a.GetCertificate())

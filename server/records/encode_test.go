@@ -58,7 +58,7 @@ func fullVerdict() *Verdict {
 func fullBundle(t testing.TB) *identity.Bundle {
 	cert, key := certificate(t)
 	return &identity.Bundle{
-		TrustDomain: other, RefreshHint: time.Minute, Sequence: 9, Origin: 4, CRL: []byte{3},
+		TrustDomain: other, RefreshHint: time.Minute, Sequence: 9, Origin: 4, CRLs: [][]byte{{3}},
 		X509: []identity.X509Authority{{Certificate: cert, Tainted: true}},
 		JWT:  []identity.JWTAuthority{{KeyID: "k", Key: key, ExpiresAt: noon, Tainted: true}},
 	}

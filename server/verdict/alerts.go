@@ -80,8 +80,17 @@ func (w *Webhook) wants(kind string) bool {
 
 // outbox holds what is not delivered yet. Service.mu guards it.
 type outbox struct {
-	next    uint64
-	waiting map[uint64]*stored.EvidenceAlert
+	next      uint64
+	waiting   map[uint64]*stored.EvidenceAlert
+	unwritten []uint64 // those that the store has not taken, or not forgotten, yet
+}
+
+// again puts into a change what the store has refused before.
+func (o *outbox) again(change *records.EvidenceChange) {
+	for _, number := range o.unwritten {
+		change.Alerts[number] = o.waiting[number] // nil if it was delivered since
+	}
+	o.unwritten = nil
 }
 
 // maxWaiting is how many alerts may wait; beyond it the oldest is dropped, counted and logged.

@@ -15,28 +15,31 @@ import (
 
 // Signer signs lists of revoked certificates; *ca.CA is one.
 type Signer interface {
-	// SignCRL returns the list of those of the certificates that the active authority signed, as DER.
-	SignCRL(ctx context.Context, number uint64, revoked map[string]time.Time, until time.Time) ([]byte, error)
+	// SignCRLs returns a list of each authority, as DER, the active one's first, with those of the
+	// certificates that it signed.
+	SignCRLs(ctx context.Context, number uint64, revoked []records.Serial, until time.Time) ([][]byte, error)
+	// CRLsDue returns a channel that is closed when there are other authorities than now.
+	CRLsDue() <-chan struct{}
 }
 
-// crl is the list of revoked certificates. Service.mu guards what is no atomic.
+// crl are the lists of revoked certificates. Service.mu guards what is no atomic.
 type crl struct {
 	number uint64
-	der    atomic.Pointer[[]byte]
+	lists  atomic.Pointer[[][]byte]
 }
 
-// Times of the list: it is signed anew well before it ends, for a verifier refuses everything when it
-// has none that is current.
+// Times of the lists: they are signed anew well before they end, for a verifier refuses everything when
+// it has none that is current.
 const (
 	crlLife  = time.Hour
 	crlRenew = 20 * time.Minute
 	crlKeep  = time.Hour // how long an expired certificate stays in the books
 )
 
-// CRL returns the current list as DER, nil if there is none yet.
-func (s *Service) CRL() []byte {
-	if der := s.crl.der.Load(); der != nil {
-		return *der
+// CRLs returns the current lists as DER, the active authority's first; none if there are none yet.
+func (s *Service) CRLs() [][]byte {
+	if lists := s.crl.lists.Load(); lists != nil {
+		return *lists
 	}
 	return nil
 }
@@ -53,18 +56,20 @@ func (s *Service) Issued(ctx context.Context, serials ...records.Serial) error {
 	return nil
 }
 
-// keepCRL signs the list when the server starts and before it ends, and forgets what has expired.
+// keepCRL signs the lists when the server starts, when another authority is prepared and before they end, and
+// forgets what has expired.
 func (s *Service) keepCRL(ctx context.Context) {
 	if s.Signer == nil {
 		return
 	}
 	for ctx.Err() == nil {
+		another := s.Signer.CRLsDue()
 		s.mu.Lock()
 		now := s.cfg.Now()
 		pause := crlRenew
 		if err := s.signCRL(ctx, now); err != nil && ctx.Err() == nil {
 			s.cfg.Log.WithError(err).Error("cannot sign the list of revoked certificates, will try again")
-			pause = retryAfter
+			pause, another = retryAfter, nil
 		}
 		if err := s.Store.SweepSerials(ctx, now.Add(-crlKeep)); err != nil && ctx.Err() == nil {
 			s.cfg.Log.WithError(err).Warn("cannot forget expired certificates, will try again")
@@ -73,13 +78,14 @@ func (s *Service) keepCRL(ctx context.Context) {
 		timer := time.NewTimer(pause)
 		select {
 		case <-timer.C:
+		case <-another:
 		case <-ctx.Done():
 		}
 		timer.Stop()
 	}
 }
 
-// signCRL makes the list of all that is revoked and not expired. mu is held.
+// signCRL makes the lists of all that is revoked and not expired. mu is held.
 func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 	if s.Signer == nil {
 		return nil
@@ -88,25 +94,19 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	revoked := map[string]time.Time{}
-	for _, one := range all {
-		if one.GetRevokedAt() != 0 {
-			revoked[one.Number] = time.Unix(one.GetRevokedAt(), 0)
-		}
-	}
+	revoked := slices.DeleteFunc(all, func(one records.Serial) bool { return one.GetRevokedAt() == 0 })
 	number := s.crl.number + 1
-	der, err := s.Signer.SignCRL(ctx, number, revoked, now.Add(crlLife))
+	lists, err := s.Signer.SignCRLs(ctx, number, revoked, now.Add(crlLife))
 	if err != nil {
-		return fmt.Errorf("sign CRL: %w", err)
+		return err
 	}
 	if err := s.Store.WriteEvidence(ctx, records.EvidenceChange{CRL: &stored.EvidenceCRL{Number: number}}); err != nil {
 		return err
 	}
 	s.crl.number = number
-	kept := der
-	s.crl.der.Store(&kept)
+	s.crl.lists.Store(&lists)
 	if s.cfg.CRLPath != "" {
-		if err := replaceFile(s.cfg.CRLPath, pemCRL(der)); err != nil {
+		if err := replaceFile(s.cfg.CRLPath, PEM(lists)); err != nil {
 			return err
 		}
 	}
@@ -114,9 +114,9 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 		return nil
 	}
 	if len(revoked) == 0 {
-		der = nil
+		return s.cfg.CRLChanged(ctx, nil)
 	}
-	return s.cfg.CRLChanged(ctx, der)
+	return s.cfg.CRLChanged(ctx, lists)
 }
 
 // revoke puts on the list what was issued on the strength of an earlier verdict on the image and would

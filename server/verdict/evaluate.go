@@ -1,6 +1,7 @@
 package verdict
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -111,10 +112,12 @@ func (s *Service) evaluate(ctx context.Context, cause string, digests []string) 
 	_ = group.Wait() // none returns an error
 	held := s.guard(now, images, verdicts)
 	change := records.EvidenceChange{Images: map[string]*stored.EvidenceImage{}, Guards: held.guards, Alerts: map[uint64]*stored.EvidenceAlert{}}
+	s.outbox.again(&change)
 	var errs []error
 	flush := func() {
 		if err := s.Store.WriteEvidence(ctx, change); err != nil {
 			errs = append(errs, err)
+			s.keepUnwritten(&change, now)
 		}
 		change = records.EvidenceChange{Images: map[string]*stored.EvidenceImage{}, Alerts: map[uint64]*stored.EvidenceAlert{}}
 	}
@@ -126,8 +129,11 @@ func (s *Service) evaluate(ctx context.Context, cause string, digests []string) 
 		}
 		if fresh || len(events) > 0 {
 			i.updatedAt = now
-			change.Images[i.digest] = i.stored()
 			changed = append(changed, i)
+		}
+		if fresh || len(events) > 0 || i.unwritten {
+			i.unwritten = false
+			change.Images[i.digest] = i.stored()
 		}
 		if change.Full() {
 			flush()
@@ -138,9 +144,21 @@ func (s *Service) evaluate(ctx context.Context, cause string, digests []string) 
 	}
 	flush()
 	errs = append(errs, s.publish(ctx, images, now))
-	s.tell(images, changed)
+	s.tell(changed)
 	s.wake()
 	return errors.Join(errs...)
+}
+
+// keepUnwritten notes what the store did not take, so that the next evaluation writes it: after a restart
+// nothing is to be alerted twice, and nothing lost.
+func (s *Service) keepUnwritten(change *records.EvidenceChange, now time.Time) {
+	for digest := range change.Images {
+		i := s.state.images[digest]
+		i.unwritten, i.due = true, now
+	}
+	for number := range change.Alerts {
+		s.outbox.unwritten = append(s.outbox.unwritten, number)
+	}
 }
 
 // enforce compares the verdicts on an image with what is in force, and puts them in force unless the
@@ -222,6 +240,7 @@ func (s *Service) record(i *image, r *records.Verdict) {
 		all = append(slices.Clone(all), proved...)
 	}
 	r.Selectors = attestor.NewSet(all...)
+	// Where no scan policy judges, signed provenance may be what opens a gate: it can be taken back too.
 	r.TTL, r.JWTTTL, r.Revoke, r.Policies = 0, 0, false, nil
 	for _, v := range verdicts {
 		r.TTL, r.JWTTTL = stricter(r.TTL, v.TTLMax), stricter(r.JWTTTL, v.JWTTTLMax)
@@ -237,6 +256,7 @@ func (s *Service) record(i *image, r *records.Verdict) {
 			Policy: v.Policy, Status: string(v.Status), Mode: string(v.Mode), Until: v.Until, Summary: strings.ToValidUTF8(summary, ""),
 		})
 	}
+	r.TTL, r.JWTTTL = cmp.Or(r.TTL, policy.DefaultSVIDTTL), cmp.Or(r.JWTTTL, policy.DefaultJWTTTL)
 }
 
 // provenance returns the selectors of signed statements about the image.
@@ -338,7 +358,7 @@ func same(a, b *records.Verdict) bool {
 }
 
 // tell writes the audit lines of what changed.
-func (s *Service) tell(_, changed []*image) {
+func (s *Service) tell(changed []*image) {
 	for _, i := range changed {
 		for name, m := range i.force {
 			v := i.verdicts[name]

@@ -63,6 +63,7 @@ type image struct {
 	told      map[string]said
 	due       time.Time // when time alone may change something; zero: never
 	lease     time.Time // when published is to be renewed; zero: nobody runs it
+	unwritten bool      // the store has refused the last change
 }
 
 func (s *Service) newImage(digest string) *image {

@@ -128,7 +128,14 @@ func replaceFile(path string, content []byte) error {
 	return nil
 }
 
-func pemCRL(der []byte) []byte { return pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der}) }
+// PEM writes lists of revoked certificates one after the other.
+func PEM(lists [][]byte) []byte {
+	var text []byte
+	for _, der := range lists {
+		text = append(text, pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der})...)
+	}
+	return text
+}
 
 // add remembers a mark; it returns when the line is on the disk.
 func (f *marksFile) add(marks map[string]*stored.EvidenceMark) error {

@@ -97,10 +97,10 @@ type Config struct {
 	MarksPath string
 	// Lease is how long an agent that hears nothing goes on with a verdict. 0: 15 minutes.
 	Lease time.Duration
-	// CRLPath is a file that holds the list of revoked certificates as PEM; empty: none. CRLChanged, if
-	// not nil, is called with each new list as DER, nil for one that is empty: nobody needs to carry that.
+	// CRLPath is a file that holds the lists of revoked certificates as PEM; empty: none. CRLChanged, if
+	// not nil, is called with the new lists as DER, nil if nothing is revoked: nobody needs to carry that.
 	CRLPath    string
-	CRLChanged func(ctx context.Context, der []byte) error
+	CRLChanged func(ctx context.Context, lists [][]byte) error
 	Log        logrus.FieldLogger
 	// Metrics registers what is counted. Nil: nothing is registered.
 	Metrics prometheus.Registerer
@@ -113,7 +113,7 @@ type Parts struct {
 	Store Store
 	View  View
 	Audit Audit
-	// Signer signs the list of revoked certificates. Nil: there is none.
+	// Signer signs the lists of revoked certificates. Nil: there are none.
 	Signer Signer
 	// Fetcher gets manifests from registries. Nil: only what pushers bring proves where a digest leads.
 	Fetcher Fetcher
@@ -267,7 +267,12 @@ func (s *Service) due(ctx context.Context) time.Duration {
 		}
 	}
 	if len(list) > 0 {
-		if err := s.evaluate(ctx, "time", list); err != nil && ctx.Err() == nil {
+		err := s.evaluate(ctx, "time", list)
+		select {
+		case <-s.woken: // that was ourselves: a store that fails is not to be asked without a pause
+		default:
+		}
+		if err != nil && ctx.Err() == nil {
 			s.cfg.Log.WithError(err).Error("cannot write verdicts whose time has come, will try again")
 			return retryAfter
 		}

@@ -480,3 +480,48 @@ func TestAVerdictIsRenewedAsLongAsItsImageRuns(t *testing.T) {
 		t.Errorf("the verdict on an image that runs again ends in %s", d)
 	}
 }
+
+func TestAStoreThatFailsIsAskedAgainAfterAPause(t *testing.T) {
+	w := newWorld(t, prod)
+	image := config(1)
+	w.run(image, 1)
+	w.mustPush(scan{image: image})
+	store := &brokenStore{Store: w.Store, broken: true}
+	w.Store = store
+	w.mu.Lock()
+	w.at = w.at.Add(25 * time.Hour) // too old
+	w.mu.Unlock()
+	if pause := w.due(t.Context()); pause != retryAfter {
+		t.Errorf("it is tried again after %s", pause)
+	}
+	select {
+	case <-w.woken:
+		t.Error("it is tried again at once")
+	default:
+	}
+	store.broken = false
+	w.pass(retryAfter)
+	if w.state.images[image].unwritten {
+		t.Fatal("it is not written yet")
+	}
+	w.restart()
+	if got := w.log.of("verdict.change"); len(got) < 2 {
+		t.Fatal("the end of the verdict was not told")
+	}
+	w.wantGate(image, false)
+	if i := w.state.images[image]; i.force["prod"].GetAllowed() {
+		t.Error("what is in force was not stored")
+	}
+}
+
+func TestGatesWithoutAScanPolicyAreCappedToo(t *testing.T) {
+	w := newWorld(t, "")
+	w.run(config(1), 1)
+	v, err := w.rec.Verdict(t.Context(), config(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.TTL != policy.DefaultSVIDTTL || v.JWTTTL != policy.DefaultJWTTTL {
+		t.Errorf("identities behind signed provenance alone live %s, tokens %s", v.TTL, v.JWTTTL)
+	}
+}

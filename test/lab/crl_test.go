@@ -1,12 +1,14 @@
 package lab_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -125,6 +127,50 @@ evidence {
 		}
 		if _, err := verify(filepath.Join(minted, "svid.pem")); err != nil {
 			t.Errorf("the other one: %v", err)
+		}
+	})
+	t.Run("after the authority was replaced, what the old one signed is accepted and refused as before", func(t *testing.T) {
+		out, err := n.ServerCLI(n.ctx, "localauthority", "x509", "prepare", "-output", "json")
+		n.must(err)
+		var prepared struct {
+			PreparedAuthority struct {
+				AuthorityID string `json:"authority_id"`
+			} `json:"prepared_authority"`
+		}
+		n.must(json.Unmarshal([]byte(out), &prepared))
+		_, err = n.ServerCLI(n.ctx, "localauthority", "x509", "activate", "-authorityID", prepared.PreparedAuthority.AuthorityID)
+		n.must(err)
+		n.must(n.agent.WaitFor(n.ctx, "the list of the new authority", func() error {
+			text, err := os.ReadFile(list)
+			if err == nil && bytes.Count(text, []byte("BEGIN X509 CRL")) != 2 {
+				return errors.New("it is not there yet")
+			}
+			return err
+		}))
+		fresh := filepath.Join(n.Dir, "minted by the new one")
+		n.must(os.Mkdir(fresh, 0o700))
+		_, err = n.ServerCLI(n.ctx, "x509", "mint", "-spiffeID", "spiffe://"+site.TrustDomain+"/fresh", "-write", fresh)
+		n.must(err)
+		signed, err := tls.LoadX509KeyPair(filepath.Join(fresh, "svid.pem"), filepath.Join(fresh, "key.pem"))
+		n.must(err)
+		if bytes.Equal(signed.Leaf.AuthorityKeyId, other.Leaf.AuthorityKeyId) {
+			t.Fatal("the old authority has signed it")
+		}
+		_, err = n.WriteBundle(n.ctx)
+		n.must(err)
+		n.must(peer.Signal(syscall.SIGHUP))
+		n.must(peer.WaitFor(n.ctx, "nginx to know the new authority", func() error {
+			status, err := peer.call(n.ctx, signed)
+			if err == nil && status != http.StatusOK {
+				return fmt.Errorf("it answers %d", status)
+			}
+			return err
+		}))
+		if status, err := peer.call(n.ctx, other); err != nil || status != http.StatusOK {
+			t.Errorf("what the old one signed is answered with %d, %v", status, err)
+		}
+		if status, err := peer.call(n.ctx, withdrawn); err != nil || status != http.StatusBadRequest {
+			t.Errorf("what was withdrawn is answered with %d, %v", status, err)
 		}
 	})
 	t.Run("what is issued after a clean report is welcome", func(t *testing.T) {

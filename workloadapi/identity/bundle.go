@@ -33,9 +33,9 @@ type Bundle struct {
 	// Origin is the sequence number that another trust domain's bundle endpoint gave its document. 0: it
 	// gave none, or the bundle came from elsewhere. It stays inside the server.
 	Origin uint64
-	// CRL is the list of revoked certificates of the trust domain's X.509 authorities, DER; nil: there is
-	// none. It is signed, and travels beside the bundle.
-	CRL []byte
+	// CRLs are the lists of revoked certificates, DER, one of each X.509 authority of the trust domain; none:
+	// nothing is revoked. They are signed, and travel beside the bundle.
+	CRLs [][]byte
 }
 
 // X509Authority is a CA certificate that X509-SVIDs are verified against.
@@ -59,7 +59,7 @@ func (b *Bundle) Clone() *Bundle {
 	c := *b
 	c.X509 = slices.Clone(b.X509)
 	c.JWT = slices.Clone(b.JWT)
-	c.CRL = slices.Clone(b.CRL)
+	c.CRLs = slices.Clone(b.CRLs)
 	return &c
 }
 

@@ -428,8 +428,8 @@ type Bundle struct {
 	Sequence    uint64 `protobuf:"varint,4,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// The number that the other trust domain's own document had; 0: it had none, or was put here by hand.
 	Origin uint64 `protobuf:"varint,5,opt,name=origin,proto3" json:"origin,omitempty"`
-	// The list of revoked certificates, DER; empty: none.
-	Crl           []byte `protobuf:"bytes,6,opt,name=crl,proto3" json:"crl,omitempty"`
+	// The lists of revoked certificates, DER, one of each authority; none: nothing is revoked.
+	Crls          [][]byte `protobuf:"bytes,6,rep,name=crls,proto3" json:"crls,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -499,9 +499,9 @@ func (x *Bundle) GetOrigin() uint64 {
 	return 0
 }
 
-func (x *Bundle) GetCrl() []byte {
+func (x *Bundle) GetCrls() [][]byte {
 	if x != nil {
-		return x.Crl
+		return x.Crls
 	}
 	return nil
 }
@@ -1062,14 +1062,14 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\ragent_version\x18\t \x01(\tR\fagentVersion\x12\x1f\n" +
 	"\vattested_at\x18\n" +
 	" \x01(\x03R\n" +
-	"attestedAt\"\xd6\x01\n" +
+	"attestedAt\"\xd8\x01\n" +
 	"\x06Bundle\x122\n" +
 	"\x04x509\x18\x01 \x03(\v2\x1e.assay.stored.v1.X509AuthorityR\x04x509\x12/\n" +
 	"\x03jwt\x18\x02 \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03jwt\x12!\n" +
 	"\frefresh_hint\x18\x03 \x01(\x03R\vrefreshHint\x12\x1a\n" +
 	"\bsequence\x18\x04 \x01(\x04R\bsequence\x12\x16\n" +
-	"\x06origin\x18\x05 \x01(\x04R\x06origin\x12\x10\n" +
-	"\x03crl\x18\x06 \x01(\fR\x03crl\"?\n" +
+	"\x06origin\x18\x05 \x01(\x04R\x06origin\x12\x12\n" +
+	"\x04crls\x18\x06 \x03(\fR\x04crls\"?\n" +
 	"\n" +
 	"Federation\x12\x10\n" +
 	"\x03url\x18\x01 \x01(\tR\x03url\x12\x1f\n" +

@@ -85,6 +85,13 @@ func (p Problem) String() string {
 	return field + ": " + p.Text
 }
 
+// How long identities behind a gate live at most where no policy says it: so long does one last that could
+// not be taken back.
+const (
+	DefaultSVIDTTL = 10 * time.Minute
+	DefaultJWTTTL  = 2 * time.Minute
+)
+
 // Defaults of the vex and blast_guard blocks; without the block there is neither.
 const (
 	defaultVEXMaxAge    = 90 * day
@@ -110,8 +117,8 @@ func defaults() *ScanPolicy {
 		OnStale:         Otherwise{Action: Deny},
 		OnError:         Otherwise{Action: Deny},
 		OnFail:          Withdraw,
-		SVIDTTLMax:      10 * time.Minute,
-		JWTTTLMax:       2 * time.Minute,
+		SVIDTTLMax:      DefaultSVIDTTL,
+		JWTTTLMax:       DefaultJWTTTL,
 		ExceptionMaxAge: 90 * day,
 		EPSSBelow:       []float64{0.1, 0.5},
 	}

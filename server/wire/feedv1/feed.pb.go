@@ -936,7 +936,7 @@ func (x *FollowResponse) GetCrls() []*RevocationList {
 	return nil
 }
 
-// RevocationList is a CRL that the authorities of a trust domain have signed.
+// RevocationList is a CRL that an authority of a trust domain has signed.
 type RevocationList struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
