@@ -47,6 +47,8 @@ type spireAgent struct {
 // startSPIREAgent starts a stock spire-agent with the given node attestor block and arguments.
 func startSPIREAgent(t *testing.T, s *site.Site, nodeAttestor string, args ...string) *spireAgent {
 	t.Helper()
+	// Before the clock of the waits below starts: the first build takes minutes on a busy machine.
+	bin := peer(t, spireAgentPackage)
 	ctx := patiently(t)
 	bundle, err := s.WriteBundle(ctx)
 	if err != nil {
@@ -56,7 +58,7 @@ func startSPIREAgent(t *testing.T, s *site.Site, nodeAttestor string, args ...st
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	a := &spireAgent{bin: peer(t, spireAgentPackage), socket: filepath.Join(dir, "api.sock"), log: filepath.Join(s.Dir, "spire-agent.log")}
+	a := &spireAgent{bin: bin, socket: filepath.Join(dir, "api.sock"), log: filepath.Join(s.Dir, "spire-agent.log")}
 	config := fmt.Sprintf(`agent {
   data_dir          = %q
   log_level         = "DEBUG"
