@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/tls"
+	"fmt"
 	"slices"
 	"strings"
 	"sync"
@@ -142,6 +143,7 @@ func TestJoinTokens(t *testing.T) {
 	}
 	t.Run("one of 50 clients with the same token wins", func(t *testing.T) {
 		value := []byte(token(60))
+		before := len(w.audit())
 		var wg sync.WaitGroup
 		errs := make([]error, 50)
 		for i := range errs {
@@ -158,6 +160,15 @@ func TestJoinTokens(t *testing.T) {
 		}
 		if won != 1 {
 			t.Errorf("%d won", won)
+		}
+		outcomes := map[any]int{}
+		for _, line := range w.audit()[before:] {
+			if line["event"] == "agent.attest" {
+				outcomes[line["outcome"]]++
+			}
+		}
+		if outcomes["allow"] != 1 || outcomes["deny"] != 49 || len(outcomes) != 2 {
+			t.Errorf("audit lines %v, want one that allows and 49 that deny", outcomes)
 		}
 	})
 	t.Run("an expired one is refused, and burnt", func(t *testing.T) {
@@ -185,6 +196,9 @@ func TestJoinTokens(t *testing.T) {
 		}
 		_, _, err = w.attestWith(conn, key, params, "")
 		refused(t, err, codes.InvalidArgument, "failed to attest: join token expired")
+		if line := w.lastAudit("agent.attest"); line["outcome"] != "deny" || !strings.Contains(fmt.Sprint(line["reason"]), "expired") {
+			t.Errorf("audit line %v", line)
+		}
 		_, _, err = w.attestWith(conn, key, params, "")
 		refused(t, err, codes.InvalidArgument, "failed to attest: join token does not exist")
 	})
@@ -205,6 +219,7 @@ func TestJoinTokens(t *testing.T) {
 		t.Run("one "+c.name+" is not made", func(t *testing.T) {
 			_, err := w.agents().CreateJoinToken(w.context(), c.req)
 			refused(t, err, c.code, c.part)
+			w.denied(t, "token.create")
 		})
 	}
 	t.Run("one is not made twice", func(t *testing.T) {
@@ -214,6 +229,7 @@ func TestJoinTokens(t *testing.T) {
 		}
 		_, err := w.agents().CreateJoinToken(w.context(), req)
 		refused(t, err, codes.AlreadyExists, "")
+		w.denied(t, "token.create")
 	})
 	t.Run("none is in the audit log before it is used", func(t *testing.T) {
 		value := token(60)
@@ -334,6 +350,10 @@ func TestBannedAndEvictedAgents(t *testing.T) {
 			if reason(err) != c.reason {
 				t.Errorf("the next call: reason %s", reason(err))
 			}
+			line := w.denied(t, "call.refuse")
+			if line["caller"] != "spiffe://example.org"+path || line["reason"] != c.reason.String() {
+				t.Errorf("audit line %v", line)
+			}
 			for err = nil; err == nil; {
 				_, err = stream.Recv()
 			}
@@ -361,10 +381,13 @@ func TestBannedAndEvictedAgents(t *testing.T) {
 		t.Run("one "+c.name+" cannot be", func(t *testing.T) {
 			_, err := w.agents().BanAgent(ctx, &agentv1.BanAgentRequest{Id: c.id})
 			refused(t, err, c.code, c.part)
+			w.denied(t, "agent.ban")
 			_, err = w.agents().DeleteAgent(ctx, &agentv1.DeleteAgentRequest{Id: c.id})
 			refused(t, err, c.code, c.part)
+			w.denied(t, "agent.evict")
 			_, err = w.agents().GetAgent(ctx, &agentv1.GetAgentRequest{Id: c.id})
 			refused(t, err, c.code, c.part)
+			w.denied(t, "agent.get")
 		})
 	}
 	w.unharmed()
@@ -448,6 +471,7 @@ func TestListAgents(t *testing.T) {
 		t.Run(c.name+" is malformed", func(t *testing.T) {
 			_, err := w.agents().ListAgents(ctx, c.req)
 			refused(t, err, codes.InvalidArgument, "")
+			w.denied(t, "agent.list")
 		})
 	}
 }

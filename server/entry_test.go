@@ -148,6 +148,9 @@ func TestEntriesThatAreTaken(t *testing.T) {
 		if r.GetStatus().GetCode() != int32(codes.AlreadyExists) || r.GetStatus().GetMessage() != "similar entry already exists" || !proto.Equal(r.GetEntry(), first) {
 			t.Errorf("got %v", r)
 		}
+		if line := w.denied(t, "entry.create"); line["reason"] == "" {
+			t.Errorf("audit line %v", line)
+		}
 	})
 	t.Run("one bad item does not hurt the others", func(t *testing.T) {
 		resp, err := w.entries().BatchCreateEntry(w.context(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{
@@ -382,6 +385,35 @@ func TestListEntries(t *testing.T) {
 		t.Run(c.name+" is malformed", func(t *testing.T) {
 			_, err := w.entries().ListEntries(w.context(), c.req)
 			refused(t, err, codes.InvalidArgument, c.part)
+			w.denied(t, "entry.list")
+		})
+	}
+	w.unharmed()
+}
+
+func TestSynchronizationsThatAreRefused(t *testing.T) {
+	w := start(t)
+	path, _, conn := w.agent("stock")
+	w.create(shop(func(e *types.Entry) { e.ParentId = id(path) }))
+	for _, c := range []struct {
+		name string
+		req  *entryv1.SyncAuthorizedEntriesRequest
+		part string
+	}{
+		{"that asks for entries before it knows any", &entryv1.SyncAuthorizedEntriesRequest{Ids: []string{"x"}}, "specifying IDs on initial request is not supported"},
+		{"whose mask leaves out the revision number", &entryv1.SyncAuthorizedEntriesRequest{OutputMask: &types.EntryMask{SpiffeId: true}}, "revision number cannot be masked"},
+	} {
+		t.Run("one "+c.name, func(t *testing.T) {
+			stream, err := entryv1.NewEntryClient(conn).SyncAuthorizedEntries(w.context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := stream.Send(c.req); err != nil {
+				t.Fatal(err)
+			}
+			_, err = stream.Recv()
+			refused(t, err, codes.InvalidArgument, c.part)
+			w.denied(t, "entry.sync")
 		})
 	}
 	w.unharmed()

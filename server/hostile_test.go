@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -240,6 +241,98 @@ func forge(t *testing.T, uri string) *tls.Certificate {
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
 }
 
+// refusedConnection waits for the audit line of a connection whose certificate was refused: a client
+// may know before the line is written.
+func (w *world) refusedConnection(t *testing.T, shown string) (line map[string]any) {
+	t.Helper()
+	eventually(t, func() error {
+		lines := w.audit()
+		i := slices.IndexFunc(lines, func(l map[string]any) bool {
+			return l["event"] == "connection.refuse" && strings.Contains(fmt.Sprint(l["reason"]), shown)
+		})
+		if i < 0 {
+			return fmt.Errorf("no line names %q", shown)
+		}
+		if line = lines[i]; line["outcome"] != "deny" || line["caller"] != "anyone" || line["peer"] == "" {
+			return fmt.Errorf("audit line %v", line)
+		}
+		return nil
+	})
+	return line
+}
+
+// eventually asks until there is no error, for a while.
+func eventually(t *testing.T, ask func() error) {
+	t.Helper()
+	err := ask()
+	for deadline := time.Now().Add(20 * time.Second); err != nil && time.Now().Before(deadline); err = ask() {
+		select {
+		case <-t.Context().Done():
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRefusedConnectionsAreCountedAndLinesLimited(t *testing.T) {
+	w := start(t, func(c *Config) { c.Limits.MaxHalfOpen = 100 })
+	for range 100 {
+		conn := w.raw(t, "127.0.0.1")
+		_, _ = conn.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
+		hungUp(t, conn)
+	}
+	cert := forge(t, "spiffe://example.org/flood")
+	for range 200 {
+		config := w.clientTLS(cert)
+		conn := tls.Client(w.raw(t, "127.0.0.1"), config)
+		_ = conn.HandshakeContext(t.Context())
+		hungUp(t, conn)
+	}
+	eventually(t, func() error {
+		counts, err := w.counts("assay_server_connections_refused_total", "reason")
+		if err != nil || counts["handshake"] != 100 || counts["certificate"] != 200 || counts["limit"] != 0 {
+			return fmt.Errorf("counted %v, %v", counts, err)
+		}
+		return nil
+	})
+	lines := 0
+	for _, line := range w.audit() {
+		if line["event"] == "connection.refuse" {
+			lines++
+		}
+	}
+	if lines == 0 || lines == 200 {
+		t.Errorf("%d audit lines of 200 refusals", lines)
+	}
+	w.unharmed()
+}
+
+func TestBudgetOfLines(t *testing.T) {
+	b := budgetOfLines{every: time.Second, most: 3}
+	now := time.Unix(1000, 0)
+	take := func(wantUnsaid int, want bool) {
+		t.Helper()
+		if unsaid, may := b.take(now); may != want || unsaid != wantUnsaid {
+			t.Errorf("got %v after %d, want %v after %d", may, unsaid, want, wantUnsaid)
+		}
+	}
+	for range 3 {
+		take(0, true)
+	}
+	take(0, false)
+	take(0, false)
+	now = now.Add(time.Second)
+	take(2, true)
+	take(0, false)
+	now = now.Add(time.Hour)
+	take(1, true)
+	take(0, true)
+	take(0, true)
+	take(0, false)
+}
+
 func TestClientCertificates(t *testing.T) {
 	w := start(t)
 	path, _, _ := w.agent("real")
@@ -247,11 +340,23 @@ func TestClientCertificates(t *testing.T) {
 	defer cancel()
 	t.Run("a forged one does not connect", func(t *testing.T) {
 		refused(t, ping(w.dial(forge(t, "spiffe://example.org"+path)), ctx), codes.Unavailable, "")
+		w.refusedConnection(t, "spiffe://example.org"+path)
 	})
-	t.Run("a foreign one does not connect", func(t *testing.T) {
+	t.Run("one of a foreign trust domain does not connect", func(t *testing.T) {
+		refused(t, ping(w.dial(forge(t, "spiffe://elsewhere.test/x")), ctx), codes.Unavailable, "")
+		w.refusedConnection(t, "elsewhere.test")
+	})
+	t.Run("one of another server of the same name does not connect", func(t *testing.T) {
 		other := start(t)
-		_, cert, _ := other.agent("real")
+		_, cert, _ := other.agent("another")
 		refused(t, ping(w.dial(cert), ctx), codes.Unavailable, "")
+		w.refusedConnection(t, "spiffe://example.org/spire/agent/honest/another")
+	})
+	t.Run("what it names is cut where it is too long to be a name", func(t *testing.T) {
+		refused(t, ping(w.dial(forge(t, "spiffe://example.org/"+strings.Repeat("x", 5000))), ctx), codes.Unavailable, "")
+		if line := w.refusedConnection(t, "spiffe://example.org/x"); len(fmt.Sprint(line["reason"])) > 1000 {
+			t.Errorf("the line has %d bytes", len(fmt.Sprint(line["reason"])))
+		}
 	})
 	t.Run("a workload's is no agent's", func(t *testing.T) {
 		key := newKey(t)
@@ -299,6 +404,7 @@ func TestClientCertificates(t *testing.T) {
 		if err := raw.HandshakeContext(ctx); err == nil {
 			hungUp(t, raw) // TLS 1.3: a client learns of the refusal when it reads
 		}
+		w.refusedConnection(t, "spiffe://example.org/spire/agent/honest/late")
 	})
 	w.unharmed()
 }

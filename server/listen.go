@@ -16,7 +16,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	"google.golang.org/grpc/credentials"
 
 	"github.com/assay-id/assay/server/api/caller"
@@ -36,7 +35,7 @@ import (
 type gate struct {
 	net.Listener
 	limits     Limits
-	log        logrus.FieldLogger
+	refusals   *refusals
 	handshakes *turn.Stile
 
 	mu      sync.Mutex // guards the rest
@@ -44,15 +43,14 @@ type gate struct {
 	nobody  int // of total, those that showed no certificate
 	sources map[string]*crowd
 	strange map[*guest]struct{} // whose handshake is not done
-	warned  time.Time
 }
 
 // crowd counts the connections of one source address.
 type crowd struct{ all, halfOpen, nobody int }
 
-func newGate(l net.Listener, limits Limits, log logrus.FieldLogger) *gate {
+func newGate(l net.Listener, limits Limits, refusals *refusals) *gate {
 	return &gate{
-		Listener: l, limits: limits, log: log, sources: map[string]*crowd{}, strange: map[*guest]struct{}{},
+		Listener: l, limits: limits, refusals: refusals, sources: map[string]*crowd{}, strange: map[*guest]struct{}{},
 		handshakes: turn.New(runtime.GOMAXPROCS(0), limits.MaxConnections),
 	}
 }
@@ -84,9 +82,6 @@ func (g *gate) Accept() (net.Conn, error) {
 	}
 }
 
-// warnEvery keeps a flood of connections from becoming a flood of log lines.
-const warnEvery = 10 * time.Second
-
 func (g *gate) enter(conn net.Conn) *guest {
 	source := caller.Source(conn.RemoteAddr())
 	g.mu.Lock()
@@ -105,7 +100,7 @@ func (g *gate) enter(conn net.Conn) *guest {
 		limit = "unfinished handshakes of one address"
 	}
 	if limit != "" {
-		g.warn(source, limit)
+		g.refusals.limit(source, limit)
 		return nil
 	}
 	g.total++
@@ -116,14 +111,6 @@ func (g *gate) enter(conn net.Conn) *guest {
 	in.patience, in.end = context.WithTimeout(context.Background(), g.limits.Handshake)
 	g.strange[in] = struct{}{}
 	return in
-}
-
-// warn logs that a connection was closed. mu is held.
-func (g *gate) warn(source, limit string) {
-	if now := time.Now(); now.Sub(g.warned) >= warnEvery {
-		g.warned = now
-		g.log.WithFields(logrus.Fields{"addr": source, "limit": limit}).Warn("connection closed: over a limit")
-	}
 }
 
 // tenth is the share of a limit that those without a certificate have; a small limit is all theirs.
@@ -191,7 +178,7 @@ func (c *guest) arrived(nobody bool) bool {
 	}
 	crowd := g.sources[c.source]
 	if g.nobody >= tenth(g.limits.MaxConnections) || crowd.nobody >= tenth(g.limits.MaxPerSource) {
-		g.warn(c.source, "connections without a certificate")
+		g.refusals.limit(c.source, "connections without a certificate")
 		return false
 	}
 	g.nobody++
@@ -254,6 +241,7 @@ func (g greeter) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo,
 	c.shaking.Store(false)
 	c.end()
 	if err != nil {
+		c.gate.refusals.handshake(conn.RemoteAddr(), err)
 		return nil, nil, err
 	}
 	shown, ok := auth.(credentials.TLSInfo)

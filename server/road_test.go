@@ -3,7 +3,6 @@ package server
 import (
 	"crypto/x509"
 	"os"
-	"strings"
 	"testing"
 	"time"
 
@@ -209,16 +208,10 @@ func TestMetricsAreThere(t *testing.T) {
 	}
 	for _, want := range []string{
 		"assay_server_attestations_total", "assay_server_svids_issued_total", "assay_server_rpcs_total", "assay_server_rpc_seconds",
+		"assay_server_connections_refused_total", "assay_store_commit_seconds", "assay_server_feed_lag_revisions_max",
 	} {
 		if !have[want] {
 			t.Errorf("%s is missing", want)
 		}
-	}
-	commit := false
-	for name := range have {
-		commit = commit || strings.Contains(name, "commit")
-	}
-	if !commit {
-		t.Error("the store's commit time is missing")
 	}
 }

@@ -161,7 +161,11 @@ func Run(ctx context.Context, config Config) (err error) {
 	state := health.NewServer()
 	grpc_health_v1.RegisterHealthServer(local, state)
 
-	listeners, err := listen(&cfg, component("listener"))
+	refusals, err := newRefusals(log, component("listener"), cfg.Metrics)
+	if err != nil {
+		return err
+	}
+	listeners, err := listen(&cfg, refusals)
 	if err != nil {
 		return err
 	}
@@ -381,13 +385,13 @@ func (o *open) close() {
 	}
 }
 
-func listen(cfg *Config, log logrus.FieldLogger) (*open, error) {
+func listen(cfg *Config, refusals *refusals) (*open, error) {
 	address := net.JoinHostPort(cfg.BindAddress, strconv.Itoa(cfg.BindPort))
 	tcp, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, fmt.Errorf("listen at %s: %w", address, err)
 	}
-	o := &open{tcp: newGate(tcp, cfg.Limits, log)}
+	o := &open{tcp: newGate(tcp, cfg.Limits, refusals)}
 	if cfg.SocketPath != "" {
 		if o.unix, err = listenUnix(cfg.SocketPath); err != nil {
 			o.unix = nil

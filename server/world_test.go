@@ -197,6 +197,39 @@ func (w *world) lastAudit(event string) map[string]any {
 	return nil
 }
 
+// denied returns the last line of an event, which must be that of a refusal.
+func (w *world) denied(t *testing.T, event string) map[string]any {
+	t.Helper()
+	line := w.lastAudit(event)
+	if line["outcome"] != "deny" {
+		t.Errorf("audit line %v", line)
+	}
+	return line
+}
+
+// counts returns the values of a counter by one of its labels.
+func (w *world) counts(name, label string) (map[string]int, error) {
+	w.t.Helper()
+	families, err := w.cfg.Metrics.(prometheus.Gatherer).Gather()
+	if err != nil {
+		return nil, err
+	}
+	counts := map[string]int{}
+	for _, f := range families {
+		if f.GetName() != name {
+			continue
+		}
+		for _, m := range f.GetMetric() {
+			for _, l := range m.GetLabel() {
+				if l.GetName() == label {
+					counts[l.GetValue()] += int(m.GetCounter().GetValue())
+				}
+			}
+		}
+	}
+	return counts, nil
+}
+
 // unharmed checks that the server still does its work.
 func (w *world) unharmed() {
 	w.t.Helper()

@@ -41,6 +41,23 @@ type Verifier struct {
 	Now func() time.Time
 }
 
+// RefusedCertificate is the error of Verify.
+type RefusedCertificate struct {
+	// Shown is the name in the certificate, of which nothing is proved; cut where it is too long to be one.
+	Shown string
+	// Err says why.
+	Err error
+}
+
+// Error says why.
+func (r *RefusedCertificate) Error() string { return "verify client certificate: " + r.Err.Error() }
+
+// Unwrap returns why.
+func (r *RefusedCertificate) Unwrap() error { return r.Err }
+
+// maxShown is how much of a name is repeated that nothing vouches for.
+const maxShown = 256
+
 // Verify is for tls.Config.VerifyConnection of a server that requests a client certificate and does
 // without one. It accepts no certificate, a chain that verifies against the bundle of its trust
 // domain, and a leaf with another number of URI SANs than one: such a leaf is nobody's SPIFFE ID
@@ -51,18 +68,24 @@ func (v *Verifier) Verify(state tls.ConnectionState) error {
 	if len(chain) == 0 || len(chain[0].URIs) != 1 {
 		return nil
 	}
+	if err := v.verify(chain); err != nil {
+		shown := chain[0].URIs[0].String()
+		return &RefusedCertificate{Shown: shown[:min(len(shown), maxShown)], Err: err}
+	}
+	return nil
+}
+
+func (v *Verifier) verify(chain []*x509.Certificate) error {
 	if len(chain) > maxPeerChain {
-		return fmt.Errorf("verify client certificate: %d certificates, the limit is %d", len(chain), maxPeerChain)
+		return fmt.Errorf("%d certificates, the limit is %d", len(chain), maxPeerChain)
 	}
 	for _, cert := range chain {
 		if err := identity.CheckCertificateKey(cert); err != nil {
-			return fmt.Errorf("verify client certificate: %w", err)
+			return err
 		}
 	}
-	if _, _, err := x509svid.Verify(chain, source{v}, x509svid.WithTime(v.Now())); err != nil {
-		return fmt.Errorf("verify client certificate: %w", err)
-	}
-	return nil
+	_, _, err := x509svid.Verify(chain, source{v}, x509svid.WithTime(v.Now()))
+	return err
 }
 
 // source hands out the bundle of a trust domain that a client may be of.
