@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -156,6 +158,56 @@ func TestAgentLost(t *testing.T) {
 			ready(http.StatusOK, "ok")
 			h.mustCreate(t, dial(t, s), newEntry(newest(t, s, &node), "/again/"+strings.ReplaceAll(c.name, " ", "-")))
 			newWorkload(t, a.Socket).has("/again/" + strings.ReplaceAll(c.name, " ", "-"))
+		})
+	}
+}
+
+// TestAgentLostAttests loses the state of an agent that can attest as often as it likes.
+func TestAgentLostAttests(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	server, agent := machine(t, s)
+	s.ServerBlocks = server
+	h := newHistory()
+	start(t, s)
+	a := newAgent(t, s, "agent", site.AgentOptions{Blocks: agent})
+	node := onlyAgent(t, s)
+	h.mustCreate(t, dial(t, s), newEntry(node, "/one"))
+	w := newWorkload(t, a.Socket)
+	w.has("/one")
+	eventually(t, "the kept files", func() error {
+		_, err := os.Stat(filepath.Join(a.Data(), "own.sealed"))
+		return err
+	})
+	for _, c := range []struct {
+		name string
+		lose func(t *testing.T)
+	}{
+		{"its key overwritten", func(t *testing.T) { t.Helper(); damage(t, filepath.Join(a.Data(), "agent-keys.json")) }},
+		{"its own SVID removed", func(t *testing.T) { t.Helper(); remove(t, filepath.Join(a.Data(), "own.sealed")) }},
+		{"its folder removed", func(t *testing.T) {
+			t.Helper()
+			if err := os.RemoveAll(a.Data()); err != nil {
+				t.Fatal(err)
+			}
+		}},
+	} {
+		t.Run("with "+c.name+" it attests again, and is who it was", func(t *testing.T) {
+			a.Kill()
+			c.lose(t)
+			startAgent(t, a)
+			again := "/again/" + strings.ReplaceAll(c.name, " ", "-")
+			h.mustCreate(t, dial(t, s), newEntry(node, again))
+			w.until("what it had and what is new", func(c *workloadapi.X509Context, err error) bool {
+				return hasPath("/one")(c, err) && hasPath(again)(c, err)
+			})
+			if now := onlyAgent(t, s); now != node {
+				t.Errorf("the agent was %s and is %s", node, now)
+			}
+			eventually(t, "the kept files", func() error {
+				_, err := os.Stat(filepath.Join(a.Data(), "own.sealed"))
+				return err
+			})
 		})
 	}
 }

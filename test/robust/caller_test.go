@@ -8,6 +8,8 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"strconv"
+	"syscall"
 	"testing"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
@@ -16,6 +18,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
+	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -51,8 +54,9 @@ func connectAndGiveAway(socket string) error {
 	return err
 }
 
-// inherited returns a connection that a process made which has ended, if the agent has not closed it.
-func inherited(t *testing.T, socket string, during func(net.Conn)) net.Conn {
+// inherited returns a connection that a process made which has ended, if the agent has not closed it, and
+// the PID that the process had.
+func inherited(t *testing.T, socket string, during func(net.Conn)) (net.Conn, int) {
 	t.Helper()
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -94,7 +98,28 @@ func inherited(t *testing.T, socket string, during func(net.Conn)) net.Conn {
 	if err := cmd.Wait(); err != nil {
 		t.Fatalf("%v: %s", err, stderr.String())
 	}
-	return conn
+	return conn, cmd.Process.Pid
+}
+
+// reuse starts a process with a PID that was somebody else's.
+func reuse(t *testing.T, pid int) {
+	t.Helper()
+	for range 200 { // others fork at the same time
+		if err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(pid-1)), 0o600); err != nil {
+			lab.Missing(t, "a PID of one's choice", err)
+		}
+		cmd := exec.CommandContext(t.Context(), "/bin/sleep", "1000")
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		end := func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }
+		if cmd.Process.Pid == pid {
+			t.Cleanup(end)
+			return
+		}
+		end()
+	}
+	lab.Missing(t, "a PID of one's choice", errors.New("others were faster each time"))
 }
 
 // fetchOver asks for X.509-SVIDs over a connection.
@@ -135,12 +160,42 @@ func TestInherited(t *testing.T) {
 	newWorkload(t, a.Socket).has("/one")
 
 	t.Run("a connection that was made before its process ended is refused", func(t *testing.T) {
-		if got, err := fetchOver(t, inherited(t, a.Socket, nil)); err == nil {
+		conn, _ := inherited(t, a.Socket, nil)
+		if got, err := fetchOver(t, conn); err == nil {
+			t.Errorf("served %d SVIDs", len(got.GetSvids()))
+		}
+	})
+	// Nobody is faster than one who sleeps: the agent is stopped while the caller connects and dies.
+	asleep := func(t *testing.T, do func()) {
+		t.Helper()
+		if err := a.Signal(syscall.SIGSTOP); err != nil {
+			t.Fatal(err)
+		}
+		do()
+		if err := a.Signal(syscall.SIGCONT); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Run("one that the agent accepts when its process is dead already is refused", func(t *testing.T) {
+		var conn net.Conn
+		asleep(t, func() { conn, _ = inherited(t, a.Socket, nil) })
+		if got, err := fetchOver(t, conn); err == nil {
+			t.Errorf("served %d SVIDs", len(got.GetSvids()))
+		}
+	})
+	t.Run("and so it is when another process has got its PID by then", func(t *testing.T) {
+		var conn net.Conn
+		asleep(t, func() {
+			var pid int
+			conn, pid = inherited(t, a.Socket, nil)
+			reuse(t, pid)
+		})
+		if got, err := fetchOver(t, conn); err == nil {
 			t.Errorf("served %d SVIDs", len(got.GetSvids()))
 		}
 	})
 	t.Run("while its process lives it is served, so it is the end that matters", func(t *testing.T) {
-		conn := inherited(t, a.Socket, func(conn net.Conn) {
+		conn, _ := inherited(t, a.Socket, func(conn net.Conn) {
 			got, err := fetchOver(t, conn)
 			if err != nil || len(got.GetSvids()) != 1 {
 				t.Errorf("%v, %v", got, err)

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/assay-id/assay/test/lab/site"
 )
@@ -21,11 +22,14 @@ func TestKill(t *testing.T) {
 	s.LogLevel = "info"
 	h := newHistory()
 	start(t, s)
+	var slowest time.Duration
 	for round := range rounds {
 		killDuringCreates(t, s, h, round)
 		// The store is whole before anybody could have repaired it.
 		mustCheck(t, s)
+		began := time.Now()
 		start(t, s)
+		slowest = max(slowest, time.Since(began))
 		conn := dial(t, s)
 		h.check(t, conn)
 		h.revision(t, conn)
@@ -33,7 +37,7 @@ func TestKill(t *testing.T) {
 			t.Fatalf("after round %d", round)
 		}
 	}
-	t.Logf("%d entries after %d rounds at revision %d", len(h.held), rounds, h.rev)
+	t.Logf("%d entries after %d rounds at revision %d; the slowest restart took %v", len(h.held), rounds, h.rev, slowest.Round(time.Millisecond))
 	stop(t, s)
 	mustCheck(t, s)
 }

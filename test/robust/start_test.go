@@ -78,6 +78,38 @@ func TestReadOnly(t *testing.T) {
 	h.check(t, dial(t, s))
 }
 
+// TestNoPermission starts a server in a folder that it may read and not write.
+func TestNoPermission(t *testing.T) {
+	t.Parallel()
+	root(t, "another user")
+	s := newSite(t)
+	s.ServerAs = &syscall.Credential{Uid: 65534, Gid: 65534}
+	if err := os.Chown(s.Dir, 65534, 65534); err != nil { // for the socket's folder
+		t.Fatal(err)
+	}
+	h := newHistory()
+	start(t, s)
+	h.mustCreate(t, dial(t, s), newEntry("/node", "/one"))
+	stop(t, s)
+	chown := func(uid int) {
+		t.Helper()
+		for _, path := range []string{s.ServerData(), filepath.Join(s.ServerData(), "store.db")} {
+			if err := os.Chown(path, uid, uid); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	chown(0)
+	chmod(t, s.ServerData(), 0o755)
+	chmod(t, filepath.Join(s.ServerData(), "store.db"), 0o644)
+	refused(t, s, s.ServerData(), "permission denied")
+	chown(65534)
+	chmod(t, s.ServerData(), 0o700)
+	chmod(t, filepath.Join(s.ServerData(), "store.db"), 0o600)
+	start(t, s)
+	h.check(t, dial(t, s))
+}
+
 // mount gives the server's data folder a disk of its own of that size.
 func mount(t *testing.T, s *site.Site, size string) {
 	t.Helper()
