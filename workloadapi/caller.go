@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -33,12 +34,8 @@ var (
 
 // attested is what is known about a process at one moment. It is immutable.
 type attested struct {
-	facts  attestor.Set
-	key    string   // facts.Key()
-	digest string   // stands for facts in audit lines
-	types  []string // selector types, for audit lines
-	shown  []string // selectors that audit lines may show
-	err    error    // errAttestation, errDead or errStopping; there are no facts then
+	*proved       // never nil
+	err     error // errAttestation, errDead or errStopping; there are no facts then
 	// replaced is closed when newer facts, or an error, have taken this one's place.
 	replaced chan struct{}
 }
@@ -55,7 +52,7 @@ type caller struct {
 	running chan struct{}      // closed when the attestation under way is done; nil: there is none
 	hurry   context.CancelFunc // makes a renewal that waits for its turn a matter of urgency
 	dirty   bool               // an attestor spoke up while an attestation was under way
-	words   map[string]word    // each attestor's last word, by type
+	words   []word             // each attestor's last word
 	fails   int                // renewals in a row with a failing attestor
 	timer   *time.Timer        // the next renewal
 	due     time.Time          // when it is
@@ -64,9 +61,16 @@ type caller struct {
 
 // word is what an attestor last said, and when.
 type word struct {
-	set attestor.Set
-	at  time.Time
+	attestor string
+	said     *proved
+	at       time.Time
 }
+
+// nothing is what is proved about a process that could not be attested.
+var nothing = &proved{}
+
+// unknown is what is known of such a process.
+func unknown(why error) *attested { return &attested{proved: nothing, err: why} }
 
 // enter returns the caller of a connection; leave must be called when the call is over.
 func (s *Server) enter(p *peer.Peer) *caller {
@@ -74,7 +78,7 @@ func (s *Server) enter(p *peer.Peer) *caller {
 	defer s.mu.Unlock()
 	c := s.callers[p]
 	if c == nil {
-		c = &caller{server: s, peer: p, words: map[string]word{}}
+		c = &caller{server: s, peer: p}
 		c.cancel = s.attest.subscribe(p.PID, c.spoken)
 		s.callers[p] = c
 	}
@@ -152,7 +156,7 @@ func (s *Server) attestCaller(c *caller, through *turnstile) (now *attested, com
 	s.mu.Lock()
 	if s.closed || s.lifetime == nil {
 		s.mu.Unlock()
-		return &attested{err: errStopping}, true
+		return unknown(errStopping), true
 	}
 	s.work.Add(1)
 	ctx := s.lifetime
@@ -160,20 +164,20 @@ func (s *Server) attestCaller(c *caller, through *turnstile) (now *attested, com
 	defer s.work.Done()
 	through, err := c.queue(ctx, through)
 	if err != nil {
-		return &attested{err: errStopping}, true
+		return unknown(errStopping), true
 	}
 	defer through.leave()
 	if !c.peer.Alive() {
-		return &attested{err: errDead}, true
+		return unknown(errDead), true
 	}
 	findings := s.attest.Attest(ctx, c.peer.Process)
 	// Everything above was read by PID. The PID was this process's all the time only if the process
 	// is still there now.
 	if !c.peer.Alive() {
-		return &attested{err: errDead}, true
+		return unknown(errDead), true
 	}
 	if ctx.Err() != nil {
-		return &attested{err: errStopping}, true
+		return unknown(errStopping), true
 	}
 	return c.weigh(findings)
 }
@@ -204,38 +208,33 @@ func (c *caller) queue(ctx context.Context, through *turnstile) (*turnstile, err
 func (c *caller) weigh(findings []attestor.Finding) (now *attested, complete bool) {
 	s := c.server
 	at := s.now()
-	sets := make([]attestor.Set, 0, len(findings))
+	words := make([]word, 0, len(findings))
 	failed := 0
 	c.mu.Lock()
 	for _, f := range findings {
 		if f.Err == nil {
-			c.words[f.Attestor] = word{set: f.Selectors, at: at}
-			sets = append(sets, f.Selectors)
+			words = append(words, word{f.Attestor, s.prove(f.Selectors), at})
 			continue
 		}
 		failed++
-		if last, ok := c.words[f.Attestor]; ok && at.Sub(last.at) < s.cfg.KeepFacts {
-			sets = append(sets, last.set)
-		} else {
-			delete(c.words, f.Attestor)
+		last := slices.IndexFunc(c.words, func(w word) bool { return w.attestor == f.Attestor })
+		if last >= 0 && at.Sub(c.words[last].at) < s.cfg.KeepFacts {
+			words = append(words, c.words[last])
 		}
 	}
+	c.words = words
 	c.mu.Unlock()
-	if failed > 0 && len(sets) == 0 {
-		return &attested{err: errAttestation}, false
+	if failed > 0 && len(words) == 0 {
+		return unknown(errAttestation), false
 	}
-	facts := attestor.Union(sets...)
-	key := facts.Key()
-	now = &attested{facts: facts, key: key, digest: digest(key)}
-	for _, sel := range facts.All() { // in order of types
-		if n := len(now.types); n == 0 || now.types[n-1] != sel.Type {
-			now.types = append(now.types, sel.Type)
-		}
-		if s.logged[sel.Type] {
-			now.shown = append(now.shown, sel.String())
-		}
+	if len(words) == 1 {
+		return &attested{proved: words[0].said}, failed == 0
 	}
-	return now, failed == 0
+	sets := make([]attestor.Set, 0, len(words))
+	for _, w := range words {
+		sets = append(sets, w.said.facts)
+	}
+	return &attested{proved: s.prove(attestor.Union(sets...))}, failed == 0
 }
 
 // digest stands for facts in audit lines.

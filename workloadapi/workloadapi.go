@@ -143,6 +143,7 @@ type Server struct {
 	streams     *quota
 	arrivals    *quota
 	dialogues   *quota
+	shelf       shelf
 	first       *turnstile // attestations somebody waits for
 	again       *turnstile // renewals
 

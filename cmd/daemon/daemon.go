@@ -87,6 +87,7 @@ func Start(c Config) (*Daemon, error) {
 	syscall.Umask(0o077)
 	limitMemory(os.DirFS("/"))
 	allowGarbage(c.Garbage)
+	giveBack(calmAfter, freeMemory)
 	d := &Daemon{Log: logrus.New(), Registry: prometheus.NewRegistry(), config: c, reopen: map[string]func() error{}, started: make(chan struct{})}
 	d.Log.SetLevel(c.Log.Level)
 	d.Log.SetFormatter(&logrus.TextFormatter{FullTimestamp: true, TimestampFormat: time.RFC3339Nano})

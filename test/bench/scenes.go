@@ -32,6 +32,9 @@ var scenes = []scene{
 	{"evidence: agent memory", trackedImages},
 }
 
+// settling is how long after a burst a process is taken to be idle.
+const settling = 6 * time.Second
+
 // push measures how long a change takes from the call to the workload's open stream.
 func push(ctx context.Context, b *bench) error {
 	return pushRounds(ctx, b, b.n(300), [4]figure{
@@ -225,7 +228,7 @@ func streams(ctx context.Context, b *bench) error {
 		return err
 	}
 	defer func() { _ = stopHolders(all) }()
-	if !sleep(ctx, 3*time.Second) {
+	if !sleep(ctx, settling) {
 		return ctx.Err()
 	}
 	after, err := rss(b.agent.PID())
@@ -295,6 +298,9 @@ func agentRestart(ctx context.Context, b *bench) error {
 	all, err := openMany(ctx, b.agent.Socket, count)
 	if err != nil {
 		return err
+	}
+	if !sleep(ctx, settling) {
+		return ctx.Err()
 	}
 	idle, err := rss(b.agent.PID())
 	if err != nil {

@@ -1,0 +1,55 @@
+package daemon
+
+import (
+	"runtime"
+	"testing"
+	"time"
+)
+
+func TestGiveBack(t *testing.T) {
+	given := make(chan uint64, 1)
+	giveBack(time.Millisecond, func() {
+		select {
+		case given <- unused():
+		default: // the test is over, and this goes on
+		}
+		freeMemory()
+	})
+	wait := func() uint64 {
+		t.Helper()
+		select {
+		case n := <-given:
+			return n
+		case <-time.After(time.Minute):
+			t.Fatal("nothing was given back")
+			return 0
+		}
+	}
+	t.Run("after a burst what it left is given back", func(t *testing.T) {
+		burst := make([][]byte, 64)
+		for i := range burst {
+			burst[i] = make([]byte, 1<<20)
+			for at := 0; at < len(burst[i]); at += 4096 {
+				burst[i][at] = 1
+			}
+		}
+		runtime.KeepAlive(burst)
+		runtime.GC() // as the next of its kind would have been
+		if n := wait(); n < worthIt {
+			t.Errorf("it gave back %d bytes, which is not worth it", n)
+		}
+	})
+	t.Run("and when there is nothing it rests", func(t *testing.T) {
+		// Each giving is a collection, and sets the timer again: it must come to an end.
+		for calm := false; !calm; {
+			select {
+			case <-given:
+			case <-time.After(100 * time.Millisecond):
+				calm = true
+			}
+		}
+		if left := unused(); left >= worthIt {
+			t.Errorf("%d bytes are held for nothing", left)
+		}
+	})
+}
