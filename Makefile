@@ -70,8 +70,8 @@ setup: ## on Debian as root: install the packages that the tests need
 test: setup ## the whole suite: check, fuzz, real Docker, real SPIRE agent, the demo
 	./test/all.sh
 
-lab: build ## real Docker
-	$(TEST) -count=1 ./test/lab/... ./attestor/docker/...
+lab: build ## real Docker, real systemd
+	$(TEST) -count=1 ./test/lab/... ./attestor/docker/... ./attestor/systemd/...
 
 robust: build ## kill, fill, damage, take away; history compared with a model after each
 	$(TEST) -count=1 -parallel 8 ./test/robust

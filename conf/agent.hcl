@@ -141,6 +141,14 @@ workload_attestor "unix" {
   #kubernetes_pods = false
 #}
 
+# The systemd unit the process runs in, asked of the system's manager.
+#workload_attestor "systemd" {
+  # Units in these slices and in those below count; slices that users fill cannot be named.
+  #slices = ["system.slice"]
+  # In place of the system bus where it usually is.
+  #bus_address = "unix:path=/run/dbus/system_bus_socket"
+#}
+
 # Where the agent's own key lives: "disk", or "memory", with which nothing survives a restart.
 key_manager "disk" {
   # The default is data_dir.

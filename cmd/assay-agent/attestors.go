@@ -4,6 +4,7 @@ import (
 	"github.com/assay-id/assay/attestor"
 	docker "github.com/assay-id/assay/attestor/docker/workload"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
+	systemd "github.com/assay-id/assay/attestor/systemd/workload"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
 )
@@ -21,5 +22,6 @@ func workloads() []attestor.WorkloadKind {
 	return []attestor.WorkloadKind{
 		unix.Kind(),
 		docker.Kind(),
+		systemd.Kind(),
 	}
 }
