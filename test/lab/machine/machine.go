@@ -118,7 +118,7 @@ func (m *Machine) mount(source, to, kind, options string) error {
 func (m *Machine) mountRoot() error {
 	layer := filepath.Join(m.dir, "layer")
 	for _, dir := range []string{layer, m.Root()} {
-		if err := os.Mkdir(dir, 0o755); err != nil { //nolint:gosec // it is the root of a machine
+		if err := os.Mkdir(dir, 0o755); err != nil {
 			return err
 		}
 	}
@@ -127,7 +127,7 @@ func (m *Machine) mountRoot() error {
 	}
 	upper, work := filepath.Join(layer, "upper"), filepath.Join(layer, "work")
 	for _, dir := range []string{upper, work} {
-		if err := os.Mkdir(dir, 0o755); err != nil { //nolint:gosec // likewise
+		if err := os.Mkdir(dir, 0o755); err != nil {
 			return err
 		}
 	}
@@ -157,11 +157,11 @@ func (m *Machine) furnish() error {
 // Write makes a file in the machine, and the directories it is in.
 func (m *Machine) Write(path, text string) error {
 	full := filepath.Join(m.Root(), path)
-	if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil { //nolint:gosec // as on any machine
+	if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
 		return err
 	}
-	_ = os.Remove(full)                            // it may be a link to elsewhere
-	return os.WriteFile(full, []byte(text), 0o644) //nolint:gosec // likewise
+	_ = os.Remove(full) // it may be a link to elsewhere
+	return os.WriteFile(full, []byte(text), 0o644)
 }
 
 // Copy copies a file into the machine, with its mode.
@@ -176,7 +176,7 @@ func (m *Machine) Copy(from, to string) error {
 		return err
 	}
 	full := filepath.Join(m.Root(), to)
-	if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil { //nolint:gosec // as on any machine
+	if err := os.MkdirAll(filepath.Dir(full), 0o755); err != nil {
 		return err
 	}
 	out, err := os.OpenFile(full, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, stat.Mode().Perm())
@@ -201,7 +201,7 @@ func (m *Machine) makeCgroups() error {
 			continue
 		}
 		dir := filepath.Join(root, name)
-		if err := os.Mkdir(dir, 0o755); err != nil { //nolint:gosec // as the kernel's own
+		if err := os.Mkdir(dir, 0o755); err != nil {
 			return fmt.Errorf("make cgroup: %w", err)
 		}
 		m.cgroups = append(m.cgroups, dir)
@@ -231,7 +231,7 @@ func (m *Machine) Up(ctx context.Context) error {
 	// A shell goes into the cgroups before it becomes systemd-nspawn, which keeps the one it finds
 	// itself in.
 	script := `for c in $CGROUPS; do echo $$ > $c/cgroup.procs || exit 1; done; exec "$@"`
-	cmd := exec.Command("sh", "-c", script, "sh", "systemd-nspawn", "--quiet", "--directory="+m.Root(), "--register=no", "--keep-unit", //nolint:gosec // a test's own words
+	cmd := exec.Command("sh", "-c", script, "sh", "systemd-nspawn", "--quiet", "--directory="+m.Root(), "--register=no", "--keep-unit",
 		"--machine="+filepath.Base(m.dir), network, "--boot", "systemd.unit=lab.target")
 	mode := "0"
 	if unified() {
@@ -287,7 +287,7 @@ func (m *Machine) Console() string {
 // Command makes a command that will run in the machine, as its root user, outside of all units.
 func (m *Machine) Command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	into := []string{"--target=" + strconv.Itoa(m.leader), "--mount", "--pid", "--ipc", "--uts", "--net", "--cgroup", "--", "env", "--chdir=/", name}
-	cmd := exec.CommandContext(ctx, "nsenter", append(into, args...)...) //nolint:gosec // a test's own words
+	cmd := exec.CommandContext(ctx, "nsenter", append(into, args...)...)
 	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8"}
 	return cmd
 }
