@@ -12,7 +12,7 @@ TAGS    := grpcnotrace
 # Fuzz targets run this long each in `make fuzz`.
 FUZZTIME ?= 5s
 
-.PHONY: all build demo demo-evidence check fmt vet lint arch unit script gen-check gen test lab robust hostile compat fuzz bench bench-short clean tools setup help
+.PHONY: all build demo demo-evidence check fmt vet lint arch unit script gen-check gen test packages lab robust hostile compat fuzz bench bench-short clean tools setup help
 
 all: build
 
@@ -58,6 +58,13 @@ gen-check: gen
 gen: ## remake the committed generated code from the .proto files
 	./test/gen.sh
 
+packages: build $(BIN)/tools/nfpm ## deb and rpm of server and agent, into bin/packages
+	./deploy/packages/build.sh $(BIN)/tools/nfpm $(VERSION)
+
+$(BIN)/tools/nfpm: tools/packages/go.mod tools/packages/go.sum
+	@mkdir -p $(BIN)/tools
+	cd tools/packages && $(GO) build -o ../../$(BIN)/tools/ github.com/goreleaser/nfpm/v2/cmd/nfpm
+
 tools: $(BIN)/tools/golangci-lint
 
 $(BIN)/tools/golangci-lint: tools/go.mod tools/go.sum
@@ -70,7 +77,7 @@ setup: ## on Debian as root: install the packages that the tests need
 test: setup ## the whole suite: check, fuzz, real Docker, real SPIRE agent, the demo
 	./test/all.sh
 
-lab: build ## real Docker, real systemd
+lab: build packages ## real Docker, real systemd
 	$(TEST) -count=1 ./test/lab/... ./attestor/docker/... ./attestor/systemd/...
 
 robust: build ## kill, fill, damage, take away; history compared with a model after each

@@ -195,6 +195,7 @@ func (d *Daemon) Run(ctx context.Context, part func(ctx context.Context) error) 
 	group.Go(func() error { d.reloads(ended); return nil })
 	group.Go(func() error { d.tidy(ended); return nil })
 	group.Go(func() error { d.starting(ended); return nil })
+	group.Go(func() error { d.watchdog(ended); return nil })
 	group.Go(func() error { return serve(d.health, d.probes(), ended) })
 	group.Go(func() error {
 		return serve(d.metrics, promhttp.HandlerFor(d.Registry, promhttp.HandlerOpts{ErrorLog: d.Log}), ended)
@@ -294,6 +295,35 @@ func (d *Daemon) starting(ended <-chan struct{}) {
 	defer tick.Stop()
 	for d.up.Load() == nil {
 		d.notify(fmt.Sprintf("STATUS=starting, not ready yet\nEXTEND_TIMEOUT_USEC=%d", startMore.Microseconds()))
+		select {
+		case <-ended:
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// watchdog gives systemd its sign of life for as long as the daemon finds itself alive; without it
+// systemd starts the daemon anew. It returns when ended is closed.
+func (d *Daemon) watchdog(ended <-chan struct{}) {
+	period := watchdogPeriod(os.Getpid(), os.Getenv("WATCHDOG_PID"), os.Getenv("WATCHDOG_USEC"))
+	if period == 0 || !notified() {
+		return
+	}
+	tick := time.NewTicker(period / 3)
+	defer tick.Stop()
+	well := true
+	for {
+		err := error(nil)
+		if s := d.up.Load(); s != nil {
+			err = s.live()
+		}
+		if err == nil {
+			d.notify("WATCHDOG=1")
+		} else if well {
+			d.Log.WithError(err).Error("not alive; systemd's watchdog will start this process anew")
+		}
+		well = err == nil
 		select {
 		case <-ended:
 			return

@@ -227,3 +227,22 @@ func TestMemoryLimit(t *testing.T) {
 		})
 	}
 }
+
+func TestWatchdogPeriod(t *testing.T) {
+	for _, c := range []struct {
+		pid, usec string
+		want      time.Duration
+	}{
+		{"", "30000000", 30 * time.Second},
+		{"42", "1000", time.Millisecond},
+		{"43", "1000", 0}, // for another process
+		{"", "", 0},
+		{"", "-1", 0},
+		{"", "x", 0},
+		{"", "9223372036854775807", 0},
+	} {
+		if got := watchdogPeriod(42, c.pid, c.usec); got != c.want {
+			t.Errorf("%+v: %s", c, got)
+		}
+	}
+}

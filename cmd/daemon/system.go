@@ -9,6 +9,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // notified reports whether systemd asked to be told.
@@ -32,6 +33,18 @@ func (d *Daemon) notify(state string) {
 	if err != nil {
 		d.Log.WithError(err).Warn("cannot tell systemd " + state)
 	}
+}
+
+// watchdogPeriod is how often systemd wants a sign of life, 0 for never (sd_watchdog_enabled(3)).
+func watchdogPeriod(self int, pid, usec string) time.Duration {
+	if pid != "" && pid != strconv.Itoa(self) {
+		return 0
+	}
+	n, err := strconv.ParseInt(usec, 10, 64)
+	if err != nil || n <= 0 || n > math.MaxInt64/int64(time.Microsecond) {
+		return 0
+	}
+	return time.Duration(n) * time.Microsecond
 }
 
 // memoryShare is how much of a container's memory limit the Go heap may take before the collector

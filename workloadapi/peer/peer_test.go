@@ -29,6 +29,8 @@ func TestMain(m *testing.M) {
 	switch os.Getenv("PEER_ROLE") {
 	case "":
 		os.Exit(m.Run())
+	case "inheritor": // is started by systemd with its socket
+		os.Exit(inheritAndServe(os.Getenv("PEER_SOCKET")))
 	case "caller": // connects, says so, stays until its standard input ends
 		c, err := net.Dial("unix", os.Getenv("PEER_SOCKET"))
 		exitOn(err)

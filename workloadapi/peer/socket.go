@@ -30,10 +30,20 @@ type fileID struct{ dev, ino uint64 }
 // that clients find a socket which accepts them or none, at any moment. A missing directory is made
 // with mode dirMode; one that exists is left as it is. A file that is no socket is refused, and so
 // is a socket on which another process still listens; this process may replace its own.
+//
+// A socket on that path that systemd opened for this process is taken as it is.
 func Listen(path string, mode, dirMode os.FileMode) (*Socket, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
+	}
+	if l := takeInherited(path); l != nil {
+		ino, err := identityOf(path)
+		if err != nil {
+			_ = l.Close()
+			return nil, fmt.Errorf("take over the socket %s from systemd: %w; restart the socket unit", path, err)
+		}
+		return &Socket{UnixListener: l, path: path, ino: ino}, nil
 	}
 	dir := filepath.Dir(path)
 	if err := makeDir(dir, dirMode); err != nil {
