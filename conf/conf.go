@@ -270,6 +270,7 @@ var nextStep = map[string]string{
 	"plugin_checksum":             "Attestors are built in; there are no external ones.",
 	"NodeAttestor":                `Write node_attestor "type" { … } at the top level.`,
 	"WorkloadAttestor":            `Write workload_attestor "type" { … } at the top level.`,
+	"UpstreamAuthority":           `Write upstream_authority "type" { … } at the top level.`,
 	"KeyManager":                  `Write key_manager "type" { … } at the top level.`,
 	"DataStore":                   "The store is a file in data_dir; it needs no configuration.",
 	"audit_log_enabled":           "The audit log is always on; audit_log_file says where it goes.",

@@ -56,7 +56,14 @@ func TestServerSample(t *testing.T) {
 		all := uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths", "key_file", "ca_file")
 		// An endpoint's certificate is from files or from ACME.
 		all = regexp.MustCompile(`serving_cert_file \{[^}]*\}`).ReplaceAllString(all, "")
-		s, err := LoadServer(write(t, "all.hcl", all), judges, Options{})
+		// One authority is above, and keys live in one place; each alternative has its turn.
+		blocks := regexp.MustCompile(`(?ms)^(upstream_authority|key_manager) "[^"]*" \{.*?^\}`)
+		for _, one := range append(blocks.FindAllString(all, -1), "") {
+			if _, err := LoadServer(write(t, "one.hcl", blocks.ReplaceAllString(all, "")+one), judges, Options{}); err != nil {
+				t.Errorf("with %s: %v", one, err)
+			}
+		}
+		s, err := LoadServer(write(t, "all.hcl", blocks.ReplaceAllString(all, "")), judges, Options{})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -69,7 +76,7 @@ func TestServerSample(t *testing.T) {
 		}
 	})
 	t.Run("every key is in it, and nothing else", func(t *testing.T) {
-		if diff := cmp.Diff(keysOf(reflect.TypeFor[serverFile](), "keys_path"), keysIn(t, "server.hcl")); diff != "" {
+		if diff := cmp.Diff(keysOf(reflect.TypeFor[serverFile](), ""), keysIn(t, "server.hcl", "key_manager", "upstream_authority")); diff != "" {
 			t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
 		}
 	})
@@ -114,8 +121,8 @@ func uncommented(t *testing.T, sample string, without ...string) string {
 }
 
 // keysIn returns the paths of all keys in a sample, commented out or not, without those in blocks
-// whose meaning their label chooses: their own packages hold those.
-func keysIn(t *testing.T, sample string) []string {
+// whose meaning their label chooses, among them those of the roles: the tests of the commands hold those.
+func keysIn(t *testing.T, sample string, roles ...string) []string {
 	t.Helper()
 	file, diags := hclsyntax.ParseConfig([]byte(uncommented(t, sample)), sample, hcl.InitialPos)
 	if diags.HasErrors() {
@@ -128,8 +135,8 @@ func keysIn(t *testing.T, sample string) []string {
 			found[prefix+name] = true
 		}
 		for _, b := range body.Blocks {
-			switch b.Type {
-			case "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source":
+			switch {
+			case slices.Contains(append(roles, "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source"), b.Type):
 				found[prefix+b.Type] = true
 			default:
 				switch b.Type {
@@ -144,7 +151,8 @@ func keysIn(t *testing.T, sample string) []string {
 	return slices.Sorted(maps.Keys(found))
 }
 
-// keysOf returns the paths of all keys that a struct takes. keyManager is the key of the disk one.
+// keysOf returns the paths of all keys that a struct takes. keyManager is the key of the disk one, if there
+// is no other that has any.
 func keysOf(t reflect.Type, keyManager string) []string {
 	var keys []string
 	var walk func(prefix string, t reflect.Type)
@@ -155,7 +163,7 @@ func keysOf(t reflect.Type, keyManager string) []string {
 		for field := range t.Fields() {
 			name, kind, _ := strings.Cut(field.Tag.Get("hcl"), ",")
 			switch {
-			case name == "key_manager":
+			case name == "key_manager" && keyManager != "":
 				keys = append(keys, name+"."+keyManager)
 			case field.Type == reflect.TypeFor[[]typeBlock]():
 				keys = append(keys, name)

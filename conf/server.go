@@ -45,6 +45,9 @@ type Server struct {
 	KeysPath   string // of "disk"; empty: keys.json in DataDir
 	Judges     []Judge
 
+	// Upstream signs this server's authorities.
+	Upstream Chosen
+
 	Federation Federation
 
 	Evidence Evidence
@@ -68,6 +71,7 @@ type serverFile struct {
 	Server        *serverBlock    `hcl:"server,block"`
 	NodeAttestors []typeBlock     `hcl:"node_attestor,block"`
 	KeyManagers   []typeBlock     `hcl:"key_manager,block"`
+	Upstreams     []typeBlock     `hcl:"upstream_authority,block"`
 	Scans         []typeBlock     `hcl:"scan_policy,block"`
 	Trusts        []typeBlock     `hcl:"trust_policy,block"`
 	Sources       []typeBlock     `hcl:"evidence_source,block"`
@@ -154,6 +158,7 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 	if disk, ok := config.(*diskKeys); ok {
 		s.KeysPath = l.inFile("key_manager.disk.keys_path", disk.KeysPath)
 	}
+	s.Upstream = l.upstream(f.Upstreams)
 	s.Evidence = l.evidence(f.Evidence)
 	s.Named = slices.Concat(l.named("scan_policy", f.Scans), l.named("trust_policy", f.Trusts), l.named("evidence_source", f.Sources))
 	s.Evidence.On = s.Evidence.On || len(s.Named) > 0

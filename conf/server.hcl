@@ -143,6 +143,26 @@ key_manager "disk" {
   #keys_path = "/var/lib/assay/server/keys.json"
 }
 
+# What signs this server's X.509 authority. Without such a block it is its own root, and its certificate is
+# what everybody in the trust domain believes; with one, that is the root above. There can be one. A server
+# that has an authority starts and serves with it while what is above is away.
+
+# A signing certificate in files: the certificate and what leads to its root, its private key, and the roots
+# (not needed if the certificate is self-signed). They are read anew for each authority that is signed.
+#upstream_authority "disk" {
+  #cert_file_path   = "/etc/assay/upstream.pem"
+  #key_file_path    = "/etc/assay/upstream.key"
+  #bundle_file_path = "/etc/assay/upstream-roots.pem"
+#}
+
+# A server of the same trust domain, ours or SPIRE's, that has an entry for this one with -downstream. This
+# server has its SVID from an agent beside it that hangs on the server above.
+#upstream_authority "spire" {
+  #server_address      = "upper.example.org"
+  #server_port         = 8081
+  #workload_api_socket = "/run/assay/agent/api.sock"
+#}
+
 # Image evidence: what scanners and CI systems say about images becomes a condition of identity. An entry
 # that demands a verdict has selectors like scan:policy:prod or prov:policy:release; only workloads whose
 # image has them at the moment get what it stands for. SIGHUP reads all of this again.

@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/verdict"
 )
@@ -43,6 +44,9 @@ type Config struct {
 	KeyManager string
 	// KeysPath is the file of the disk key manager. Empty: keys.json in DataDir.
 	KeysPath string
+
+	// Upstream opens the authority that signs this server's X.509 authorities. Nil: each is its own root.
+	Upstream func(Needs) (upstream.Authority, error)
 
 	// CA is what the server signs, and for how long.
 	CA CA
@@ -99,6 +103,14 @@ type Judge struct {
 	Kind attestor.JudgeKind
 	// Config is what Kind.Config returned, decoded. Nil: Kind.Config's defaults.
 	Config any
+}
+
+// Needs are what the makers of parts get that the command chooses.
+type Needs struct {
+	TrustDomain spiffeid.TrustDomain
+	DataDir     string
+	Log         logrus.FieldLogger
+	Now         func() time.Time
 }
 
 // CA is what the server signs, and for how long.

@@ -83,8 +83,9 @@ func occupy(frame *[room]byte) { frame[0] = 1 }
 // endless are the streams that a caller keeps open. They end when the server begins to stop, so that
 // what is left to wait for are calls that get done.
 var endless = map[string]bool{
-	"/assay.feed.v1.Feed/Follow":   true,
-	"/grpc.health.v1.Health/Watch": true,
+	"/assay.feed.v1.Feed/Follow":                   true,
+	"/assay.downstream.v1.Downstream/FollowBundle": true,
+	"/grpc.health.v1.Health/Watch":                 true,
 }
 
 // errStopping is what ends them.

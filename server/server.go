@@ -35,6 +35,7 @@ import (
 	"github.com/assay-id/assay/server/backup"
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/ca/keys"
+	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/feed"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/boltkv"
@@ -81,8 +82,15 @@ func Run(ctx context.Context, config Config) (err error) {
 	if disk, ok := signers.(io.Closer); ok {
 		defer closing(disk, &err)
 	}
+	above, err := openUpstream(&cfg, component("upstream"))
+	if err != nil {
+		return err
+	}
+	if part, ok := above.(io.Closer); ok {
+		defer closing(part, &err)
+	}
 	var feeds *feed.Server // a successor waits for those who follow it
-	authority, err := openCA(ctx, &cfg, signers, rec, func(rev kv.Rev) int {
+	authority, err := openCA(ctx, &cfg, signers, above, rec, func(rev kv.Rev) int {
 		if feeds == nil {
 			return 0
 		}
@@ -282,7 +290,18 @@ func openKeys(cfg *Config, log logrus.FieldLogger) (keys.Manager, error) {
 	return disk, nil
 }
 
-func openCA(ctx context.Context, cfg *Config, km keys.Manager, store ca.Store, behind func(kv.Rev) int, log logrus.FieldLogger) (*ca.CA, error) {
+func openUpstream(cfg *Config, log logrus.FieldLogger) (upstream.Authority, error) {
+	if cfg.Upstream == nil {
+		return nil, nil
+	}
+	above, err := cfg.Upstream(Needs{TrustDomain: cfg.TrustDomain, DataDir: cfg.DataDir, Log: log, Now: cfg.Now})
+	if err != nil {
+		return nil, fmt.Errorf("open upstream authority: %w", err)
+	}
+	return above, nil
+}
+
+func openCA(ctx context.Context, cfg *Config, km keys.Manager, above upstream.Authority, store ca.Store, behind func(kv.Rev) int, log logrus.FieldLogger) (*ca.CA, error) {
 	kind, err := keys.ParseKind(cfg.CA.KeyType)
 	if err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
@@ -296,7 +315,7 @@ func openCA(ctx context.Context, cfg *Config, km keys.Manager, store ca.Store, b
 		X509SVIDTTL: cfg.CA.X509SVIDTTL, JWTSVIDTTL: cfg.CA.JWTSVIDTTL, AgentTTL: cfg.CA.AgentTTL,
 		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
 		RevocationLists: cfg.Evidence != nil,
-		Behind:          behind, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
+		Upstream:        above, Behind: behind, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"github.com/assay-id/assay/cmd/cli/samplestest"
+	"github.com/assay-id/assay/conf"
 )
 
 func TestSample(t *testing.T) {
@@ -12,4 +13,5 @@ func TestSample(t *testing.T) {
 		kinds[k.Type] = k.Config
 	}
 	samplestest.Run(t, "../../conf/server.hcl", "node_attestor", kinds)
+	samplestest.Run(t, "../../conf/server.hcl", "upstream_authority", conf.UpstreamKinds())
 }

@@ -27,7 +27,7 @@ func root() *cobra.Command {
 		cli.Group("federation", "Keeps the bundles of other trust domains", federationCreate(), federationUpdate(), federationDelete(), federationList(), federationShow(), federationRefresh()),
 		cli.Group("x509", "Signs X509-SVIDs without an entry", x509Mint()),
 		cli.Group("jwt", "Signs JWT-SVIDs without an entry", jwtMint()),
-		localAuthorityCommands(),
+		localAuthorityCommands(), upstreamAuthorityCommands(),
 		evidenceCommands(), auditCommands(),
 		healthcheck(),
 		cli.Group("logger", "Reads and sets the level of the server's log", loggerGet(), loggerSet(), loggerReset()),

@@ -123,6 +123,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 	}
 	c.AdminIDs, c.RequirePQKEM, c.RequireSigned = from.AdminIDs, from.RequirePQKEM, from.Evidence.RequireSigned
 	c.Federation = federation(from.Federation)
+	c.Upstream = upstreamAuthority(from.Upstream)
 	orDefault(&c.Limits.MaxConnections, from.Limits.MaxConnections)
 	orDefault(&c.Limits.MaxPerSource, from.Limits.MaxPerSource)
 	orDefault(&c.Limits.AttestPerSecond, from.Limits.AttestPerSecond)

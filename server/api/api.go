@@ -41,6 +41,7 @@ import (
 	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/adminv1"
+	"github.com/assay-id/assay/server/wire/downstreamv1"
 	"github.com/assay-id/assay/server/wire/evidencev1"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -58,6 +59,7 @@ type Records interface {
 
 // View is what the API reads; *view.View is one.
 type View interface {
+	Rev() kv.Rev
 	Wait(ctx context.Context, rev kv.Rev) error
 	Agent(id spiffeid.ID) *view.AgentPicture
 	Node(id spiffeid.ID) (*records.Node, bool)
@@ -150,6 +152,7 @@ type API struct {
 
 	attest, sign, post, push *rates
 	evidence                 *evidenceService
+	below                    *downstreamService
 	issued                   *prometheus.CounterVec
 }
 
@@ -171,6 +174,7 @@ func New(parts Parts, cfg Config) *API {
 			Help: "SVIDs signed and given out, by kind: x509, jwt, agent, mint_x509, mint_jwt, downstream.",
 		}, []string{"kind"}),
 	}
+	a.below = &downstreamService{api: a, open: map[string]int{}}
 	a.evidence = &evidenceService{api: a, slots: make(chan struct{}, maxPushes)}
 	if parts.Level != nil {
 		a.launch = parts.Level.GetLevel()
@@ -198,6 +202,7 @@ func (a *API) Register(s grpc.ServiceRegistrar) {
 		trustdomainv1.RegisterTrustDomainServer(s, trustdomainv1.UnimplementedTrustDomainServer{})
 	}
 	localauthorityv1.RegisterLocalAuthorityServer(s, &authorityService{api: a})
+	downstreamv1.RegisterDownstreamServer(s, a.below)
 }
 
 // RegisterLocal puts the services that only local administrators use on a gRPC server, beside those

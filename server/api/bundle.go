@@ -101,6 +101,12 @@ func (s *bundleService) PublishJWTAuthority(ctx context.Context, req *bundlev1.P
 	if err != nil {
 		return nil, malformed("invalid JWT authority", err)
 	}
+	if a := s.api.Authorities; a != nil {
+		// Whoever verifies elsewhere in the trust domain learns of it from above.
+		if err := a.PublishAbove(ctx, more.JWT[0]); err != nil {
+			return nil, fail("failed to publish JWT key", err)
+		}
+	}
 	b, rev, err := s.append(ctx, more)
 	if err != nil {
 		return nil, fail("failed to publish JWT key", err)

@@ -13,6 +13,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // Authorities is what an operator can do with authorities; *ca.CA is one.
@@ -27,10 +28,17 @@ type Authorities interface {
 	ActivateAuthority(ctx context.Context, kind, id string) (records.Journal, error)
 	TaintAuthority(ctx context.Context, kind, id string) (records.Journal, kv.Rev, error)
 	RevokeAuthority(ctx context.Context, kind, id string) (records.Journal, kv.Rev, error)
+
+	// Upstream reports whether there is an authority above, whose roots are tainted and revoked by their
+	// subject key IDs.
+	Upstream() bool
+	TaintUpstream(ctx context.Context, subjectKeyID string) (kv.Rev, error)
+	RevokeUpstream(ctx context.Context, subjectKeyID string) (kv.Rev, error)
+	// PublishAbove makes the JWT key of a server below this one known above.
+	PublishAbove(ctx context.Context, key identity.JWTAuthority) error
 }
 
-// authorityService is localauthority.v1. SPIRE has not built what is about WIT authorities either, and
-// this server has no authority above it.
+// authorityService is localauthority.v1. SPIRE has not built what is about WIT authorities either.
 type authorityService struct {
 	localauthorityv1.UnimplementedLocalAuthorityServer
 	api *API
@@ -42,7 +50,11 @@ var kindNames = map[string]string{ca.KindX509: "X.509", ca.KindJWT: "JWT"}
 var (
 	errNoWIT      = refusal(codes.Unimplemented, "WIT-SVID functionality is not yet implemented")
 	errNoUpstream = refusal(codes.FailedPrecondition, "upstream authority is not configured")
-	errStarting   = refusal(codes.Unavailable, "server is initializing")
+	// Whoever hangs on an upstream authority verifies by its root, not by what is below.
+	errTaintLocal  = refusal(codes.FailedPrecondition, "local authority can't be tainted if there is an upstream authority")
+	errRevokeLocal = refusal(codes.FailedPrecondition, "local authority can't be revoked if there is an upstream authority")
+
+	errStarting = refusal(codes.Unavailable, "server is initializing")
 )
 
 // open says whether authorities of the kind can be dealt with.
@@ -90,7 +102,9 @@ func authorityWire(line *records.Journal) *localauthorityv1.AuthorityState {
 	if line == nil {
 		return nil
 	}
-	return &localauthorityv1.AuthorityState{AuthorityId: line.AuthorityID, ExpiresAt: line.NotAfter.Unix()}
+	return &localauthorityv1.AuthorityState{
+		AuthorityId: line.AuthorityID, ExpiresAt: line.NotAfter.Unix(), UpstreamAuthoritySubjectKeyId: line.UpstreamID,
+	}
 }
 
 // get returns the state of the kind.
@@ -169,6 +183,9 @@ func (s *authorityService) activate(ctx context.Context, kind, id string) (*loca
 
 func (s *authorityService) taint(ctx context.Context, kind, id string) (*localauthorityv1.AuthorityState, error) {
 	return s.step(ctx, kind, id, func() (records.Journal, kv.Rev, error) {
+		if kind == ca.KindX509 && s.api.Authorities.Upstream() {
+			return records.Journal{}, 0, errTaintLocal
+		}
 		if id == "" {
 			return records.Journal{}, 0, refusal(codes.InvalidArgument, "no authority ID provided")
 		}
@@ -196,6 +213,9 @@ func (s *authorityService) taint(ctx context.Context, kind, id string) (*localau
 
 func (s *authorityService) revoke(ctx context.Context, kind, id string) (*localauthorityv1.AuthorityState, error) {
 	return s.step(ctx, kind, id, func() (records.Journal, kv.Rev, error) {
+		if kind == ca.KindX509 && s.api.Authorities.Upstream() {
+			return records.Journal{}, 0, errRevokeLocal
+		}
 		if id == "" {
 			return records.Journal{}, 0, refusal(codes.InvalidArgument, "invalid authority ID: no authority ID provided")
 		}
@@ -303,14 +323,6 @@ func (s *authorityService) RevokeJWTAuthority(ctx context.Context, req *localaut
 		return nil, err
 	}
 	return &localauthorityv1.RevokeJWTAuthorityResponse{RevokedAuthority: done}, nil
-}
-
-func (s *authorityService) TaintX509UpstreamAuthority(context.Context, *localauthorityv1.TaintX509UpstreamAuthorityRequest) (*localauthorityv1.TaintX509UpstreamAuthorityResponse, error) {
-	return nil, errNoUpstream
-}
-
-func (s *authorityService) RevokeX509UpstreamAuthority(context.Context, *localauthorityv1.RevokeX509UpstreamAuthorityRequest) (*localauthorityv1.RevokeX509UpstreamAuthorityResponse, error) {
-	return nil, errNoUpstream
 }
 
 func (s *authorityService) GetWITAuthorityState(context.Context, *localauthorityv1.GetWITAuthorityStateRequest) (*localauthorityv1.GetWITAuthorityStateResponse, error) {

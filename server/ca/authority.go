@@ -13,6 +13,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -51,8 +52,9 @@ type authority struct {
 
 	hash crypto.Hash // what is signed is a digest of this kind
 
-	cert      *x509.Certificate // X.509 only
-	algorithm []byte            // X.509 only: the AlgorithmIdentifier of its signatures
+	cert      *x509.Certificate   // X.509 only
+	above     []*x509.Certificate // X.509 only: what is between it and the root
+	algorithm []byte              // X.509 only: the AlgorithmIdentifier of its signatures
 
 	header string // JWT only: the encoded header of its tokens
 }
@@ -113,8 +115,15 @@ func (a *authority) prunable(now time.Time) bool {
 	return !now.Before(a.line.NotAfter.Add(pruneAfter))
 }
 
-// make generates the key of a new authority and its public half. Nothing knows of it yet.
-func (c *CA) makeAuthority(ctx context.Context, kind string) (*authority, error) {
+// made is an authority that nobody knows of yet, with the roots that came with it if another one signed it.
+type made struct {
+	*authority
+	roots []*x509.Certificate
+}
+
+// makeAuthority generates the key of a new authority and its public half, which the authority above signs
+// if there is one. Nothing knows of it yet. It needs no lock.
+func (c *CA) makeAuthority(ctx context.Context, kind string) (*made, error) {
 	// The key is named before the authority, whose ID may be a digest of the key.
 	name, keyType := "ca-"+kind+"-"+randomID(), c.cfg.KeyType
 	if kind == KindJWT {
@@ -124,28 +133,50 @@ func (c *CA) makeAuthority(ctx context.Context, kind string) (*authority, error)
 	if err != nil {
 		return nil, fmt.Errorf("make %s authority: %w", kind, err)
 	}
+	a, err := c.certify(ctx, kind, name, signer)
+	if err != nil {
+		// An upstream authority that says no for a day does not fill the key file.
+		if deleted := c.keys.Delete(context.WithoutCancel(ctx), name); deleted != nil {
+			c.log.WithError(deleted).WithField("key", name).Warn("Key of an authority that came to nothing could not be deleted")
+		}
+		return nil, fmt.Errorf("make %s authority: %w", kind, err)
+	}
+	return a, nil
+}
+
+// certify makes the public half of an authority.
+func (c *CA) certify(ctx context.Context, kind, name string, signer crypto.Signer) (*made, error) {
 	now := c.cfg.Now()
-	line := records.Journal{
+	a := &made{authority: &authority{signer: signer, line: records.Journal{
 		Kind: kind, State: StatePrepared, KeyID: name,
 		NotBefore: now.Add(-c.cfg.Backdate).Truncate(time.Second).UTC(),
 		NotAfter:  now.Add(c.cfg.CATTL).Truncate(time.Second).UTC(),
 		CreatedAt: now.Truncate(time.Second).UTC(),
-	}
+	}}}
+	line := &a.line
+	var err error
 	if line.PublicKey, err = x509.MarshalPKIXPublicKey(signer.Public()); err != nil {
-		return nil, fmt.Errorf("make %s authority: %w", kind, err)
+		return nil, err
 	}
-	switch kind {
-	case KindX509:
+	switch {
+	case kind == KindJWT:
+		line.AuthorityID = randomID()
+	case c.cfg.Upstream != nil:
+		if err := c.signAbove(ctx, a, now); err != nil {
+			return nil, err
+		}
+	default:
 		cert, err := c.selfSign(signer, line.NotBefore, line.NotAfter)
 		if err != nil {
-			return nil, fmt.Errorf("make %s authority: %w", kind, err)
+			return nil, err
 		}
 		line.Certificate = cert.Raw
 		line.AuthorityID = hex.EncodeToString(cert.SubjectKeyId)
-	case KindJWT:
-		line.AuthorityID = randomID()
 	}
-	return decode(line, signer, c.td)
+	if a.authority, err = decode(*line, signer, c.td); err != nil {
+		return nil, err
+	}
+	return a, nil
 }
 
 // decode parses a line of the journal and fits it with its key, which may be nil for authorities
@@ -156,11 +187,18 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 	}
 	switch line.State {
 	case StatePrepared, StateActive, StateAside, StateOld, StateTainted, StateRevoked:
+	case stateFollowed:
+		if !isAbove(line.Kind) {
+			return broken("state %q is not for this kind", line.State)
+		}
 	default:
 		return broken("state %q is unknown: was it written by a newer version?", line.State)
 	}
 	if !line.NotBefore.Before(line.NotAfter) || line.CreatedAt.IsZero() || line.NotAfter.Before(line.CreatedAt) {
 		return broken("times make no sense")
+	}
+	if isAbove(line.Kind) {
+		return &authority{line: line}, nil
 	}
 	public, err := x509.ParsePKIXPublicKey(line.PublicKey)
 	if err != nil {
@@ -181,16 +219,16 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 		switch {
 		case !samePublic(public, a.cert.PublicKey):
 			return broken("certificate is of another key")
-		case !a.cert.NotAfter.Equal(line.NotAfter):
+		case a.cert.NotAfter.Before(line.NotAfter) || line.UpstreamID == "" && !a.cert.NotAfter.Equal(line.NotAfter):
 			return broken("certificate expires at another time")
 		case hex.EncodeToString(a.cert.SubjectKeyId) != line.AuthorityID:
 			return broken("certificate is of another authority")
-		case len(a.cert.URIs) != 1 || a.cert.URIs[0].String() != td.IDString():
+		case (line.UpstreamID == "" || len(a.cert.URIs) != 0) && (len(a.cert.URIs) != 1 || a.cert.URIs[0].String() != td.IDString()):
 			return broken("certificate is not of trust domain %s", td.Name())
 		case !a.cert.IsCA || !a.cert.BasicConstraintsValid:
 			return broken("certificate is no CA certificate")
 		}
-		if err := a.prepareX509(); err != nil {
+		if err := errors.Join(a.decodeChain(), a.prepareX509()); err != nil {
 			return broken("%w", err)
 		}
 		if signer != nil {

@@ -56,6 +56,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/server/ca/keys"
+	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -124,6 +125,9 @@ type Config struct {
 	// whose time has come waits a while for them. Nil: nobody is waited for.
 	Behind func(bundle kv.Rev) int
 
+	// Upstream signs the X.509 authorities; see above.go. Nil: each is its own root.
+	Upstream upstream.Authority
+
 	Now     func() time.Time      // default time.Now
 	Log     logrus.FieldLogger    // default: nothing is logged
 	Metrics prometheus.Registerer // default: nothing is registered
@@ -143,19 +147,32 @@ type CA struct {
 	// Those that sign lists of revoked certificates, likewise.
 	listers atomic.Pointer[listers]
 
-	mu sync.Mutex // held during Open and while Run turns the wheel
+	mu sync.Mutex // held during Open and while Run turns the wheel, but not while an authority is made
 	// lines is the journal as it is stored, and pending an authority per kind that has a key and
 	// could not be journaled yet. Both are guarded by mu.
 	lines   map[string]*authority
-	pending map[string]*authority
+	pending map[string]*made
 	// bundleRev is the revision of the last bundle that this CA wrote, 0 if it wrote none. mu guards it.
 	bundleRev kv.Rev
+	// roots and keysAbove are what was heard from above, there their lines' IDs, absorbed the news that they
+	// are from, and told the JWT keys that are known there. mu guards them.
+	roots     []identity.X509Authority
+	keysAbove []identity.JWTAuthority
+	there     map[string]bool
+	absorbed  *upstream.Bundle
+	told      map[string]bool
+
+	news atomic.Pointer[upstream.Bundle] // the latest from above; it is not changed any more
+	wake chan struct{}                   // holds one token when Run is to look at once
 
 	server serverSVID
 }
 
-// checkEvery is how often Run looks at the clock.
-const checkEvery = 10 * time.Second
+// checkEvery is how often Run looks at the clock, soon how often while the active authority is to go.
+const (
+	checkEvery = 10 * time.Second
+	soon       = time.Second
+)
 
 // Open reads the journal and carries on where it ends, makes the first authorities of a new trust
 // domain, and returns once both active ones are in the bundle. It fails rather than guess: with an
@@ -171,46 +188,70 @@ func Open(ctx context.Context, km keys.Manager, store Store, td spiffeid.TrustDo
 	}
 	c := &CA{
 		keys: km, store: store, td: td, cfg: cfg, log: cfg.Log, metrics: m,
-		lines: map[string]*authority{}, pending: map[string]*authority{},
+		lines: map[string]*authority{}, pending: map[string]*made{},
+		told: map[string]bool{}, wake: make(chan struct{}, 1),
 	}
 	c.warnTTLs()
+	if err := c.start(ctx); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+func (c *CA) start(ctx context.Context) error {
+	c.mu.Lock()
+	err := c.load(ctx)
+	c.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("open CA: %w", err)
+	}
+	early := c.ahead(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if err := c.load(ctx); err != nil {
-		return nil, fmt.Errorf("open CA: %w", err)
-	}
-	if err := c.turn(ctx); err != nil {
+	if err := errors.Join(early, c.turn(ctx)); err != nil {
 		// A successor that cannot be made now is no reason not to start: a disk that is full does
 		// not take the identities of a whole trust domain with it.
 		if c.current(KindX509) == nil || c.current(KindJWT) == nil {
 			// A server that is started over and over does not fill the key file.
 			c.dropPending(context.WithoutCancel(ctx), kinds...)
-			return nil, fmt.Errorf("open CA: %w", err)
+			return fmt.Errorf("open CA: %w", err)
 		}
 		c.metrics.failures.Inc()
 		c.log.WithError(err).Error("Authorities could not be kept up; trying again")
 	}
 	c.sweepKeys(ctx)
 	if _, err := c.server.get(c); err != nil {
-		return nil, fmt.Errorf("open CA: %w", err)
+		return fmt.Errorf("open CA: %w", err)
 	}
-	return c, nil
+	return nil
 }
 
 // Run prepares, activates and prunes until ctx ends, and then returns nil. What fails is logged and
 // tried again ten seconds later; meanwhile the active authorities sign.
 func (c *CA) Run(ctx context.Context) error {
-	ticker := time.NewTicker(checkEvery)
-	defer ticker.Stop()
+	var followers sync.WaitGroup
+	defer followers.Wait()
+	if c.cfg.Upstream != nil {
+		followers.Go(func() { c.followAbove(ctx) })
+	}
+	timer := time.NewTimer(checkEvery)
+	defer timer.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-ticker.C:
+		case <-timer.C:
+		case <-c.wake:
 		}
+		err := c.ahead(ctx)
 		c.mu.Lock()
-		err := c.turn(ctx)
+		err = errors.Join(err, c.turn(ctx))
+		next := checkEvery
+		if c.unsuited(c.find(KindX509, StateActive)) {
+			next = soon // what it signs is not to be relied on
+		}
 		c.mu.Unlock()
+		timer.Reset(next)
 		if err != nil && ctx.Err() == nil {
 			c.metrics.failures.Inc()
 			c.log.WithError(err).Error("Authorities could not be kept up; trying again")

@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/server/ca/keys"
+	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -49,7 +50,17 @@ func Check(ctx context.Context, journal []records.Journal, bundle *identity.Bund
 		say("the journal of authorities is empty, but the bundle of %s names %d", td.Name(), len(bundle.X509)+len(bundle.JWT))
 	}
 	for _, a := range c.sorted() {
+		if isAbove(a.line.Kind) {
+			continue
+		}
 		if !a.prunable(now) && a.line.State != StatePrepared && a.line.State != StateRevoked && !inBundle(bundle, a) {
+			if a.line.UpstreamID != "" {
+				// What is old may have lost its root on purpose.
+				if a.line.State == StateActive {
+					say("%s authority %s is active and the root %s that it hangs on is not in the bundle of %s", a.line.Kind, a.line.AuthorityID, a.line.UpstreamID, td.Name())
+				}
+				continue
+			}
 			say("%s authority %s is %s and not in the bundle of %s", a.line.Kind, a.line.AuthorityID, a.line.State, td.Name())
 		}
 	}
@@ -81,6 +92,8 @@ func inBundle(b *identity.Bundle, a *authority) bool {
 	switch {
 	case b == nil:
 		return false
+	case a.line.Kind == KindX509 && a.line.UpstreamID != "":
+		return slices.ContainsFunc(b.X509, func(x identity.X509Authority) bool { return upstream.RootID(x.Certificate) == a.line.UpstreamID })
 	case a.line.Kind == KindX509:
 		return b.HasX509(a.cert)
 	}

@@ -14,15 +14,15 @@ import (
 // trust domain. It lives for ttl (0: Config.CATTL), but no longer than the authority that signs it. The
 // chain is returned without the root. Whether the asker may have it was decided before.
 func (c *CA) SignDownstream(ctx context.Context, key crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error) {
-	cert, err := c.signDownstream(ctx, key, ttl)
+	chain, err := c.signDownstream(ctx, key, ttl)
 	c.metrics.count(profileDownstream, err)
 	if err != nil {
 		return nil, fmt.Errorf("sign downstream authority: %w", err)
 	}
-	return []*x509.Certificate{cert}, nil
+	return chain, nil
 }
 
-func (c *CA) signDownstream(ctx context.Context, key crypto.PublicKey, ttl time.Duration) (*x509.Certificate, error) {
+func (c *CA) signDownstream(ctx context.Context, key crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -41,13 +41,13 @@ func (c *CA) signDownstream(ctx context.Context, key crypto.PublicKey, ttl time.
 	}
 	now, serial := c.cfg.Now(), randomSerial()
 	subject := a.cert.Subject
-	// The authority is its own root, so the chain above the new one has one certificate. Its own serial
-	// number keeps the names of authorities apart (RFC 5280 4.1.2.4).
-	subject.OrganizationalUnit, subject.SerialNumber = []string{"DOWNSTREAM-1"}, serial.String()
+	// The number says how many servers are above. Its own serial number keeps the names of authorities apart
+	// (RFC 5280 4.1.2.4).
+	subject.OrganizationalUnit, subject.SerialNumber = []string{fmt.Sprintf("DOWNSTREAM-%d", 1+len(a.chain()))}, serial.String()
 	w := &want{
 		profile: profileDownstream, issuer: a.cert, id: c.td.ID(), now: now,
 		notBefore: now.Add(-c.cfg.Backdate).Truncate(time.Second),
-		notAfter:  earlier(now.Add(ttl), a.cert.NotAfter).Truncate(time.Second),
+		notAfter:  earlier(now.Add(ttl), a.line.NotAfter).Truncate(time.Second),
 	}
 	var err error
 	if w.subject, err = encodeName(subject); err != nil {
@@ -66,5 +66,9 @@ func (c *CA) signDownstream(ctx context.Context, key crypto.PublicKey, ttl time.
 	if err != nil {
 		return nil, fmt.Errorf("create certificate: %w", err)
 	}
-	return readBack(der, w)
+	cert, err := readBack(der, w)
+	if err != nil {
+		return nil, err
+	}
+	return append([]*x509.Certificate{cert}, a.chain()...), nil
 }

@@ -205,9 +205,10 @@ func open(t testing.TB, cfg Config) (*CA, *memStore) {
 
 // step is what Run does every ten seconds.
 func (c *CA) step(ctx context.Context) error {
+	early := c.ahead(ctx)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.turn(ctx)
+	return errors.Join(early, c.turn(ctx))
 }
 
 func newKey(t testing.TB) *ecdsa.PrivateKey {

@@ -49,18 +49,26 @@ const maxLive = 200
 // reason why another is wanted.
 func (c *CA) PrepareAuthority(ctx context.Context, kind string) (records.Journal, kv.Rev, error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	now := c.cfg.Now()
-	before := c.find(kind, StatePrepared)
-	if c.live(kind, now) >= maxLive {
+	many := c.live(kind, c.cfg.Now()) >= maxLive
+	c.mu.Unlock()
+	if many {
 		return records.Journal{}, 0, ErrManyAuthorities
 	}
-	c.dropPending(ctx, kind)
+	// It may take long where another authority signs it; nothing waits for it but the caller.
 	next, err := c.makeAuthority(ctx, kind)
 	if err != nil {
 		return records.Journal{}, 0, err
 	}
-	changed := []*authority{next}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.cfg.Now()
+	c.dropPending(ctx, kind)
+	if c.taintedAbove(next.line.UpstreamID) {
+		c.deleteKey(ctx, next.authority)
+		return records.Journal{}, 0, fmt.Errorf("prepare %s authority: %w: %s", kind, errTaintedAbove, next.line.UpstreamID)
+	}
+	before := c.find(kind, StatePrepared)
+	changed := []*authority{next.authority}
 	if before != nil {
 		changed = append(changed, before.with(StateRevoked, now))
 	}
@@ -68,6 +76,7 @@ func (c *CA) PrepareAuthority(ctx context.Context, kind string) (records.Journal
 		c.pending[kind] = next // it may have been written: the next turn uses it or deletes its key
 		return records.Journal{}, 0, fmt.Errorf("prepare %s authority: %w", kind, err)
 	}
+	c.took(next)
 	c.log.WithFields(next.fields()).Info("Authority prepared, because it was asked for")
 	if before != nil {
 		c.deleteKey(ctx, before)
@@ -75,6 +84,7 @@ func (c *CA) PrepareAuthority(ctx context.Context, kind string) (records.Journal
 	if err := c.publishSoon(ctx, now); err != nil {
 		return records.Journal{}, 0, err
 	}
+	c.poke() // it is made known above, if that is how it is
 	return next.line, c.bundleRev, nil
 }
 
@@ -113,6 +123,11 @@ func (c *CA) heard(ctx context.Context, kind, id string) {
 // agents that do not have it in their bundle yet, and then for nobody: an operator who replaces a stolen
 // key is not held up by an agent that hangs.
 func (c *CA) ActivateAuthority(ctx context.Context, kind, id string) (records.Journal, error) {
+	if kind == KindJWT {
+		if err := c.tellAbove(ctx); err != nil {
+			c.log.WithError(err).Error("The upstream authority does not know the JWT key that is being activated: who verifies elsewhere in the trust domain will not either")
+		}
+	}
 	c.heard(ctx, kind, id)
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -141,6 +156,9 @@ func (c *CA) ActivateAuthority(ctx context.Context, kind, id string) (records.Jo
 // TaintAuthority says of an old authority that what it signed is to be replaced. The revision is that
 // of the bundle that says so.
 func (c *CA) TaintAuthority(ctx context.Context, kind, id string) (records.Journal, kv.Rev, error) {
+	if kind == KindX509 && c.cfg.Upstream != nil {
+		return records.Journal{}, 0, ErrUpstream
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	a, err := c.named(kind, id)
@@ -176,6 +194,9 @@ func (c *CA) TaintAuthority(ctx context.Context, kind, id string) (records.Journ
 // would have been forgotten anyway, so that nobody's append brings it back. The revision is that of
 // the bundle without it.
 func (c *CA) RevokeAuthority(ctx context.Context, kind, id string) (records.Journal, kv.Rev, error) {
+	if kind == KindX509 && c.cfg.Upstream != nil {
+		return records.Journal{}, 0, ErrUpstream
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	a, err := c.named(kind, id)

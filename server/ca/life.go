@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -137,11 +138,65 @@ func (c *CA) retire(ctx context.Context) error {
 	return c.put(ctx, changed...)
 }
 
+// ahead makes the authorities whose time has come, and makes known above what has to be. It is what may
+// take long, so mu is not held meanwhile; turn finds what it made.
+func (c *CA) ahead(ctx context.Context) error {
+	var errs []error
+	if err := c.tellAbove(ctx); err != nil {
+		errs = append(errs, err)
+	}
+	for _, kind := range kinds {
+		c.mu.Lock()
+		err := c.absorb(ctx, c.cfg.Now())
+		due := err == nil && c.due(kind, c.cfg.Now()) && c.usable(kind, c.cfg.Now()) == nil
+		c.mu.Unlock()
+		if !due {
+			errs = append(errs, err)
+			continue
+		}
+		next, err := c.makeAuthority(ctx, kind)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		c.mu.Lock()
+		if c.taintedAbove(next.line.UpstreamID) {
+			errs = append(errs, fmt.Errorf("make %s authority: %w: %s", kind, errTaintedAbove, next.line.UpstreamID))
+			c.deleteKey(ctx, next.authority)
+		} else {
+			c.dropPending(ctx, kind)
+			c.pending[kind] = next
+		}
+		c.mu.Unlock()
+	}
+	return errors.Join(errs...)
+}
+
+// due says that a successor, or the first authority, is to be prepared.
+func (c *CA) due(kind string, now time.Time) bool {
+	active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
+	if prepared != nil && prepared.valid(now) && !c.unsuited(prepared) {
+		return false
+	}
+	return prepared != nil || active == nil || active.early(now) || active.shouldPrepare(now) || c.unsuited(active)
+}
+
+// usable returns the pending authority of the kind if it is as good as new, or nil. An authority that
+// could not be journaled is tried again as it is: a store that is away for an hour costs one key, and one
+// that said no but wrote the line is not left with a line without a key.
+func (c *CA) usable(kind string, now time.Time) *made {
+	next := c.pending[kind]
+	if next == nil || next.early(now) || next.shouldActivate(now) || c.unsuited(next.authority) {
+		return nil
+	}
+	return next
+}
+
 // turn brings everything to where it should be by now, each step only once the one before it is
 // stored. Callers hold mu. What could not be done is in the error; what signs goes on signing.
 func (c *CA) turn(ctx context.Context) error {
 	now := c.cfg.Now()
-	var errs []error
+	errs := []error{c.absorb(ctx, now)}
 	for _, kind := range kinds {
 		errs = append(errs, c.resume(ctx, kind, now), c.prepare(ctx, kind, now))
 	}
@@ -182,24 +237,17 @@ func (c *CA) resume(ctx context.Context, kind string, now time.Time) error {
 	return nil
 }
 
-// prepare makes the successor when it is time, or the first authority, and journals it.
+// prepare journals the successor when it is time, or the first authority. One that another authority signs
+// was made before, by ahead.
 func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
-	active, prepared := c.find(kind, StateActive), c.find(kind, StatePrepared)
-	var changed []*authority
-	if prepared != nil {
-		if prepared.valid(now) {
-			return nil
-		}
-		// The server was down all its life, or the clock was set.
-		changed = append(changed, prepared.with(StateAside, now))
-	} else if active != nil && !active.early(now) && !active.shouldPrepare(now) {
+	if !c.due(kind, now) {
 		return nil
 	}
-	// An authority that could not be journaled is tried again as it is: a store that is away for an
-	// hour costs one key, and one that said no but wrote the line is not left with a line without
-	// a key.
-	next := c.pending[kind]
-	if next == nil || next.early(now) || next.shouldActivate(now) {
+	next := c.usable(kind, now)
+	if next == nil {
+		if kind == KindX509 && c.cfg.Upstream != nil {
+			return nil // ahead says why
+		}
 		c.dropPending(ctx, kind)
 		var err error
 		if next, err = c.makeAuthority(ctx, kind); err != nil {
@@ -207,12 +255,31 @@ func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
 		}
 		c.pending[kind] = next
 	}
-	if err := c.put(ctx, append(changed, next)...); err != nil {
+	changed := []*authority{next.authority}
+	prepared := c.find(kind, StatePrepared)
+	switch {
+	case prepared == nil:
+	case prepared.valid(now): // unsuited
+		changed = append(changed, prepared.with(StateRevoked, now))
+	default: // the server was down all its life, or the clock was set
+		changed = append(changed, prepared.with(StateAside, now))
+	}
+	if err := c.put(ctx, changed...); err != nil {
 		return fmt.Errorf("prepare %s authority: %w", kind, err)
 	}
+	c.took(next)
 	delete(c.pending, kind)
 	c.log.WithFields(next.fields()).Info("Authority prepared")
 	return nil
+}
+
+// took sees to it that the roots that came with an authority are in the next bundle.
+func (c *CA) took(a *made) {
+	for _, root := range a.roots {
+		if !slices.ContainsFunc(c.roots, func(b identity.X509Authority) bool { return b.Certificate.Equal(root) }) {
+			c.roots = append(slices.Clip(c.roots), identity.X509Authority{Certificate: root})
+		}
+	}
 }
 
 // activate lets the prepared authority take over when it is time. It is in the bundle by now.
@@ -231,14 +298,28 @@ func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 			Error("The clock was set back to before the active authority was made: what it signs is not accepted yet, another one takes over")
 	}
 	if active != nil && active.valid(now) {
+		if c.untold(prepared) {
+			return nil // who verifies elsewhere does not know it yet; ahead says why
+		}
 		due := active.activateAt()
-		if ready := prepared.line.CreatedAt.Add(min(maxGrace, active.lifetime()/60)); ready.After(due) {
+		if c.unsuited(active) {
+			due = now
+		}
+		grace := min(maxGrace, active.lifetime()/60)
+		if c.taintedAbove(active.line.UpstreamID) {
+			grace = 0 // its root was in the bundle before, or agents that are connected are waited for
+		}
+		if ready := prepared.line.CreatedAt.Add(grace); ready.After(due) {
 			due = ready
 		}
 		if now.Before(due) {
 			return nil
 		}
-		if n := c.behind(); n > 0 && now.Before(due.Add(patience(active.lifetime()))) {
+		late := due.Add(patience(active.lifetime()))
+		if c.unsuited(active) {
+			late = prepared.line.CreatedAt.Add(grace + maxForcedWait)
+		}
+		if n := c.behind(); n > 0 && now.Before(late) {
 			c.log.WithFields(prepared.fields()).WithField("agents", n).
 				Info("The prepared authority's time has come; it waits for connected agents that do not have it in their bundle")
 			return nil
@@ -265,6 +346,9 @@ func (c *CA) takeOver(ctx context.Context, kind string, active, prepared *author
 	c.log.WithFields(changed[0].fields()).Info("Authority activated")
 	if active != nil && state == StateOld && !c.lists(c.lines[active.line.AuthorityID], now) {
 		c.deleteKey(ctx, active)
+		if c.taintedAbove(active.line.UpstreamID) {
+			return c.renewServer(active)
+		}
 	}
 	return nil
 }
@@ -312,8 +396,8 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 		jwts = append(jwts, a)
 	}
 	for _, a := range c.sorted() {
-		if a.prunable(now) || a.line.State == StateRevoked {
-			continue
+		if a.prunable(now) || a.line.State == StateRevoked || isAbove(a.line.Kind) || a.line.UpstreamID != "" {
+			continue // what another one signed is verified by that one's root
 		}
 		var entryChanged bool
 		if a.line.Kind == KindX509 {
@@ -323,8 +407,9 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 		}
 		changed = changed || entryChanged
 	}
-	b.X509, b.JWT = x509s, jwts
-	return changed
+	var aboveChanged bool
+	b.X509, b.JWT, aboveChanged = c.mergeAbove(x509s, jwts, now)
+	return changed || aboveChanged
 }
 
 // revokedX509 and revokedJWT say of an authority in a bundle that it was revoked, whoever put it there.
@@ -419,6 +504,9 @@ func (c *CA) sweepKeys(ctx context.Context) {
 // deleteKey is for the keys of authorities that will not sign. One that cannot be deleted is
 // tried again at the next start and when the authority is pruned.
 func (c *CA) deleteKey(ctx context.Context, a *authority) {
+	if a.line.KeyID == "" {
+		return // an authority above
+	}
 	if err := c.keys.Delete(ctx, a.line.KeyID); err != nil {
 		c.log.WithError(err).WithFields(a.fields()).Warn("Private key of an authority that is not needed could not be deleted")
 	}
@@ -429,7 +517,7 @@ func (c *CA) deleteKey(ctx context.Context, a *authority) {
 func (c *CA) dropPending(ctx context.Context, kinds ...string) {
 	for _, kind := range kinds {
 		if a := c.pending[kind]; a != nil {
-			c.deleteKey(ctx, a)
+			c.deleteKey(ctx, a.authority)
 			delete(c.pending, kind)
 		}
 	}

@@ -145,7 +145,7 @@ func (c *CA) signChecked(ctx context.Context, profile string, p MintParams) ([]*
 	w := &want{
 		profile: profile, issuer: a.cert, id: p.ID, dnsNames: p.DNSNames, now: now,
 		notBefore: now.Add(-c.cfg.Backdate).Truncate(time.Second),
-		notAfter:  earlier(now.Add(p.TTL), a.cert.NotAfter).Truncate(time.Second),
+		notAfter:  earlier(now.Add(p.TTL), a.line.NotAfter).Truncate(time.Second),
 	}
 	var err error
 	if w.subject, err = svidSubject(p.Subject, p.DNSNames); err != nil {
@@ -158,7 +158,7 @@ func (c *CA) signChecked(ctx context.Context, profile string, p MintParams) ([]*
 	if err != nil {
 		return nil, err
 	}
-	return []*x509.Certificate{leaf}, nil
+	return append([]*x509.Certificate{leaf}, a.chain()...), nil
 }
 
 // selfSign makes the certificate of a new authority.

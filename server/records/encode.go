@@ -265,6 +265,8 @@ func encodeJournal(j Journal) ([]byte, error) {
 		NotAfter:    unix(j.NotAfter),
 		CreatedAt:   unix(j.CreatedAt),
 		ActivatedAt: unix(j.ActivatedAt),
+		Chain:       j.Chain,
+		UpstreamId:  j.UpstreamID,
 	})
 }
 
@@ -284,6 +286,8 @@ func decodeJournal(authorityID string, b []byte) (Journal, error) {
 		NotAfter:    timeOf(m.GetNotAfter()),
 		CreatedAt:   timeOf(m.GetCreatedAt()),
 		ActivatedAt: timeOf(m.GetActivatedAt()),
+		Chain:       m.GetChain(),
+		UpstreamID:  m.GetUpstreamId(),
 	}, nil
 }
 

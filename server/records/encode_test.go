@@ -42,6 +42,7 @@ func fullJournal() Journal {
 	return Journal{
 		Kind: "x509", AuthorityID: "a1", State: "active", KeyID: "k", Certificate: []byte{1}, PublicKey: []byte{2},
 		NotBefore: noon, NotAfter: noon.Add(1), CreatedAt: noon.Add(time.Second), ActivatedAt: noon.Add(time.Minute),
+		Chain: [][]byte{{3}, {4}}, UpstreamID: "ab12",
 	}
 }
 
@@ -231,6 +232,7 @@ func TestVersion1(t *testing.T) {
 	t.Run("journal", func(t *testing.T) {
 		want := fullJournal()
 		want.NotAfter = noon
+		want.Chain, want.UpstreamID = nil, "" // it was written before there were any
 		got, err := decodeJournal("a1", read(t, "journal", func() ([]byte, error) { return encodeJournal(want) }))
 		if err != nil {
 			t.Fatal(err)

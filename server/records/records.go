@@ -94,6 +94,11 @@ type Journal struct {
 	PublicKey   []byte // PKIX
 	// Times are whole seconds; zero: not yet.
 	NotBefore, NotAfter, CreatedAt, ActivatedAt time.Time
+
+	// Of an X.509 authority that another one signed: the DER of what is above it, without the root, and
+	// the root's key identifier in hexadecimal. The latter is empty if it is a root itself.
+	Chain      [][]byte
+	UpstreamID string
 }
 
 // EntryResult is what became of one entry of CreateEntries.

@@ -32,6 +32,7 @@ import (
 
 	adminwire "github.com/assay-id/assay/agent/admin/wire"
 	"github.com/assay-id/assay/server/wire/adminv1"
+	"github.com/assay-id/assay/server/wire/downstreamv1"
 	"github.com/assay-id/assay/server/wire/feedv1"
 )
 
@@ -231,6 +232,8 @@ var samples = map[string]sample{
 		},
 	}}.quietly().endlessly().closedBy(&feedv1.FollowRequest{Message: &feedv1.FollowRequest_Ack{Ack: &feedv1.Ack{Revision: 1 << 62}}},
 		fmt.Sprint("acknowledged revision ", 1<<62), "nothing is to be acknowledged"),
+
+	"/assay.downstream.v1.Downstream/FollowBundle": call("downstream", fixed(&downstreamv1.FollowBundleRequest{})).quietly().endlessly(),
 
 	"/SpiffeWorkloadAPI/FetchX509SVID":    call("workload", fixed(&workload.X509SVIDRequest{})).endlessly(),
 	"/SpiffeWorkloadAPI/FetchX509Bundles": call("workload", fixed(&workload.X509BundlesRequest{})).endlessly(),

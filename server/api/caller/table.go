@@ -83,6 +83,8 @@ var table = map[string]Kind{
 
 	"/assay.feed.v1.Feed/Follow": Agent,
 
+	"/assay.downstream.v1.Downstream/FollowBundle": Downstream,
+
 	// Who may push is for the trust policies to say, by token or SVID.
 	"/assay.evidence.v1.Evidence/Push":            Local | Admin | Anyone,
 	"/assay.evidence.v1.Evidence/List":            Local | Admin,

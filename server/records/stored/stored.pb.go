@@ -905,16 +905,20 @@ func (x *Token) GetExpiresAt() int64 {
 
 // j/…
 type Journal struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
-	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
-	KeyId         string                 `protobuf:"bytes,3,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	Certificate   []byte                 `protobuf:"bytes,4,opt,name=certificate,proto3" json:"certificate,omitempty"`
-	PublicKey     []byte                 `protobuf:"bytes,5,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
-	NotBefore     int64                  `protobuf:"varint,6,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
-	NotAfter      int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
-	CreatedAt     int64                  `protobuf:"varint,8,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
-	ActivatedAt   int64                  `protobuf:"varint,9,opt,name=activated_at,json=activatedAt,proto3" json:"activated_at,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Kind        string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	State       string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`
+	KeyId       string                 `protobuf:"bytes,3,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
+	Certificate []byte                 `protobuf:"bytes,4,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	PublicKey   []byte                 `protobuf:"bytes,5,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`
+	NotBefore   int64                  `protobuf:"varint,6,opt,name=not_before,json=notBefore,proto3" json:"not_before,omitempty"`
+	NotAfter    int64                  `protobuf:"varint,7,opt,name=not_after,json=notAfter,proto3" json:"not_after,omitempty"`
+	CreatedAt   int64                  `protobuf:"varint,8,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	ActivatedAt int64                  `protobuf:"varint,9,opt,name=activated_at,json=activatedAt,proto3" json:"activated_at,omitempty"`
+	// Of an X.509 authority that another one signed: what is above it, up to the root's child, and the key
+	// identifier of the root in hexadecimal.
+	Chain         [][]byte `protobuf:"bytes,10,rep,name=chain,proto3" json:"chain,omitempty"`
+	UpstreamId    string   `protobuf:"bytes,11,opt,name=upstream_id,json=upstreamId,proto3" json:"upstream_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1012,6 +1016,20 @@ func (x *Journal) GetActivatedAt() int64 {
 	return 0
 }
 
+func (x *Journal) GetChain() [][]byte {
+	if x != nil {
+		return x.Chain
+	}
+	return nil
+}
+
+func (x *Journal) GetUpstreamId() string {
+	if x != nil {
+		return x.UpstreamId
+	}
+	return ""
+}
+
 var File_server_records_stored_stored_proto protoreflect.FileDescriptor
 
 const file_server_records_stored_stored_proto_rawDesc = "" +
@@ -1103,7 +1121,7 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\asummary\x18\x05 \x01(\tR\asummary\"&\n" +
 	"\x05Token\x12\x1d\n" +
 	"\n" +
-	"expires_at\x18\x01 \x01(\x03R\texpiresAt\"\x89\x02\n" +
+	"expires_at\x18\x01 \x01(\x03R\texpiresAt\"\xc0\x02\n" +
 	"\aJournal\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x15\n" +
@@ -1116,7 +1134,11 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\tnot_after\x18\a \x01(\x03R\bnotAfter\x12\x1d\n" +
 	"\n" +
 	"created_at\x18\b \x01(\x03R\tcreatedAt\x12!\n" +
-	"\factivated_at\x18\t \x01(\x03R\vactivatedAtB1Z/github.com/assay-id/assay/server/records/storedb\x06proto3"
+	"\factivated_at\x18\t \x01(\x03R\vactivatedAt\x12\x14\n" +
+	"\x05chain\x18\n" +
+	" \x03(\fR\x05chain\x12\x1f\n" +
+	"\vupstream_id\x18\v \x01(\tR\n" +
+	"upstreamIdB1Z/github.com/assay-id/assay/server/records/storedb\x06proto3"
 
 var (
 	file_server_records_stored_stored_proto_rawDescOnce sync.Once
