@@ -132,7 +132,12 @@ func (r *realm) shows(authority string) func() bool {
 
 // greet does mTLS between the workloads of two realms.
 func greet(ctx context.Context, server, client *realm) error {
-	listener, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(server.source, server.source, tlsconfig.AuthorizeID(spiffeid.RequireFromPath(client.td, "/work"))))
+	return greetBetween(ctx, server.source, spiffeid.RequireFromPath(server.td, "/work"), client.source, spiffeid.RequireFromPath(client.td, "/work"))
+}
+
+// greetBetween does mTLS between two workloads, each of which wants just the other.
+func greetBetween(ctx context.Context, server *workloadapi.X509Source, serverID spiffeid.ID, client *workloadapi.X509Source, clientID spiffeid.ID) error {
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", tlsconfig.MTLSServerConfig(server, server, tlsconfig.AuthorizeID(clientID)))
 	if err != nil {
 		return err
 	}
@@ -148,7 +153,7 @@ func greet(ctx context.Context, server, client *realm) error {
 		_, err = fmt.Fprintln(conn, "hello")
 		served <- err
 	}()
-	dialer := &tls.Dialer{Config: tlsconfig.MTLSClientConfig(client.source, client.source, tlsconfig.AuthorizeID(spiffeid.RequireFromPath(server.td, "/work")))}
+	dialer := &tls.Dialer{Config: tlsconfig.MTLSClientConfig(client, client, tlsconfig.AuthorizeID(serverID))}
 	conn, err := dialer.DialContext(ctx, "tcp", listener.Addr().String())
 	if err != nil {
 		return err
