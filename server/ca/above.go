@@ -354,6 +354,9 @@ func (c *CA) tellAbove(ctx context.Context) error {
 			untold = append(untold, a)
 		}
 	}
+	if next := c.pending[KindJWT]; next != nil && !c.told[next.line.AuthorityID] {
+		untold = append(untold, next.authority)
+	}
 	c.mu.Unlock()
 	for _, a := range untold {
 		if err := c.PublishAbove(ctx, identity.JWTAuthority{KeyID: a.line.AuthorityID, Key: a.public, ExpiresAt: a.line.NotAfter}); err != nil {

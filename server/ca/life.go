@@ -142,9 +142,6 @@ func (c *CA) retire(ctx context.Context) error {
 // take long, so mu is not held meanwhile; turn finds what it made.
 func (c *CA) ahead(ctx context.Context) error {
 	var errs []error
-	if err := c.tellAbove(ctx); err != nil {
-		errs = append(errs, err)
-	}
 	for _, kind := range kinds {
 		c.mu.Lock()
 		err := c.absorb(ctx, c.cfg.Now())
@@ -169,7 +166,7 @@ func (c *CA) ahead(ctx context.Context) error {
 		}
 		c.mu.Unlock()
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.tellAbove(ctx))...)
 }
 
 // due says that a successor, or the first authority, is to be prepared.

@@ -72,6 +72,9 @@ func (a *Authority) Sign(_ context.Context, r upstream.Request) (*upstream.Signe
 	if err != nil {
 		return nil, fmt.Errorf("parse certificate request: %w", err)
 	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, fmt.Errorf("verify certificate request: %w", err)
+	}
 	serial := make([]byte, 16)
 	_, _ = rand.Read(serial) // never fails
 	serial[0] = serial[0]&0x7f | 0x40
