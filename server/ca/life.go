@@ -343,9 +343,9 @@ func (c *CA) takeOver(ctx context.Context, kind string, active, prepared *author
 	c.log.WithFields(changed[0].fields()).Info("Authority activated")
 	if active != nil && state == StateOld && !c.lists(c.lines[active.line.AuthorityID], now) {
 		c.deleteKey(ctx, active)
-		if c.taintedAbove(active.line.UpstreamID) {
-			return c.renewServer(active)
-		}
+	}
+	if active != nil && c.taintedAbove(active.line.UpstreamID) {
+		return c.renewServer(active)
 	}
 	return nil
 }
