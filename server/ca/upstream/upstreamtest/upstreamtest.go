@@ -39,7 +39,7 @@ type Options struct {
 func Run(t *testing.T, a upstream.Authority, o Options) {
 	t.Run("it signs what it is asked to sign", func(t *testing.T) {
 		for name, key := range keys(t) {
-			checked := sign(t, a, key, time.Hour)
+			checked := sign(t, a, key)
 			if got := checked.Chain[0].URIs; len(got) > 1 {
 				t.Errorf("%s: URIs %v", name, got)
 			}
@@ -53,7 +53,7 @@ func Run(t *testing.T, a upstream.Authority, o Options) {
 	})
 	t.Run("no two certificates have one serial number", func(t *testing.T) {
 		key := newKey(t)
-		first, second := sign(t, a, key, time.Hour), sign(t, a, key, time.Hour)
+		first, second := sign(t, a, key), sign(t, a, key)
 		if first.Chain[0].SerialNumber.Cmp(second.Chain[0].SerialNumber) == 0 {
 			t.Errorf("both have %s", first.Chain[0].SerialNumber)
 		}
@@ -103,7 +103,7 @@ func Run(t *testing.T, a upstream.Authority, o Options) {
 	t.Run("its bundle is followed, or it says that there is none", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), upstream.Patience)
 		defer cancel()
-		checked := sign(t, a, newKey(t), time.Hour)
+		checked := sign(t, a, newKey(t))
 		heard := make(chan upstream.Bundle, 1)
 		err := a.Follow(ctx, func(b upstream.Bundle) {
 			select {
@@ -136,12 +136,12 @@ func Run(t *testing.T, a upstream.Authority, o Options) {
 	})
 }
 
-// sign has the key signed and checks the answer as server/ca does.
-func sign(t *testing.T, a upstream.Authority, key crypto.Signer, ttl time.Duration) *upstream.Checked {
+// sign has the key signed for an hour and checks the answer as server/ca does.
+func sign(t *testing.T, a upstream.Authority, key crypto.Signer) *upstream.Checked {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), upstream.Patience)
 	defer cancel()
-	s, err := a.Sign(ctx, upstream.Request{CSR: CSR(t, key), TTL: ttl, Now: time.Now()})
+	s, err := a.Sign(ctx, upstream.Request{CSR: CSR(t, key), TTL: time.Hour, Now: time.Now()})
 	if err != nil {
 		t.Fatal(err)
 	}
