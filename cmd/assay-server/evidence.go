@@ -173,7 +173,7 @@ func evidencePush() *cobra.Command {
 	var what cli.Evidence
 	var source string
 	r := newRemote("push", "Hands documents about an image to the server, as its administrator", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
-		names, answers, err := what.PushAll(ctx, conn, source, r.InOrStdin())
+		names, answers, err := what.PushAll(ctx, r.Command, conn, source)
 		if printed := printPushed(r.Command, &r.output, names, answers); printed != nil {
 			return errors.Join(err, printed)
 		}

@@ -95,7 +95,7 @@ func (p *push) run(c *cobra.Command) error {
 	ctx, cancel := context.WithTimeout(c.Context(), p.patience)
 	defer cancel()
 	send := func(ctx context.Context, conn *grpc.ClientConn) error {
-		names, answers, err := p.what.PushAll(ctx, conn, p.source, c.InOrStdin())
+		names, answers, err := p.what.PushAll(ctx, c, conn, p.source)
 		if len(answers) == 0 {
 			return err
 		}

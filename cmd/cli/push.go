@@ -20,6 +20,7 @@ import (
 type Evidence struct {
 	image                            string
 	scans, vexes, bundles, manifests []string
+	attached                         bool
 }
 
 // AddTo adds the flags to a command.
@@ -29,6 +30,7 @@ func (e *Evidence) AddTo(c *cobra.Command) {
 	f.StringArrayVar(&e.scans, "scan", nil, "A scan report (Trivy, Grype, CycloneDX, in-toto, SARIF, …); - is standard input. Can be used more than once")
 	f.StringArrayVar(&e.vexes, "vex", nil, "A VEX document (OpenVEX, CycloneDX). Can be used more than once")
 	f.StringArrayVar(&e.bundles, "bundle", nil, "A signed statement: a Sigstore bundle or a DSSE envelope. Can be used more than once")
+	f.BoolVar(&e.attached, "attached", false, "What is attached to the image in its registry, which the server fetches: signed statements, as \"cosign attest\" leaves them there")
 	f.StringArrayVar(&e.manifests, "manifest", nil, "A manifest or index, byte for byte, that leads from the image's digest to its config digest. Can be used more than once")
 }
 
@@ -39,15 +41,15 @@ func (e *Evidence) Check() error {
 		return errors.New("-image is required: which image is it about? Write registry/repository@sha256:… or the digest alone")
 	case !strings.Contains(e.image, "sha256:"):
 		return fmt.Errorf("-image %s has no digest; a tag may mean another image tomorrow. Write registry/repository@sha256:…", e.image)
-	case len(e.scans)+len(e.vexes)+len(e.bundles) == 0:
-		return errors.New("nothing to push: name a file with -scan, -vex or -bundle")
+	case len(e.scans)+len(e.vexes)+len(e.bundles) == 0 && !e.attached:
+		return errors.New("nothing to push: name a file with -scan, -vex or -bundle, or say -attached")
 	}
 	return nil
 }
 
 // PushAll sends every document, and returns the answers to those that were taken and the names of their
 // files. The error is of the first one that was not.
-func (e *Evidence) PushAll(ctx context.Context, conn grpc.ClientConnInterface, source string, stdin io.Reader) (names []string, answers []*evidencev1.PushResponse, err error) {
+func (e *Evidence) PushAll(ctx context.Context, c *cobra.Command, conn grpc.ClientConnInterface, source string) (names []string, answers []*evidencev1.PushResponse, err error) {
 	header := &evidencev1.PushHeader{Image: e.image, Source: source}
 	for _, name := range e.manifests {
 		m, err := os.ReadFile(name)
@@ -58,7 +60,7 @@ func (e *Evidence) PushAll(ctx context.Context, conn grpc.ClientConnInterface, s
 	}
 	client := evidencev1.NewEvidenceClient(conn)
 	for _, name := range slices.Concat(e.scans, e.vexes, e.bundles) {
-		content, err := document(name, stdin)
+		content, err := document(name, c.InOrStdin())
 		if err != nil {
 			return names, answers, err
 		}
@@ -68,7 +70,33 @@ func (e *Evidence) PushAll(ctx context.Context, conn grpc.ClientConnInterface, s
 		}
 		names, answers = append(names, name), append(answers, resp)
 	}
-	return names, answers, nil
+	if !e.attached {
+		return names, answers, nil
+	}
+	resp, err := client.Collect(ctx, &evidencev1.CollectRequest{Image: e.image})
+	if err != nil {
+		return names, answers, fmt.Errorf("collect what is attached: %w", err)
+	}
+	var errs []error
+	for _, d := range resp.GetDocuments() {
+		if d.GetTaken() == nil {
+			errs = append(errs, fmt.Errorf("attached %s: %s", d.GetDigest(), d.GetRefused()))
+			continue
+		}
+		names, answers = append(names, "attached "+d.GetDigest()), append(answers, d.GetTaken())
+	}
+	if len(resp.GetDocuments()) == 0 {
+		errs = append(errs, fmt.Errorf("nothing signed is attached to %s", e.image))
+	}
+	// Whoever may push to a registry can attach what nobody trusts: it is told, and fails only where there is
+	// nothing else.
+	if len(answers) > 0 {
+		for _, err := range errs {
+			fmt.Fprintf(c.ErrOrStderr(), "not taken: %s\n", err)
+		}
+		errs = nil
+	}
+	return names, answers, errors.Join(errs...)
 }
 
 // maxDocument is what a server takes, in bytes.

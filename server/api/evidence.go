@@ -36,6 +36,7 @@ type Evidence interface {
 	DeleteException(ctx context.Context, id, who string) error
 	Release(ctx context.Context, policy, who string) ([]string, error)
 	Accept(ctx context.Context, hash, image, reason, who string) (*verdict.Pushed, error)
+	Collect(ctx context.Context, who verdict.Pusher, image string) ([]verdict.Collected, error)
 	// Issued writes down certificates that rest on verdicts, before they are given out.
 	Issued(ctx context.Context, serials ...records.Serial) error
 }
@@ -139,6 +140,57 @@ func (s *evidenceService) Push(stream grpc.ClientStreamingServer[evidencev1.Push
 			line.Facts = append(line.Facts, "source:"+source)
 		}
 	})
+	resp := s.taken(judge, who, pushed)
+	// The line is written before the answer leaves, as with all calls.
+	if err := l.write(nil); err != nil {
+		return err
+	}
+	return stream.SendAndClose(resp)
+}
+
+// Collect is a push of documents that the server fetches itself, and as dear: it has the same limits.
+func (s *evidenceService) Collect(ctx context.Context, req *evidencev1.CollectRequest) (*evidencev1.CollectResponse, error) {
+	judge, err := s.on()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, pushTime)
+	defer cancel()
+	if err := s.api.push.wait(ctx, caller.FromContext(ctx).Source(), 1); err != nil {
+		return nil, err
+	}
+	who, err := s.pusher(ctx, judge)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	case <-ctx.Done():
+		return nil, refusal(codes.ResourceExhausted, "too many documents are being pushed")
+	}
+	l := ledgerOf(ctx)
+	l.note(func(line *audit.Line) { line.Verdicts = []string{cut(req.GetImage())} })
+	list, err := judge.Collect(ctx, who, req.GetImage())
+	if err != nil {
+		return nil, fail("nothing was collected", err)
+	}
+	resp := &evidencev1.CollectResponse{}
+	for _, one := range list {
+		w := &evidencev1.Collected{Digest: one.Digest, MediaType: one.MediaType}
+		if one.Refused != nil {
+			w.Refused = one.Refused.Error()
+		} else {
+			w.Taken = s.taken(judge, who, one.Pushed)
+			l.note(func(line *audit.Line) { line.Facts = append(line.Facts, "report:"+one.Pushed.Hash) })
+		}
+		resp.Documents = append(resp.Documents, w)
+	}
+	return resp, nil
+}
+
+// taken is what is told to whoever brought a document.
+func (s *evidenceService) taken(judge Evidence, who verdict.Pusher, pushed *verdict.Pushed) *evidencev1.PushResponse {
 	resp := pushedWire(pushed)
 	for _, i := range judge.Summaries(pushed.Images) {
 		w := imageWire(&i)
@@ -147,11 +199,7 @@ func (s *evidenceService) Push(stream grpc.ClientStreamingServer[evidencev1.Push
 		}
 		resp.Images = append(resp.Images, w)
 	}
-	// The line is written before the answer leaves, as with all calls.
-	if err := l.write(nil); err != nil {
-		return err
-	}
-	return stream.SendAndClose(resp)
+	return resp
 }
 
 func pushedWire(p *verdict.Pushed) *evidencev1.PushResponse {

@@ -105,6 +105,8 @@ type Document struct {
 	Source string
 	// Content are the document's bytes.
 	Content []byte
+	// Signed says that the document counts only if it is signed, whoever brings it.
+	Signed bool
 }
 
 // Pushed is what became of a document.
@@ -275,6 +277,8 @@ func (s *Service) vouch(ctx context.Context, in *incoming, who Pusher, d Documen
 	}
 	in.proof = proof
 	switch {
+	case proof.Kind == trust.Bare && d.Signed:
+		return clash(ErrVouch, "what is attached to an image in a registry counts only if it is signed")
 	case proof.Kind != trust.Bare:
 		in.sources = proof.TrustPolicies
 	case who.Admin:

@@ -42,6 +42,7 @@ import (
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/records/stored"
 	"github.com/assay-id/assay/server/store/kv"
+	proofs "github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/verdict/trust"
 	"github.com/assay-id/assay/server/view"
@@ -119,9 +120,10 @@ type Parts struct {
 	Fetcher Fetcher
 }
 
-// Fetcher gets manifests and indexes by digest; *image.Fetcher is one.
+// Fetcher gets manifests and indexes by digest, and what is attached to them; *image.Fetcher is one.
 type Fetcher interface {
 	Fetch(ctx context.Context, repository, digest string) ([]byte, error)
+	Attached(ctx context.Context, repository, digest string, wanted func(mediaType string) bool) ([]proofs.Attachment, error)
 }
 
 // Service holds the evidence. It is safe for concurrent use.

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/assay-id/assay/server/records"
+	proofs "github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/verdict/policy"
 )
 
@@ -405,6 +406,10 @@ func (r registry) Fetch(_ context.Context, _, digest string) ([]byte, error) {
 		return blob, nil
 	}
 	return nil, errors.New("not found")
+}
+
+func (registry) Attached(context.Context, string, string, func(string) bool) ([]proofs.Attachment, error) {
+	return nil, nil
 }
 
 func TestARegistryIsAskedForAManifestThatRuns(t *testing.T) {

@@ -81,6 +81,8 @@ func init() {
 				return &evidencev1.PushRequest{Step: &evidencev1.PushRequest_Chunk{Chunk: aReport()}}
 			},
 		}},
+		// No registry may be asked here; test/lab has one.
+		"Collect":  {as: "admin", code: codes.InvalidArgument, messages: []message{fixed(&evidencev1.CollectRequest{Image: "reg/shop@" + anImage})}},
 		"List":     call("admin", fixed(&evidencev1.ListRequest{PageSize: 3})),
 		"Show":     about(&evidencev1.ShowRequest{Image: anImage}),
 		"Explain":  about(&evidencev1.ExplainRequest{Image: anImage, Policy: "prod"}),

@@ -3,6 +3,13 @@ package lab_test
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"fmt"
 	"io"
 	"net/http"
@@ -208,6 +215,36 @@ func TestImageOfTwoPlatforms(t *testing.T) {
 			t.Errorf("the other platform has %v, %v", other, err)
 		}
 	})
+	t.Run("what CI has signed and attached is fetched, and opens what it vouches for", func(t *testing.T) {
+		key, pem := newKey(n)
+		n.restart(prod + evidence(reg.Host, true) + fmt.Sprintf("trust_policy \"ci\" {\n  predicate_types = [\"provenance\"]\n  key {\n    pem = <<EOT\n%sEOT\n  }\n}\n", pem))
+		n.entry("/signed", "scan:policy:prod", "prov:policy:ci", "prov:commit:"+commit)
+		attach(n, shop, "amd64", signed(n, key, shop.manifests["amd64"]), "application/vnd.dsse.envelope.v1+json")
+		attach(n, shop, "arm64", signed(n, key, shop.manifests["arm64"]), "application/vnd.dsse.envelope.v1+json")
+		out, err := n.ServerCLI(n.ctx, "evidence", "push", "-image", shop.name(shop.manifests["amd64"]), "-attached")
+		n.must(err)
+		if !strings.Contains(out, "taken (slsa-v1 provenance) from ci") || !strings.Contains(out, amd) || strings.Contains(out, arm) {
+			t.Errorf("it says:\n%s", out)
+		}
+		n.must(n.agent.WaitFor(n.ctx, "the container to have what the signature opens", func() error {
+			out, err := n.agent.CLI(n.ctx, "explain", "-container", running.ID, "-socketPath", n.agent.Admin, "-output", "json")
+			if err != nil {
+				return err
+			}
+			var told struct {
+				Matches []struct {
+					ID string `json:"spiffe_id"`
+				}
+			}
+			n.must(json.Unmarshal([]byte(out), &told))
+			for _, m := range told.Matches {
+				if strings.HasSuffix(m.ID, "/signed") {
+					return nil
+				}
+			}
+			return fmt.Errorf("it says:\n%s", out)
+		}))
+	})
 	t.Run("a registry on a private address is not asked unless that is allowed", func(t *testing.T) {
 		n.restart(prod + evidence(reg.Host, false))
 		fresh := n.platforms(reg.Host, "team/private", "private")
@@ -234,6 +271,42 @@ func TestImageOfTwoPlatforms(t *testing.T) {
 		}
 		n.want(t, fresh.configs["amd64"], "")
 	})
+}
+
+const commit = "0123456789abcdef0123456789abcdef01234567"
+
+// newKey makes a key for signing and returns it with its public half as PEM.
+func newKey(n *node) (*ecdsa.PrivateKey, []byte) {
+	n.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	n.must(err)
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
+	n.must(err)
+	return key, pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: der})
+}
+
+// signed is a DSSE envelope with provenance of an image, as "cosign attest --key" makes it.
+func signed(n *node, key *ecdsa.PrivateKey, digest string) string {
+	n.t.Helper()
+	payload, err := json.Marshal(map[string]any{
+		"_type": "https://in-toto.io/Statement/v1", "predicateType": "https://slsa.dev/provenance/v1",
+		"subject": []any{map[string]any{"name": "shop", "digest": map[string]any{"sha256": strings.TrimPrefix(digest, "sha256:")}}},
+		"predicate": map[string]any{
+			"buildDefinition": map[string]any{
+				"buildType": "https://example.org/build", "externalParameters": map[string]any{},
+				"resolvedDependencies": []any{map[string]any{"uri": "git+https://example.org/shop", "digest": map[string]any{"gitCommit": commit}}},
+			},
+			"runDetails": map[string]any{"builder": map[string]any{"id": "https://example.org/builder"}},
+		},
+	})
+	n.must(err)
+	const kind = "application/vnd.in-toto+json"
+	sum := sha256.Sum256(fmt.Appendf(nil, "DSSEv1 %d %s %d %s", len(kind), kind, len(payload), payload))
+	signature, err := ecdsa.SignASN1(rand.Reader, key, sum[:])
+	n.must(err)
+	text, err := json.Marshal(map[string]any{"payload": payload, "payloadType": kind, "signatures": []any{map[string]any{"sig": signature}}})
+	n.must(err)
+	return string(text)
 }
 
 // restart starts the server anew with other blocks.

@@ -87,6 +87,7 @@ var table = map[string]Kind{
 
 	// Who may push is for the trust policies to say, by token or SVID.
 	"/assay.evidence.v1.Evidence/Push":            Local | Admin | Anyone,
+	"/assay.evidence.v1.Evidence/Collect":         Local | Admin | Anyone,
 	"/assay.evidence.v1.Evidence/List":            Local | Admin,
 	"/assay.evidence.v1.Evidence/Show":            Local | Admin,
 	"/assay.evidence.v1.Evidence/Explain":         Local | Admin,

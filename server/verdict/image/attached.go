@@ -6,9 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"strings"
 
+	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -39,10 +42,11 @@ type attachment struct {
 }
 
 // Attached returns the documents attached to a manifest or index in the repository whose media type wanted
-// says yes to: by the referrers of OCI 1.1, or by the tag that stands in for them in registries that
-// have none (OCI Distribution 1.1, "Referrers Tag Schema"). What a list says of an attachment's kind is
-// not believed, since some registries and tools write another: each manifest is looked at. One that
-// cannot be had does not keep the others back: what was found is returned beside the error.
+// says yes to: by the referrers of OCI 1.1, by the tag that stands in for them in registries that
+// have none (OCI Distribution 1.1, "Referrers Tag Schema"), and by the tag that cosign before version 3 gave
+// to attestations. What a list says of an attachment's kind is not believed, since some registries and tools
+// write another: each manifest is looked at. One that cannot be had does not keep the others back: what was
+// found is returned beside the error.
 func (f *Fetcher) Attached(ctx context.Context, repository, digest string, wanted func(mediaType string) bool) ([]Attachment, error) {
 	if !identity.ValidDigest(digest) {
 		return nil, fmt.Errorf("fetch attachments: %w: %.80q is no sha256 digest", ErrDigest, digest)
@@ -71,7 +75,28 @@ func (f *Fetcher) Attached(ctx context.Context, repository, digest string, wante
 		some, err := f.attachment(ctx, repository, d.Digest.String(), digest, wanted)
 		found, errs = append(found, some...), append(errs, err)
 	}
-	return found, errors.Join(errs...)
+	some, err := f.attestations(ctx, ref, repository, digest, wanted)
+	return append(found, some...), errors.Join(append(errs, err)...)
+}
+
+// attestations returns the wanted documents below cosign's tag. Anybody who may push can move a tag: it is the
+// signature in a document that says what it is about.
+func (f *Fetcher) attestations(ctx context.Context, ref name.Repository, repository, digest string, wanted func(string) bool) ([]Attachment, error) {
+	asking, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
+	defer cancel()
+	tag := ref.Tag(strings.Replace(digest, ":", "-", 1) + ".att")
+	got, err := remote.Get(tag, f.options(asking, ref)...)
+	if failed, ok := errors.AsType[*transport.Error](err); ok && failed.StatusCode == http.StatusNotFound {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("fetch %s: %w", tag, reason(err))
+	}
+	var m attachment
+	if err := json.Unmarshal(got.Manifest, &m); err != nil {
+		return nil, fmt.Errorf("attestations %s: %w", tag, err)
+	}
+	return f.documents(ctx, repository, &m, wanted)
 }
 
 // attachment returns the wanted documents of one manifest that refers to subject.
@@ -87,6 +112,11 @@ func (f *Fetcher) attachment(ctx context.Context, repository, digest, subject st
 	if m.Subject == nil || m.Subject.Digest != subject {
 		return nil, nil // a list may name anything
 	}
+	return f.documents(ctx, repository, &m, wanted)
+}
+
+// documents returns the wanted ones of a manifest.
+func (f *Fetcher) documents(ctx context.Context, repository string, m *attachment, wanted func(string) bool) ([]Attachment, error) {
 	var found []Attachment
 	var errs []error
 	for n, layer := range m.Layers {
@@ -118,7 +148,7 @@ func (f *Fetcher) blob(ctx context.Context, repository, digest string) ([]byte, 
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
+	ctx, cancel := context.WithTimeout(context.WithValue(ctx, asDocument{}, true), f.cfg.Timeout)
 	defer cancel()
 	layer, err := remote.Layer(ref.Digest(digest), f.options(ctx, ref)...)
 	if err != nil {
@@ -143,4 +173,10 @@ func (f *Fetcher) blob(ctx context.Context, repository, digest string) ([]byte, 
 // SigstoreBundle reports whether a media type is that of a Sigstore bundle, of any version.
 func SigstoreBundle(mediaType string) bool {
 	return strings.HasPrefix(mediaType, "application/vnd.dev.sigstore.bundle")
+}
+
+// Signed reports whether a document of the media type may hold a signature of its own: a Sigstore bundle, or a
+// DSSE envelope.
+func Signed(mediaType string) bool {
+	return SigstoreBundle(mediaType) || strings.HasPrefix(mediaType, "application/vnd.dsse.envelope")
 }

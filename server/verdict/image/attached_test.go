@@ -108,6 +108,24 @@ func TestAttached(t *testing.T) {
 			if diff := cmp.Diff(map[string]bool{`{"bundle":1}`: true, `{"bundle":2}`: true}, got); diff != "" {
 				t.Error(diff)
 			}
+			t.Run("what cosign before version 3 left under its tag is found beside", func(t *testing.T) {
+				old, err := mutate.AppendLayers(mutate.MediaType(empty.Image, types.OCIManifestSchema1),
+					static.NewLayer([]byte(`{"payload":""}`), "application/vnd.dsse.envelope.v1+json"), static.NewLayer([]byte("an SBOM"), "text/spdx+json"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				tag, err := name.NewTag(repository+":"+strings.Replace(digest.String(), ":", "-", 1)+".att", name.Insecure)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := remote.Write(tag, old); err != nil {
+					t.Fatal(err)
+				}
+				found, err := f.Attached(t.Context(), repository, digest.String(), Signed)
+				if err != nil || len(found) != 3 || string(found[2].Content) != `{"payload":""}` {
+					t.Errorf("found %v, %v", found, err)
+				}
+			})
 			t.Run("an image without any has none", func(t *testing.T) {
 				other, err := random.Image(64, 1)
 				if err != nil {

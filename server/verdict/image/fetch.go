@@ -48,6 +48,8 @@ type Config struct {
 	Dir string
 	// MaxSize is the largest answer in bytes; 0: 4 MiB, which is the largest manifest registries take.
 	MaxSize int64
+	// MaxDocument is the largest document attached to an image; 0: 32 MiB, which is what is taken of a pusher.
+	MaxDocument int64
 	// Timeout bounds one fetch, redirections included; 0: 10 s.
 	Timeout time.Duration
 }
@@ -66,6 +68,9 @@ var dockerHub = []string{"index.docker.io", "registry-1.docker.io", "auth.docker
 func NewFetcher(cfg Config) (*Fetcher, error) {
 	if cfg.MaxSize == 0 {
 		cfg.MaxSize = 4 << 20
+	}
+	if cfg.MaxDocument == 0 {
+		cfg.MaxDocument = 32 << 20
 	}
 	if cfg.Timeout == 0 {
 		cfg.Timeout = 10 * time.Second
@@ -200,6 +205,9 @@ func reason(err error) error {
 	return err
 }
 
+// asDocument marks the context of a request for a document, which may be larger than a manifest.
+type asDocument struct{}
+
 // gate lets only requests through that the configuration allows, each redirection and each question for
 // a token on its own, and cuts answers that are too large.
 type gate struct {
@@ -227,11 +235,15 @@ func (g *gate) RoundTrip(r *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	if resp.ContentLength > cfg.MaxSize {
-		_ = resp.Body.Close()
-		return nil, fmt.Errorf("%w: %d bytes, the limit is %d", ErrTooLarge, resp.ContentLength, cfg.MaxSize)
+	most := cfg.MaxSize
+	if r.Context().Value(asDocument{}) != nil {
+		most = cfg.MaxDocument
 	}
-	resp.Body = &limited{ReadCloser: resp.Body, left: cfg.MaxSize}
+	if resp.ContentLength > most {
+		_ = resp.Body.Close()
+		return nil, fmt.Errorf("%w: %d bytes, the limit is %d", ErrTooLarge, resp.ContentLength, most)
+	}
+	resp.Body = &limited{ReadCloser: resp.Body, left: most}
 	return resp, nil
 }
 

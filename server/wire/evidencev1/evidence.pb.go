@@ -173,6 +173,166 @@ func (x *PushHeader) GetSource() string {
 	return ""
 }
 
+type CollectRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The image, as "registry/repository@sha256:…"; the registry must be one that the server may ask.
+	Image         string `protobuf:"bytes,1,opt,name=image,proto3" json:"image,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectRequest) Reset() {
+	*x = CollectRequest{}
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectRequest) ProtoMessage() {}
+
+func (x *CollectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectRequest.ProtoReflect.Descriptor instead.
+func (*CollectRequest) Descriptor() ([]byte, []int) {
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *CollectRequest) GetImage() string {
+	if x != nil {
+		return x.Image
+	}
+	return ""
+}
+
+type CollectResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Documents     []*Collected           `protobuf:"bytes,1,rep,name=documents,proto3" json:"documents,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectResponse) Reset() {
+	*x = CollectResponse{}
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectResponse) ProtoMessage() {}
+
+func (x *CollectResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectResponse.ProtoReflect.Descriptor instead.
+func (*CollectResponse) Descriptor() ([]byte, []int) {
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *CollectResponse) GetDocuments() []*Collected {
+	if x != nil {
+		return x.Documents
+	}
+	return nil
+}
+
+// Collected is one document that was attached to the image.
+type Collected struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Digest    string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	MediaType string                 `protobuf:"bytes,2,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
+	// What became of it, unless it was refused.
+	Taken *PushResponse `protobuf:"bytes,3,opt,name=taken,proto3" json:"taken,omitempty"`
+	// Why it was refused.
+	Refused       string `protobuf:"bytes,4,opt,name=refused,proto3" json:"refused,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Collected) Reset() {
+	*x = Collected{}
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Collected) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Collected) ProtoMessage() {}
+
+func (x *Collected) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Collected.ProtoReflect.Descriptor instead.
+func (*Collected) Descriptor() ([]byte, []int) {
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Collected) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *Collected) GetMediaType() string {
+	if x != nil {
+		return x.MediaType
+	}
+	return ""
+}
+
+func (x *Collected) GetTaken() *PushResponse {
+	if x != nil {
+		return x.Taken
+	}
+	return nil
+}
+
+func (x *Collected) GetRefused() string {
+	if x != nil {
+		return x.Refused
+	}
+	return ""
+}
+
 type PushResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What the document was read as, for example "trivy", and its kind: "report", "vex", "provenance".
@@ -195,7 +355,7 @@ type PushResponse struct {
 
 func (x *PushResponse) Reset() {
 	*x = PushResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[2]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -207,7 +367,7 @@ func (x *PushResponse) String() string {
 func (*PushResponse) ProtoMessage() {}
 
 func (x *PushResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[2]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -220,7 +380,7 @@ func (x *PushResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushResponse.ProtoReflect.Descriptor instead.
 func (*PushResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{2}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PushResponse) GetFormat() string {
@@ -295,7 +455,7 @@ type Image struct {
 
 func (x *Image) Reset() {
 	*x = Image{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[3]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -307,7 +467,7 @@ func (x *Image) String() string {
 func (*Image) ProtoMessage() {}
 
 func (x *Image) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[3]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -320,7 +480,7 @@ func (x *Image) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Image.ProtoReflect.Descriptor instead.
 func (*Image) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{3}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Image) GetDigest() string {
@@ -383,7 +543,7 @@ type PolicyVerdict struct {
 
 func (x *PolicyVerdict) Reset() {
 	*x = PolicyVerdict{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[4]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -395,7 +555,7 @@ func (x *PolicyVerdict) String() string {
 func (*PolicyVerdict) ProtoMessage() {}
 
 func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[4]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -408,7 +568,7 @@ func (x *PolicyVerdict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PolicyVerdict.ProtoReflect.Descriptor instead.
 func (*PolicyVerdict) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{4}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PolicyVerdict) GetPolicy() string {
@@ -486,7 +646,7 @@ type Reason struct {
 
 func (x *Reason) Reset() {
 	*x = Reason{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[5]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -498,7 +658,7 @@ func (x *Reason) String() string {
 func (*Reason) ProtoMessage() {}
 
 func (x *Reason) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[5]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -511,7 +671,7 @@ func (x *Reason) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reason.ProtoReflect.Descriptor instead.
 func (*Reason) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{5}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Reason) GetRule() string {
@@ -556,7 +716,7 @@ type ListRequest struct {
 
 func (x *ListRequest) Reset() {
 	*x = ListRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[6]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +728,7 @@ func (x *ListRequest) String() string {
 func (*ListRequest) ProtoMessage() {}
 
 func (x *ListRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[6]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +741,7 @@ func (x *ListRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRequest.ProtoReflect.Descriptor instead.
 func (*ListRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{6}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListRequest) GetStatus() string {
@@ -622,7 +782,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[7]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -634,7 +794,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[7]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -647,7 +807,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{7}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListResponse) GetImages() []*Image {
@@ -674,7 +834,7 @@ type ShowRequest struct {
 
 func (x *ShowRequest) Reset() {
 	*x = ShowRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[8]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -686,7 +846,7 @@ func (x *ShowRequest) String() string {
 func (*ShowRequest) ProtoMessage() {}
 
 func (x *ShowRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[8]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -699,7 +859,7 @@ func (x *ShowRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowRequest.ProtoReflect.Descriptor instead.
 func (*ShowRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{8}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ShowRequest) GetImage() string {
@@ -728,7 +888,7 @@ type ShowResponse struct {
 
 func (x *ShowResponse) Reset() {
 	*x = ShowResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[9]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -740,7 +900,7 @@ func (x *ShowResponse) String() string {
 func (*ShowResponse) ProtoMessage() {}
 
 func (x *ShowResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[9]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -753,7 +913,7 @@ func (x *ShowResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowResponse.ProtoReflect.Descriptor instead.
 func (*ShowResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{9}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ShowResponse) GetImage() *Image {
@@ -831,7 +991,7 @@ type Link struct {
 
 func (x *Link) Reset() {
 	*x = Link{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[10]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -843,7 +1003,7 @@ func (x *Link) String() string {
 func (*Link) ProtoMessage() {}
 
 func (x *Link) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[10]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -856,7 +1016,7 @@ func (x *Link) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Link.ProtoReflect.Descriptor instead.
 func (*Link) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{10}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Link) GetDigest() string {
@@ -909,7 +1069,7 @@ type Document struct {
 
 func (x *Document) Reset() {
 	*x = Document{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[11]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -921,7 +1081,7 @@ func (x *Document) String() string {
 func (*Document) ProtoMessage() {}
 
 func (x *Document) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[11]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -934,7 +1094,7 @@ func (x *Document) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Document.ProtoReflect.Descriptor instead.
 func (*Document) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{11}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Document) GetKind() string {
@@ -1095,7 +1255,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[12]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1267,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[12]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1280,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{12}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *Finding) GetPolicy() string {
@@ -1201,7 +1361,7 @@ type GatedEntry struct {
 
 func (x *GatedEntry) Reset() {
 	*x = GatedEntry{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[13]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1213,7 +1373,7 @@ func (x *GatedEntry) String() string {
 func (*GatedEntry) ProtoMessage() {}
 
 func (x *GatedEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[13]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1226,7 +1386,7 @@ func (x *GatedEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GatedEntry.ProtoReflect.Descriptor instead.
 func (*GatedEntry) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{13}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GatedEntry) GetId() string {
@@ -1268,7 +1428,7 @@ type ExplainRequest struct {
 
 func (x *ExplainRequest) Reset() {
 	*x = ExplainRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[14]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1440,7 @@ func (x *ExplainRequest) String() string {
 func (*ExplainRequest) ProtoMessage() {}
 
 func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[14]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1453,7 @@ func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
 func (*ExplainRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{14}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ExplainRequest) GetImage() string {
@@ -1320,7 +1480,7 @@ type ExplainResponse struct {
 
 func (x *ExplainResponse) Reset() {
 	*x = ExplainResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[15]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1332,7 +1492,7 @@ func (x *ExplainResponse) String() string {
 func (*ExplainResponse) ProtoMessage() {}
 
 func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[15]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1345,7 +1505,7 @@ func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
 func (*ExplainResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{15}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ExplainResponse) GetDigest() string {
@@ -1377,7 +1537,7 @@ type SimulateRequest struct {
 
 func (x *SimulateRequest) Reset() {
 	*x = SimulateRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[16]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1389,7 +1549,7 @@ func (x *SimulateRequest) String() string {
 func (*SimulateRequest) ProtoMessage() {}
 
 func (x *SimulateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[16]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1402,7 +1562,7 @@ func (x *SimulateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SimulateRequest.ProtoReflect.Descriptor instead.
 func (*SimulateRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{16}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SimulateRequest) GetConfig() string {
@@ -1436,7 +1596,7 @@ type SimulateResponse struct {
 
 func (x *SimulateResponse) Reset() {
 	*x = SimulateResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[17]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1448,7 +1608,7 @@ func (x *SimulateResponse) String() string {
 func (*SimulateResponse) ProtoMessage() {}
 
 func (x *SimulateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[17]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1461,7 +1621,7 @@ func (x *SimulateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SimulateResponse.ProtoReflect.Descriptor instead.
 func (*SimulateResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{17}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SimulateResponse) GetImages() int32 {
@@ -1495,7 +1655,7 @@ type Difference struct {
 
 func (x *Difference) Reset() {
 	*x = Difference{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[18]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1507,7 +1667,7 @@ func (x *Difference) String() string {
 func (*Difference) ProtoMessage() {}
 
 func (x *Difference) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[18]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1520,7 +1680,7 @@ func (x *Difference) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Difference.ProtoReflect.Descriptor instead.
 func (*Difference) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{18}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Difference) GetDigest() string {
@@ -1596,7 +1756,7 @@ type Exception struct {
 
 func (x *Exception) Reset() {
 	*x = Exception{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[19]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1608,7 +1768,7 @@ func (x *Exception) String() string {
 func (*Exception) ProtoMessage() {}
 
 func (x *Exception) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[19]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1621,7 +1781,7 @@ func (x *Exception) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Exception.ProtoReflect.Descriptor instead.
 func (*Exception) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{19}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Exception) GetId() string {
@@ -1698,7 +1858,7 @@ type PutExceptionRequest struct {
 
 func (x *PutExceptionRequest) Reset() {
 	*x = PutExceptionRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[20]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1710,7 +1870,7 @@ func (x *PutExceptionRequest) String() string {
 func (*PutExceptionRequest) ProtoMessage() {}
 
 func (x *PutExceptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[20]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1723,7 +1883,7 @@ func (x *PutExceptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutExceptionRequest.ProtoReflect.Descriptor instead.
 func (*PutExceptionRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{20}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *PutExceptionRequest) GetException() *Exception {
@@ -1741,7 +1901,7 @@ type ListExceptionsRequest struct {
 
 func (x *ListExceptionsRequest) Reset() {
 	*x = ListExceptionsRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[21]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1753,7 +1913,7 @@ func (x *ListExceptionsRequest) String() string {
 func (*ListExceptionsRequest) ProtoMessage() {}
 
 func (x *ListExceptionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[21]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1766,7 +1926,7 @@ func (x *ListExceptionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListExceptionsRequest.ProtoReflect.Descriptor instead.
 func (*ListExceptionsRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{21}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{24}
 }
 
 type ListExceptionsResponse struct {
@@ -1778,7 +1938,7 @@ type ListExceptionsResponse struct {
 
 func (x *ListExceptionsResponse) Reset() {
 	*x = ListExceptionsResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[22]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1790,7 +1950,7 @@ func (x *ListExceptionsResponse) String() string {
 func (*ListExceptionsResponse) ProtoMessage() {}
 
 func (x *ListExceptionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[22]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1803,7 +1963,7 @@ func (x *ListExceptionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListExceptionsResponse.ProtoReflect.Descriptor instead.
 func (*ListExceptionsResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{22}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListExceptionsResponse) GetExceptions() []*Exception {
@@ -1822,7 +1982,7 @@ type DeleteExceptionRequest struct {
 
 func (x *DeleteExceptionRequest) Reset() {
 	*x = DeleteExceptionRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[23]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +1994,7 @@ func (x *DeleteExceptionRequest) String() string {
 func (*DeleteExceptionRequest) ProtoMessage() {}
 
 func (x *DeleteExceptionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[23]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +2007,7 @@ func (x *DeleteExceptionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteExceptionRequest.ProtoReflect.Descriptor instead.
 func (*DeleteExceptionRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{23}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DeleteExceptionRequest) GetId() string {
@@ -1865,7 +2025,7 @@ type DeleteExceptionResponse struct {
 
 func (x *DeleteExceptionResponse) Reset() {
 	*x = DeleteExceptionResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[24]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1877,7 +2037,7 @@ func (x *DeleteExceptionResponse) String() string {
 func (*DeleteExceptionResponse) ProtoMessage() {}
 
 func (x *DeleteExceptionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[24]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1890,7 +2050,7 @@ func (x *DeleteExceptionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteExceptionResponse.ProtoReflect.Descriptor instead.
 func (*DeleteExceptionResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{24}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{27}
 }
 
 type ReleaseRequest struct {
@@ -1902,7 +2062,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[25]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1914,7 +2074,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[25]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1927,7 +2087,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{25}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ReleaseRequest) GetPolicy() string {
@@ -1947,7 +2107,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[26]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1959,7 +2119,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[26]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1972,7 +2132,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{26}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ReleaseResponse) GetDigests() []string {
@@ -1996,7 +2156,7 @@ type AcceptRequest struct {
 
 func (x *AcceptRequest) Reset() {
 	*x = AcceptRequest{}
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[27]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2008,7 +2168,7 @@ func (x *AcceptRequest) String() string {
 func (*AcceptRequest) ProtoMessage() {}
 
 func (x *AcceptRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[27]
+	mi := &file_server_wire_evidencev1_evidence_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2021,7 +2181,7 @@ func (x *AcceptRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptRequest.ProtoReflect.Descriptor instead.
 func (*AcceptRequest) Descriptor() ([]byte, []int) {
-	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{27}
+	return file_server_wire_evidencev1_evidence_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *AcceptRequest) GetReport() string {
@@ -2058,7 +2218,17 @@ const file_server_wire_evidencev1_evidence_proto_rawDesc = "" +
 	"PushHeader\x12\x14\n" +
 	"\x05image\x18\x01 \x01(\tR\x05image\x12\x1c\n" +
 	"\tmanifests\x18\x02 \x03(\fR\tmanifests\x12\x16\n" +
-	"\x06source\x18\x03 \x01(\tR\x06source\"\xea\x01\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\"&\n" +
+	"\x0eCollectRequest\x12\x14\n" +
+	"\x05image\x18\x01 \x01(\tR\x05image\"M\n" +
+	"\x0fCollectResponse\x12:\n" +
+	"\tdocuments\x18\x01 \x03(\v2\x1c.assay.evidence.v1.CollectedR\tdocuments\"\x93\x01\n" +
+	"\tCollected\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
+	"\n" +
+	"media_type\x18\x02 \x01(\tR\tmediaType\x125\n" +
+	"\x05taken\x18\x03 \x01(\v2\x1f.assay.evidence.v1.PushResponseR\x05taken\x12\x18\n" +
+	"\arefused\x18\x04 \x01(\tR\arefused\"\xea\x01\n" +
 	"\fPushResponse\x12\x16\n" +
 	"\x06format\x18\x01 \x01(\tR\x06format\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x12\n" +
@@ -2217,9 +2387,10 @@ const file_server_wire_evidencev1_evidence_proto_rawDesc = "" +
 	"\rAcceptRequest\x12\x16\n" +
 	"\x06report\x18\x01 \x01(\tR\x06report\x12\x14\n" +
 	"\x05image\x18\x02 \x01(\tR\x05image\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason2\xd4\x06\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason2\xa6\a\n" +
 	"\bEvidence\x12I\n" +
-	"\x04Push\x12\x1e.assay.evidence.v1.PushRequest\x1a\x1f.assay.evidence.v1.PushResponse(\x01\x12G\n" +
+	"\x04Push\x12\x1e.assay.evidence.v1.PushRequest\x1a\x1f.assay.evidence.v1.PushResponse(\x01\x12P\n" +
+	"\aCollect\x12!.assay.evidence.v1.CollectRequest\x1a\".assay.evidence.v1.CollectResponse\x12G\n" +
 	"\x04List\x12\x1e.assay.evidence.v1.ListRequest\x1a\x1f.assay.evidence.v1.ListResponse\x12G\n" +
 	"\x04Show\x12\x1e.assay.evidence.v1.ShowRequest\x1a\x1f.assay.evidence.v1.ShowResponse\x12P\n" +
 	"\aExplain\x12!.assay.evidence.v1.ExplainRequest\x1a\".assay.evidence.v1.ExplainResponse\x12S\n" +
@@ -2242,78 +2413,85 @@ func file_server_wire_evidencev1_evidence_proto_rawDescGZIP() []byte {
 	return file_server_wire_evidencev1_evidence_proto_rawDescData
 }
 
-var file_server_wire_evidencev1_evidence_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_server_wire_evidencev1_evidence_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_server_wire_evidencev1_evidence_proto_goTypes = []any{
 	(*PushRequest)(nil),             // 0: assay.evidence.v1.PushRequest
 	(*PushHeader)(nil),              // 1: assay.evidence.v1.PushHeader
-	(*PushResponse)(nil),            // 2: assay.evidence.v1.PushResponse
-	(*Image)(nil),                   // 3: assay.evidence.v1.Image
-	(*PolicyVerdict)(nil),           // 4: assay.evidence.v1.PolicyVerdict
-	(*Reason)(nil),                  // 5: assay.evidence.v1.Reason
-	(*ListRequest)(nil),             // 6: assay.evidence.v1.ListRequest
-	(*ListResponse)(nil),            // 7: assay.evidence.v1.ListResponse
-	(*ShowRequest)(nil),             // 8: assay.evidence.v1.ShowRequest
-	(*ShowResponse)(nil),            // 9: assay.evidence.v1.ShowResponse
-	(*Link)(nil),                    // 10: assay.evidence.v1.Link
-	(*Document)(nil),                // 11: assay.evidence.v1.Document
-	(*Finding)(nil),                 // 12: assay.evidence.v1.Finding
-	(*GatedEntry)(nil),              // 13: assay.evidence.v1.GatedEntry
-	(*ExplainRequest)(nil),          // 14: assay.evidence.v1.ExplainRequest
-	(*ExplainResponse)(nil),         // 15: assay.evidence.v1.ExplainResponse
-	(*SimulateRequest)(nil),         // 16: assay.evidence.v1.SimulateRequest
-	(*SimulateResponse)(nil),        // 17: assay.evidence.v1.SimulateResponse
-	(*Difference)(nil),              // 18: assay.evidence.v1.Difference
-	(*Exception)(nil),               // 19: assay.evidence.v1.Exception
-	(*PutExceptionRequest)(nil),     // 20: assay.evidence.v1.PutExceptionRequest
-	(*ListExceptionsRequest)(nil),   // 21: assay.evidence.v1.ListExceptionsRequest
-	(*ListExceptionsResponse)(nil),  // 22: assay.evidence.v1.ListExceptionsResponse
-	(*DeleteExceptionRequest)(nil),  // 23: assay.evidence.v1.DeleteExceptionRequest
-	(*DeleteExceptionResponse)(nil), // 24: assay.evidence.v1.DeleteExceptionResponse
-	(*ReleaseRequest)(nil),          // 25: assay.evidence.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),         // 26: assay.evidence.v1.ReleaseResponse
-	(*AcceptRequest)(nil),           // 27: assay.evidence.v1.AcceptRequest
+	(*CollectRequest)(nil),          // 2: assay.evidence.v1.CollectRequest
+	(*CollectResponse)(nil),         // 3: assay.evidence.v1.CollectResponse
+	(*Collected)(nil),               // 4: assay.evidence.v1.Collected
+	(*PushResponse)(nil),            // 5: assay.evidence.v1.PushResponse
+	(*Image)(nil),                   // 6: assay.evidence.v1.Image
+	(*PolicyVerdict)(nil),           // 7: assay.evidence.v1.PolicyVerdict
+	(*Reason)(nil),                  // 8: assay.evidence.v1.Reason
+	(*ListRequest)(nil),             // 9: assay.evidence.v1.ListRequest
+	(*ListResponse)(nil),            // 10: assay.evidence.v1.ListResponse
+	(*ShowRequest)(nil),             // 11: assay.evidence.v1.ShowRequest
+	(*ShowResponse)(nil),            // 12: assay.evidence.v1.ShowResponse
+	(*Link)(nil),                    // 13: assay.evidence.v1.Link
+	(*Document)(nil),                // 14: assay.evidence.v1.Document
+	(*Finding)(nil),                 // 15: assay.evidence.v1.Finding
+	(*GatedEntry)(nil),              // 16: assay.evidence.v1.GatedEntry
+	(*ExplainRequest)(nil),          // 17: assay.evidence.v1.ExplainRequest
+	(*ExplainResponse)(nil),         // 18: assay.evidence.v1.ExplainResponse
+	(*SimulateRequest)(nil),         // 19: assay.evidence.v1.SimulateRequest
+	(*SimulateResponse)(nil),        // 20: assay.evidence.v1.SimulateResponse
+	(*Difference)(nil),              // 21: assay.evidence.v1.Difference
+	(*Exception)(nil),               // 22: assay.evidence.v1.Exception
+	(*PutExceptionRequest)(nil),     // 23: assay.evidence.v1.PutExceptionRequest
+	(*ListExceptionsRequest)(nil),   // 24: assay.evidence.v1.ListExceptionsRequest
+	(*ListExceptionsResponse)(nil),  // 25: assay.evidence.v1.ListExceptionsResponse
+	(*DeleteExceptionRequest)(nil),  // 26: assay.evidence.v1.DeleteExceptionRequest
+	(*DeleteExceptionResponse)(nil), // 27: assay.evidence.v1.DeleteExceptionResponse
+	(*ReleaseRequest)(nil),          // 28: assay.evidence.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),         // 29: assay.evidence.v1.ReleaseResponse
+	(*AcceptRequest)(nil),           // 30: assay.evidence.v1.AcceptRequest
 }
 var file_server_wire_evidencev1_evidence_proto_depIdxs = []int32{
 	1,  // 0: assay.evidence.v1.PushRequest.header:type_name -> assay.evidence.v1.PushHeader
-	3,  // 1: assay.evidence.v1.PushResponse.images:type_name -> assay.evidence.v1.Image
-	4,  // 2: assay.evidence.v1.Image.verdicts:type_name -> assay.evidence.v1.PolicyVerdict
-	5,  // 3: assay.evidence.v1.PolicyVerdict.reasons:type_name -> assay.evidence.v1.Reason
-	3,  // 4: assay.evidence.v1.ListResponse.images:type_name -> assay.evidence.v1.Image
-	3,  // 5: assay.evidence.v1.ShowResponse.image:type_name -> assay.evidence.v1.Image
-	10, // 6: assay.evidence.v1.ShowResponse.links:type_name -> assay.evidence.v1.Link
-	11, // 7: assay.evidence.v1.ShowResponse.documents:type_name -> assay.evidence.v1.Document
-	12, // 8: assay.evidence.v1.ShowResponse.findings:type_name -> assay.evidence.v1.Finding
-	19, // 9: assay.evidence.v1.ShowResponse.exceptions:type_name -> assay.evidence.v1.Exception
-	13, // 10: assay.evidence.v1.ShowResponse.entries:type_name -> assay.evidence.v1.GatedEntry
-	18, // 11: assay.evidence.v1.SimulateResponse.differences:type_name -> assay.evidence.v1.Difference
-	5,  // 12: assay.evidence.v1.Difference.reasons:type_name -> assay.evidence.v1.Reason
-	19, // 13: assay.evidence.v1.PutExceptionRequest.exception:type_name -> assay.evidence.v1.Exception
-	19, // 14: assay.evidence.v1.ListExceptionsResponse.exceptions:type_name -> assay.evidence.v1.Exception
-	0,  // 15: assay.evidence.v1.Evidence.Push:input_type -> assay.evidence.v1.PushRequest
-	6,  // 16: assay.evidence.v1.Evidence.List:input_type -> assay.evidence.v1.ListRequest
-	8,  // 17: assay.evidence.v1.Evidence.Show:input_type -> assay.evidence.v1.ShowRequest
-	14, // 18: assay.evidence.v1.Evidence.Explain:input_type -> assay.evidence.v1.ExplainRequest
-	16, // 19: assay.evidence.v1.Evidence.Simulate:input_type -> assay.evidence.v1.SimulateRequest
-	20, // 20: assay.evidence.v1.Evidence.PutException:input_type -> assay.evidence.v1.PutExceptionRequest
-	21, // 21: assay.evidence.v1.Evidence.ListExceptions:input_type -> assay.evidence.v1.ListExceptionsRequest
-	23, // 22: assay.evidence.v1.Evidence.DeleteException:input_type -> assay.evidence.v1.DeleteExceptionRequest
-	25, // 23: assay.evidence.v1.Evidence.Release:input_type -> assay.evidence.v1.ReleaseRequest
-	27, // 24: assay.evidence.v1.Evidence.Accept:input_type -> assay.evidence.v1.AcceptRequest
-	2,  // 25: assay.evidence.v1.Evidence.Push:output_type -> assay.evidence.v1.PushResponse
-	7,  // 26: assay.evidence.v1.Evidence.List:output_type -> assay.evidence.v1.ListResponse
-	9,  // 27: assay.evidence.v1.Evidence.Show:output_type -> assay.evidence.v1.ShowResponse
-	15, // 28: assay.evidence.v1.Evidence.Explain:output_type -> assay.evidence.v1.ExplainResponse
-	17, // 29: assay.evidence.v1.Evidence.Simulate:output_type -> assay.evidence.v1.SimulateResponse
-	19, // 30: assay.evidence.v1.Evidence.PutException:output_type -> assay.evidence.v1.Exception
-	22, // 31: assay.evidence.v1.Evidence.ListExceptions:output_type -> assay.evidence.v1.ListExceptionsResponse
-	24, // 32: assay.evidence.v1.Evidence.DeleteException:output_type -> assay.evidence.v1.DeleteExceptionResponse
-	26, // 33: assay.evidence.v1.Evidence.Release:output_type -> assay.evidence.v1.ReleaseResponse
-	2,  // 34: assay.evidence.v1.Evidence.Accept:output_type -> assay.evidence.v1.PushResponse
-	25, // [25:35] is the sub-list for method output_type
-	15, // [15:25] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	4,  // 1: assay.evidence.v1.CollectResponse.documents:type_name -> assay.evidence.v1.Collected
+	5,  // 2: assay.evidence.v1.Collected.taken:type_name -> assay.evidence.v1.PushResponse
+	6,  // 3: assay.evidence.v1.PushResponse.images:type_name -> assay.evidence.v1.Image
+	7,  // 4: assay.evidence.v1.Image.verdicts:type_name -> assay.evidence.v1.PolicyVerdict
+	8,  // 5: assay.evidence.v1.PolicyVerdict.reasons:type_name -> assay.evidence.v1.Reason
+	6,  // 6: assay.evidence.v1.ListResponse.images:type_name -> assay.evidence.v1.Image
+	6,  // 7: assay.evidence.v1.ShowResponse.image:type_name -> assay.evidence.v1.Image
+	13, // 8: assay.evidence.v1.ShowResponse.links:type_name -> assay.evidence.v1.Link
+	14, // 9: assay.evidence.v1.ShowResponse.documents:type_name -> assay.evidence.v1.Document
+	15, // 10: assay.evidence.v1.ShowResponse.findings:type_name -> assay.evidence.v1.Finding
+	22, // 11: assay.evidence.v1.ShowResponse.exceptions:type_name -> assay.evidence.v1.Exception
+	16, // 12: assay.evidence.v1.ShowResponse.entries:type_name -> assay.evidence.v1.GatedEntry
+	21, // 13: assay.evidence.v1.SimulateResponse.differences:type_name -> assay.evidence.v1.Difference
+	8,  // 14: assay.evidence.v1.Difference.reasons:type_name -> assay.evidence.v1.Reason
+	22, // 15: assay.evidence.v1.PutExceptionRequest.exception:type_name -> assay.evidence.v1.Exception
+	22, // 16: assay.evidence.v1.ListExceptionsResponse.exceptions:type_name -> assay.evidence.v1.Exception
+	0,  // 17: assay.evidence.v1.Evidence.Push:input_type -> assay.evidence.v1.PushRequest
+	2,  // 18: assay.evidence.v1.Evidence.Collect:input_type -> assay.evidence.v1.CollectRequest
+	9,  // 19: assay.evidence.v1.Evidence.List:input_type -> assay.evidence.v1.ListRequest
+	11, // 20: assay.evidence.v1.Evidence.Show:input_type -> assay.evidence.v1.ShowRequest
+	17, // 21: assay.evidence.v1.Evidence.Explain:input_type -> assay.evidence.v1.ExplainRequest
+	19, // 22: assay.evidence.v1.Evidence.Simulate:input_type -> assay.evidence.v1.SimulateRequest
+	23, // 23: assay.evidence.v1.Evidence.PutException:input_type -> assay.evidence.v1.PutExceptionRequest
+	24, // 24: assay.evidence.v1.Evidence.ListExceptions:input_type -> assay.evidence.v1.ListExceptionsRequest
+	26, // 25: assay.evidence.v1.Evidence.DeleteException:input_type -> assay.evidence.v1.DeleteExceptionRequest
+	28, // 26: assay.evidence.v1.Evidence.Release:input_type -> assay.evidence.v1.ReleaseRequest
+	30, // 27: assay.evidence.v1.Evidence.Accept:input_type -> assay.evidence.v1.AcceptRequest
+	5,  // 28: assay.evidence.v1.Evidence.Push:output_type -> assay.evidence.v1.PushResponse
+	3,  // 29: assay.evidence.v1.Evidence.Collect:output_type -> assay.evidence.v1.CollectResponse
+	10, // 30: assay.evidence.v1.Evidence.List:output_type -> assay.evidence.v1.ListResponse
+	12, // 31: assay.evidence.v1.Evidence.Show:output_type -> assay.evidence.v1.ShowResponse
+	18, // 32: assay.evidence.v1.Evidence.Explain:output_type -> assay.evidence.v1.ExplainResponse
+	20, // 33: assay.evidence.v1.Evidence.Simulate:output_type -> assay.evidence.v1.SimulateResponse
+	22, // 34: assay.evidence.v1.Evidence.PutException:output_type -> assay.evidence.v1.Exception
+	25, // 35: assay.evidence.v1.Evidence.ListExceptions:output_type -> assay.evidence.v1.ListExceptionsResponse
+	27, // 36: assay.evidence.v1.Evidence.DeleteException:output_type -> assay.evidence.v1.DeleteExceptionResponse
+	29, // 37: assay.evidence.v1.Evidence.Release:output_type -> assay.evidence.v1.ReleaseResponse
+	5,  // 38: assay.evidence.v1.Evidence.Accept:output_type -> assay.evidence.v1.PushResponse
+	28, // [28:39] is the sub-list for method output_type
+	17, // [17:28] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_server_wire_evidencev1_evidence_proto_init() }
@@ -2331,7 +2509,7 @@ func file_server_wire_evidencev1_evidence_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_wire_evidencev1_evidence_proto_rawDesc), len(file_server_wire_evidencev1_evidence_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

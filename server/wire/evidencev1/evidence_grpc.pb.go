@@ -25,6 +25,7 @@ const _ = grpc.SupportPackageIsVersion9
 
 const (
 	Evidence_Push_FullMethodName            = "/assay.evidence.v1.Evidence/Push"
+	Evidence_Collect_FullMethodName         = "/assay.evidence.v1.Evidence/Collect"
 	Evidence_List_FullMethodName            = "/assay.evidence.v1.Evidence/List"
 	Evidence_Show_FullMethodName            = "/assay.evidence.v1.Evidence/Show"
 	Evidence_Explain_FullMethodName         = "/assay.evidence.v1.Evidence/Explain"
@@ -45,6 +46,9 @@ type EvidenceClient interface {
 	// shows an SVID of its own or puts an OIDC token into the call's metadata ("authorization: Bearer …").
 	// When it answers, the document is on the disk and the verdicts it led to are in force.
 	Push(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[PushRequest, PushResponse], error)
+	// Collect takes in what is attached to an image in its registry: the server fetches it, as if the caller had
+	// pushed each document. Only what is signed counts.
+	Collect(ctx context.Context, in *CollectRequest, opts ...grpc.CallOption) (*CollectResponse, error)
 	// List tells of all images that are known or run, a page at a time.
 	List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error)
 	// Show tells everything about one image.
@@ -83,6 +87,16 @@ func (c *evidenceClient) Push(ctx context.Context, opts ...grpc.CallOption) (grp
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Evidence_PushClient = grpc.ClientStreamingClient[PushRequest, PushResponse]
+
+func (c *evidenceClient) Collect(ctx context.Context, in *CollectRequest, opts ...grpc.CallOption) (*CollectResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CollectResponse)
+	err := c.cc.Invoke(ctx, Evidence_Collect_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
 
 func (c *evidenceClient) List(ctx context.Context, in *ListRequest, opts ...grpc.CallOption) (*ListResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
@@ -183,6 +197,9 @@ type EvidenceServer interface {
 	// shows an SVID of its own or puts an OIDC token into the call's metadata ("authorization: Bearer …").
 	// When it answers, the document is on the disk and the verdicts it led to are in force.
 	Push(grpc.ClientStreamingServer[PushRequest, PushResponse]) error
+	// Collect takes in what is attached to an image in its registry: the server fetches it, as if the caller had
+	// pushed each document. Only what is signed counts.
+	Collect(context.Context, *CollectRequest) (*CollectResponse, error)
 	// List tells of all images that are known or run, a page at a time.
 	List(context.Context, *ListRequest) (*ListResponse, error)
 	// Show tells everything about one image.
@@ -211,6 +228,9 @@ type UnimplementedEvidenceServer struct{}
 
 func (UnimplementedEvidenceServer) Push(grpc.ClientStreamingServer[PushRequest, PushResponse]) error {
 	return status.Error(codes.Unimplemented, "method Push not implemented")
+}
+func (UnimplementedEvidenceServer) Collect(context.Context, *CollectRequest) (*CollectResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Collect not implemented")
 }
 func (UnimplementedEvidenceServer) List(context.Context, *ListRequest) (*ListResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method List not implemented")
@@ -266,6 +286,24 @@ func _Evidence_Push_Handler(srv interface{}, stream grpc.ServerStream) error {
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Evidence_PushServer = grpc.ClientStreamingServer[PushRequest, PushResponse]
+
+func _Evidence_Collect_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CollectRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(EvidenceServer).Collect(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Evidence_Collect_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(EvidenceServer).Collect(ctx, req.(*CollectRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
 
 func _Evidence_List_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListRequest)
@@ -436,6 +474,10 @@ var Evidence_ServiceDesc = grpc.ServiceDesc{
 	ServiceName: "assay.evidence.v1.Evidence",
 	HandlerType: (*EvidenceServer)(nil),
 	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Collect",
+			Handler:    _Evidence_Collect_Handler,
+		},
 		{
 			MethodName: "List",
 			Handler:    _Evidence_List_Handler,
