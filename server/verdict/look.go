@@ -258,6 +258,13 @@ func (s *Service) Explain(text, only string) (digest string, lines []string, err
 	}
 	say := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
 	say("Image %s%s", w.Digest, parenthesis(strings.Join(w.Names, ", ")))
+	for n, l := range w.Links {
+		if n == maxTold {
+			say("%d more digests lead to it", len(w.Links)-n)
+			break
+		}
+		say("The %s %s%s leads to it, which was proved", l.Kind, l.Digest, parenthesis(l.Platform))
+	}
 	switch n := len(w.Agents); {
 	case n > 0:
 		say("It is run by %s", joinIDs(w.Agents))
@@ -275,11 +282,20 @@ func (s *Service) Explain(text, only string) (digest string, lines []string, err
 		if !d.ScannedAt.IsZero() {
 			age = "scanned " + now.Sub(d.ScannedAt).Round(time.Second).String() + " ago, " + age
 		}
-		line := fmt.Sprintf("%s of %s (%s, match %s): %s, %d findings", d.Kind, d.Source, cmp.Or(d.Scanner, d.Format), d.Match, age, d.Findings)
+		line := fmt.Sprintf("%s of %s (%s, match %s): %s", d.Kind, d.Source, cmp.Or(d.Scanner, d.Format), d.Match, age)
+		switch d.Kind {
+		case kindReport:
+			line += ", " + count(d.Findings, "finding")
+		case kindVEX:
+			line += ", " + count(d.Findings, "statement")
+		}
 		if d.Void != "" {
 			line += "; it does not count: " + d.Void
 		}
 		say("%s", line)
+	}
+	if signed := signedFacts(w.Selectors); len(signed) > 0 {
+		say("What was signed about it gives its workloads %s", strings.Join(signed, ", "))
 	}
 	for _, v := range w.Verdicts {
 		if only != "" && v.Policy != only {
@@ -300,6 +316,23 @@ func (s *Service) Explain(text, only string) (digest string, lines []string, err
 		}
 	}
 	return w.Digest, lines, nil
+}
+
+// maxTold bounds what Explain lists of one kind.
+const maxTold = 10
+
+// signedFacts are the selectors that rest on signatures.
+func signedFacts(selectors []string) []string {
+	return slices.DeleteFunc(slices.Clone(selectors), func(s string) bool {
+		return !strings.HasPrefix(s, "sig:") && !strings.HasPrefix(s, "prov:")
+	})
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
 }
 
 func parenthesis(text string) string {

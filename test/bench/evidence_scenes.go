@@ -17,6 +17,7 @@ import (
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/wire/evidencev1"
 	"github.com/assay-id/assay/server/wire/feedv1"
+	"github.com/assay-id/assay/test/lab/site"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -123,7 +124,7 @@ func (b *bench) push(ctx context.Context, image string, report []byte) error {
 
 // runner is an agent played by this process: it follows the feed and says that it runs images.
 type runner struct {
-	*node
+	*site.Node
 	stream feedv1.Feed_FollowClient
 }
 
@@ -140,8 +141,8 @@ func (b *bench) runs(ctx context.Context, agents int, digests ...string) ([]*run
 	}
 	var list []*runner
 	for _, n := range nodes {
-		b.later(func() { n.conn.Close() })
-		stream, err := feedv1.NewFeedClient(n.conn).Follow(ctx)
+		b.later(func() { n.Conn.Close() })
+		stream, err := feedv1.NewFeedClient(n.Conn).Follow(ctx)
 		if err != nil {
 			return nil, err
 		}

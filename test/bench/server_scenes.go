@@ -2,69 +2,27 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"fmt"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 
 	"github.com/assay-id/assay/server/wire/feedv1"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
-// node is an agent as the server sees one, played by this process.
-type node struct {
-	id   spiffeid.ID
-	conn *grpc.ClientConn
-}
-
 // joiner makes nodes.
 type joiner struct {
-	b      *bench
-	bundle *x509bundle.Bundle
-	key    *ecdsa.PrivateKey // one for all: what is measured is the server
-	csr    []byte
+	*site.Joiner
 	tokens agentv1.AgentClient
 }
 
 func newJoiner(ctx context.Context, b *bench) (*joiner, error) {
-	path, err := b.WriteBundle(ctx)
-	if err != nil {
-		return nil, err
-	}
-	td := spiffeid.RequireTrustDomainFromString(site.TrustDomain)
-	j := &joiner{b: b, tokens: agentv1.NewAgentClient(b.conn)}
-	if j.bundle, err = x509bundle.Load(td, path); err != nil {
-		return nil, err
-	}
-	if j.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
-		return nil, err
-	}
-	j.csr, err = x509.CreateCertificateRequest(rand.Reader,
-		&x509.CertificateRequest{Subject: pkix.Name{Country: []string{"US"}, Organization: []string{"SPIRE"}}}, j.key)
-	return j, err
-}
-
-func (j *joiner) dial(config *tls.Config) (*grpc.ClientConn, error) {
-	return grpc.NewClient(fmt.Sprintf("127.0.0.1:%d", j.b.Port), grpc.WithTransportCredentials(credentials.NewTLS(config)))
-}
-
-func (j *joiner) server() tlsconfig.Authorizer {
-	return tlsconfig.AuthorizeID(spiffeid.RequireFromPath(j.bundle.TrustDomain(), "/spire/server"))
+	j, err := b.NewJoiner(ctx)
+	return &joiner{j, agentv1.NewAgentClient(b.conn)}, err
 }
 
 func (j *joiner) token(ctx context.Context) (string, error) {
@@ -72,52 +30,15 @@ func (j *joiner) token(ctx context.Context) (string, error) {
 	return t.GetValue(), err
 }
 
-// join attests over a connection of its own, as an agent does.
-func (j *joiner) join(ctx context.Context, token string) (*node, error) {
-	conn, err := j.dial(tlsconfig.TLSClientConfig(j.bundle, j.server()))
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	stream, err := agentv1.NewAgentClient(conn).AttestAgent(ctx)
-	if err != nil {
-		return nil, err
-	}
-	err = stream.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
-		Data:   &types.AttestationData{Type: "join_token", Payload: []byte(token)},
-		Params: &agentv1.AgentX509SVIDParams{Csr: j.csr},
-	}}})
-	if err != nil {
-		return nil, err
-	}
-	resp, err := stream.Recv()
-	if err != nil {
-		return nil, err
-	}
-	svid := &x509svid.SVID{PrivateKey: j.key, ID: spiffeid.RequireFromPath(j.bundle.TrustDomain(), resp.GetResult().GetSvid().GetId().GetPath())}
-	for _, der := range resp.GetResult().GetSvid().GetCertChain() {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			return nil, err
-		}
-		svid.Certificates = append(svid.Certificates, cert)
-	}
-	mtls, err := j.dial(tlsconfig.MTLSClientConfig(svid, j.bundle, j.server()))
-	if err != nil {
-		return nil, err
-	}
-	return &node{id: svid.ID, conn: mtls}, nil
-}
-
 // joinMany joins agents some at a time.
-func (j *joiner) joinMany(ctx context.Context, count int) ([]*node, error) {
-	nodes := make([]*node, count)
+func (j *joiner) joinMany(ctx context.Context, count int) ([]*site.Node, error) {
+	nodes := make([]*site.Node, count)
 	err := parallel(8, count, func(i int) error {
 		token, err := j.token(ctx)
 		if err != nil {
 			return err
 		}
-		nodes[i], err = j.join(ctx, token)
+		nodes[i], err = j.Join(ctx, token)
 		return err
 	})
 	return nodes, err
@@ -136,11 +57,11 @@ func agents(ctx context.Context, b *bench) error {
 			return err
 		}
 	}
-	nodes := make([]*node, count)
+	nodes := make([]*site.Node, count)
 	used, err := cpuOf(func() error {
 		return parallel(8, count, func(i int) error {
 			var err error
-			nodes[i], err = j.join(ctx, tokens[i])
+			nodes[i], err = j.Join(ctx, tokens[i])
 			return err
 		})
 	}, b.Server().PID())
@@ -151,7 +72,7 @@ func agents(ctx context.Context, b *bench) error {
 
 	follow := min(200, count)
 	for _, n := range nodes[:follow] {
-		stream, err := feedv1.NewFeedClient(n.conn).Follow(ctx)
+		stream, err := feedv1.NewFeedClient(n.Conn).Follow(ctx)
 		if err != nil {
 			return err
 		}
@@ -186,7 +107,7 @@ func agents(ctx context.Context, b *bench) error {
 	polls := b.n(2000)
 	polled, err := cpuOf(func() error {
 		return parallel(8, polls, func(i int) error {
-			_, err := entryv1.NewEntryClient(nodes[i%follow].conn).GetAuthorizedEntries(ctx, &entryv1.GetAuthorizedEntriesRequest{})
+			_, err := entryv1.NewEntryClient(nodes[i%follow].Conn).GetAuthorizedEntries(ctx, &entryv1.GetAuthorizedEntriesRequest{})
 			return err
 		})
 	}, b.Server().PID())
@@ -195,7 +116,7 @@ func agents(ctx context.Context, b *bench) error {
 	}
 	b.report(figure{"one poll of a stock agent: server CPU", "", 400, "µs"}, micros(polled, polls), "")
 	for _, n := range nodes {
-		n.conn.Close()
+		n.Conn.Close()
 	}
 	return nil
 }
@@ -211,16 +132,16 @@ func signing(ctx context.Context, b *bench) error {
 		return err
 	}
 	agent := nodes[0]
-	defer agent.conn.Close()
-	made, err := b.create(ctx, []*types.Entry{entryFor(agent.id.Path(), "/w", "uid:1")})
+	defer agent.Conn.Close()
+	made, err := b.create(ctx, []*types.Entry{entryFor(agent.ID.Path(), "/w", "uid:1")})
 	if err != nil {
 		return err
 	}
-	client := svidv1.NewSVIDClient(agent.conn)
+	client := svidv1.NewSVIDClient(agent.Conn)
 	sign := func(batch int) error {
 		params := make([]*svidv1.NewX509SVIDParams, batch)
 		for i := range params {
-			params[i] = &svidv1.NewX509SVIDParams{EntryId: made[0].GetId(), Csr: j.csr}
+			params[i] = &svidv1.NewX509SVIDParams{EntryId: made[0].GetId(), Csr: j.CSR}
 		}
 		resp, err := client.BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{Params: params})
 		if err != nil {
@@ -328,10 +249,10 @@ func entriesScene(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	if _, err := entryv1.NewEntryClient(nodes[0].conn).GetAuthorizedEntries(ctx, &entryv1.GetAuthorizedEntriesRequest{}); err != nil {
+	if _, err := entryv1.NewEntryClient(nodes[0].Conn).GetAuthorizedEntries(ctx, &entryv1.GetAuthorizedEntriesRequest{}); err != nil {
 		return err
 	}
-	nodes[0].conn.Close()
+	nodes[0].Conn.Close()
 	b.report(figure{"server start → first full answer to an agent, 100,000 entries", "12,700 ms", 1500, "ms"},
 		float64(time.Since(start).Milliseconds()), "(an attestation is in it)")
 

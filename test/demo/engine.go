@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -71,11 +70,10 @@ func (e *engine) build(ctx context.Context, program string) (string, error) {
 	return e.BuildScratch(ctx, docker.Image{Tag: imageTag, Program: program})
 }
 
-// shopContainer is the running container; Kill removes it with its image.
+// shopContainer is the running container; Kill removes it.
 type shopContainer struct {
 	engine *engine
 	id     string
-	image  string
 	stop   context.CancelFunc
 	done   chan struct{}
 }
@@ -94,7 +92,7 @@ func (e *engine) run(ctx context.Context, out *seen, image, socketDir, shared st
 	}
 	// The container outlives the step that started it.
 	follow, stop := context.WithCancel(context.WithoutCancel(ctx))
-	c := &shopContainer{engine: e, id: running.ID, image: image, stop: stop, done: make(chan struct{})}
+	c := &shopContainer{engine: e, id: running.ID, stop: stop, done: make(chan struct{})}
 	go func() {
 		defer close(c.done)
 		if err := e.Follow(follow, running.ID, out); err != nil && follow.Err() == nil {
@@ -104,11 +102,11 @@ func (e *engine) run(ctx context.Context, out *seen, image, socketDir, shared st
 	return c, nil
 }
 
-// Kill ends and removes the container and its image.
+// Kill ends and removes the container.
 func (c *shopContainer) Kill() {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	c.stop()
 	<-c.done
-	report(errors.Join(c.engine.Remove(ctx, c.id), c.engine.RemoveImage(ctx, c.image)))
+	report(c.engine.Remove(ctx, c.id))
 }

@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
@@ -24,7 +23,6 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
 
 	"github.com/assay-id/assay/test/lab/site"
 )
@@ -33,29 +31,54 @@ const (
 	quarantine = domain + "/quarantine/shop"
 	issuer     = "https://ci.example.org"
 	repository = "registry.example.org/shop/app"
+	commit     = "5f0d3cb8a1e94d8ab8d1f6b7f3f2f8c0f9a6e2d1"
 	cve        = "CVE-2099-0001"
 	hookKey    = "a key that only the demo knows"
+	// fleet is the ID that all nodes of the demo share, so that one entry is for each of them.
+	fleet = "/fleet"
 )
 
 // proved are the steps that show image evidence.
 func proved(d *demo) []func(context.Context) error {
 	p := &pipeline{demo: d}
 	return []func(context.Context) error{
-		p.prepare, d.startServer, d.startAgent, p.startPeer, p.startContainer, p.clear, p.condemn, p.explain, p.vex,
+		p.prepare, d.startServer, p.startNodes, p.startPeer, p.createEntries, p.startContainers, p.vouch, p.condemn, p.renew, p.explain, p.vex,
 	}
 }
 
-// pipeline is a CI system with its own tokens, a security team with its own key, a webhook, and two workloads.
+// pipeline is a CI system with its own tokens and its own key, a security team with another, a webhook, and the
+// workloads.
 type pipeline struct {
 	*demo
-	ci, team  *ecdsa.PrivateKey
-	alerts    *seen
-	server    *seen // the peer's events
-	container *seen
-	shared    string
-	program   string
-	image     string
-	serial    string // of the identity that is withdrawn
+	ci, signer, team *ecdsa.PrivateKey // of tokens, of provenance, of VEX statements
+	alerts           *seen
+	server           *seen // the peer's events
+	containers       []*container
+	shared           string
+	program          string
+	image            string
+	stubborn         *stubborn
+}
+
+// container is one that runs the image, on a node of its own.
+type container struct {
+	*seen
+	node  string
+	agent *site.Agent
+	id    string
+}
+
+// chapter begins a part of the story.
+func chapter(text string) { fmt.Printf("\n%s\n", text) }
+
+// after prints what has happened so long after something was asked for.
+func (p *pipeline) after(asked time.Time, at int64, format string, args ...any) {
+	fmt.Printf("%9.0f ms  %s\n", ms(at-asked.UnixNano()), fmt.Sprintf(format, args...))
+}
+
+// since is for events that came after something was asked for.
+func since(asked time.Time) func(event) bool {
+	return func(e event) bool { return e.At > asked.UnixNano() }
 }
 
 // prepare makes keys, the webhook and the server's configuration.
@@ -64,7 +87,7 @@ func (p *pipeline) prepare(context.Context) error {
 		return errors.New("this demo needs a Docker engine, or root on Debian to start one")
 	}
 	var err error
-	for _, key := range []**ecdsa.PrivateKey{&p.ci, &p.team} {
+	for _, key := range []**ecdsa.PrivateKey{&p.ci, &p.signer, &p.team} {
 		if *key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
 			return err
 		}
@@ -73,13 +96,15 @@ func (p *pipeline) prepare(context.Context) error {
 	if err != nil {
 		return err
 	}
-	public, err := x509.MarshalPKIXPublicKey(p.team.Public())
-	if err != nil {
-		return err
+	files := map[string][]byte{"jwks.json": jwks, "hook.key": []byte(hookKey)}
+	for name, key := range map[string]*ecdsa.PrivateKey{"ci.pub": p.signer, "team.pub": p.team} {
+		public, err := x509.MarshalPKIXPublicKey(key.Public())
+		if err != nil {
+			return err
+		}
+		files[name] = pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public})
 	}
-	for name, text := range map[string][]byte{
-		"jwks.json": jwks, "team.pub": pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: public}), "hook.key": []byte(hookKey),
-	} {
+	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(p.Dir, name), text, 0o600); err != nil {
 			return err
 		}
@@ -88,9 +113,9 @@ func (p *pipeline) prepare(context.Context) error {
 	if err != nil {
 		return err
 	}
-	p.ServerBlocks = fmt.Sprintf(`node_attestor "join_token" {}
+	p.ServerBlocks = strings.NewReplacer("DIR", p.Dir, "REPOSITORY", repository, "ISSUER", issuer, "HOOK", hook).Replace(`node_attestor "join_token" {}
 scan_policy "prod" {
-  sources = ["ci"]
+  sources = ["pipeline"]
   max_age = "24h"
   on_fail = "quarantine"
   allow_empty = true # the image is FROM scratch: it has no operating system to recognise
@@ -101,19 +126,25 @@ scan_policy "prod" {
     trust = ["security-team"]
   }
 }
+trust_policy "ci" {
+  predicate_types = ["provenance"]
+  key {
+    path = "DIR/ci.pub"
+  }
+}
 trust_policy "security-team" {
   predicate_types = ["vex"]
   key {
-    path = %q
+    path = "DIR/team.pub"
   }
 }
-evidence_source "ci" {
-  repositories   = [%q]
+evidence_source "pipeline" {
+  repositories   = ["REPOSITORY"]
   allow_unsigned = true
   oidc {
-    issuer    = %q
+    issuer    = "ISSUER"
     audience  = "assay"
-    jwks_path = %q
+    jwks_path = "DIR/jwks.json"
     conditions {
       project = "shop/app"
     }
@@ -121,11 +152,11 @@ evidence_source "ci" {
 }
 evidence {
   webhook "chat" {
-    url      = %q
-    key_file = %q
+    url      = "HOOK"
+    key_file = "DIR/hook.key"
   }
 }
-`, filepath.Join(p.Dir, "team.pub"), repository, issuer, filepath.Join(p.Dir, "jwks.json"), hook, filepath.Join(p.Dir, "hook.key"))
+`)
 	return nil
 }
 
@@ -160,6 +191,20 @@ func (p *pipeline) listen() (string, error) {
 	return "http://" + l.Addr().String() + "/alerts", nil
 }
 
+// startNodes starts the agents of two nodes, and a third that will not do as it is told.
+func (p *pipeline) startNodes(ctx context.Context) error {
+	for _, name := range []string{"one", "two"} {
+		agent, _, err := p.join(ctx, name, domain+fleet)
+		if err != nil {
+			return err
+		}
+		p.containers = append(p.containers, &container{seen: newSeen(), node: name, agent: agent})
+	}
+	p.agent, p.node = p.containers[0].agent, fleet
+	p.say("two nodes joined with tokens that are now spent, each with an agent that serves the Workload API")
+	return nil
+}
+
 // startPeer starts the TLS peer: a plain process that accepts the shop and nobody else.
 func (p *pipeline) startPeer(ctx context.Context) error {
 	var err error
@@ -187,91 +232,158 @@ func (p *pipeline) startPeer(ctx context.Context) error {
 	return nil
 }
 
-// startContainer starts the workload whose identity depends on what is known of its image.
-func (p *pipeline) startContainer(ctx context.Context) error {
-	var err error
-	if p.image, err = p.engine.build(ctx, p.program); err != nil {
-		return err
-	}
-	if err := p.create(ctx, shop, "docker:label:app:shop", "scan:policy:prod"); err != nil {
+// createEntries says who is the shop: on every node, a container with the label whose image CI vouches for.
+func (p *pipeline) createEntries(ctx context.Context) error {
+	if err := p.create(ctx, shop, "docker:label:app:shop", "scan:policy:prod", "prov:policy:ci"); err != nil {
 		return err
 	}
 	if err := p.create(ctx, quarantine, "docker:label:app:shop", "scan:status:prod:fail"); err != nil {
 		return err
 	}
-	p.say("entries created: label app=shop and scan:policy:prod is %s; with scan:status:prod:fail it is %s", shop, quarantine)
-	p.container = newSeen()
-	running, err := p.engine.run(ctx, p.container, p.image, filepath.Dir(p.agent.Socket), p.shared, "-peer", billing, "-dial", "/shared/mtls.sock", "-again")
-	if err != nil {
-		return err
-	}
-	p.later(running.Kill)
-	gone, err := p.container.next(ctx, "denied", nil)
-	if err != nil {
-		return fmt.Errorf("wait for the container to be refused: %w", err)
-	}
-	if !strings.Contains(gone.Error, "PermissionDenied") {
-		return fmt.Errorf("the container was refused, but not with PermissionDenied: %s", gone.Error)
-	}
-	p.say("the container runs image %s, of which nothing is known: it has no identity", p.image[:19])
+	p.say("the operator created two entries for containers labelled app=shop, on any node:")
+	fmt.Printf("            %-38s if scan:policy:prod and prov:policy:ci hold of the image it runs\n", shop)
+	fmt.Printf("            %-38s if scan policy prod says fail\n", quarantine)
 	return nil
 }
 
-// clear pushes a clean report as a CI job does.
-func (p *pipeline) clear(ctx context.Context) error {
+// startContainers starts a workload on each node whose identity depends on what is known of its image.
+func (p *pipeline) startContainers(ctx context.Context) error {
+	chapter("1. Nothing is known of the image")
+	var err error
+	if p.image, err = p.engine.build(ctx, p.program); err != nil {
+		return err
+	}
+	p.later(func() { report(p.engine.RemoveImage(context.WithoutCancel(ctx), p.image)) })
+	for _, c := range p.containers {
+		running, err := p.engine.run(ctx, c.seen, p.image, filepath.Dir(c.agent.Socket), p.shared, "-peer", billing, "-dial", "/shared/mtls.sock", "-again")
+		if err != nil {
+			return err
+		}
+		c.id = running.id
+		p.later(running.Kill)
+	}
+	for _, c := range p.containers {
+		gone, err := c.next(ctx, "denied", nil)
+		if err != nil {
+			return fmt.Errorf("wait for the container on node %s to be refused: %w", c.node, err)
+		}
+		if !strings.Contains(gone.Error, "PermissionDenied") {
+			return fmt.Errorf("the container was refused, but not with PermissionDenied: %s", gone.Error)
+		}
+	}
+	p.say("a container on each node runs image %s…: neither has an identity", p.image[:19])
+	return nil
+}
+
+// vouch pushes a clean report and signed provenance, as a CI job does.
+func (p *pipeline) vouch(ctx context.Context) error {
+	chapter("2. CI vouches for it: with its own OIDC token, no secret of ours")
 	if _, err := p.push(ctx, "-scan", p.scan("clean.json")); err != nil {
 		return err
 	}
-	svid, err := p.container.next(ctx, "svid", nil)
+	p.say("assay evidence push -image %s@%s… -scan trivy.json", repository, p.image[:19])
+	told, err := p.ServerCLI(ctx, "evidence", "explain", "-image", p.image)
 	if err != nil {
-		return fmt.Errorf("wait for the identity: %w", err)
+		return err
 	}
-	if svid.ID != shop {
-		return fmt.Errorf("the container got %s, want %s", svid.ID, shop)
+	if !strings.Contains(told, "missing prov:policy:ci") {
+		return fmt.Errorf("the provenance is not missed:\n%s", told)
 	}
-	p.serial = svid.Serial
+	p.say("that is half of it: the entry is still closed, it misses prov:policy:ci")
+	statement, err := p.provenance()
+	if err != nil {
+		return err
+	}
+	asked, err := p.push(ctx, "-bundle", statement)
+	if err != nil {
+		return err
+	}
+	p.say("assay evidence push -image %s@%s… -bundle provenance.dsse.json", repository, p.image[:19])
+	fmt.Println("            (who was told that there is no identity asks again after a pause of its own)")
+	if err := p.become(ctx, asked, shop); err != nil {
+		return err
+	}
 	if _, err := p.server.next(ctx, "served", nil); err != nil {
 		return err
 	}
-	p.say("CI pushed a clean report with nothing but its own OIDC token: the container is %s, and the peer serves it", svid.ID)
+	p.say("the peer serves them: mTLS, both sides verified")
+	if p.stubborn, err = p.playStubborn(ctx); err != nil {
+		return err
+	}
+	p.say("a third node runs the image too and got its certificate; it will not do as it is told")
+	return nil
+}
+
+// become waits until every container has another identity, and says when.
+func (p *pipeline) become(ctx context.Context, asked time.Time, id string) error {
+	for _, c := range p.containers {
+		svid, err := c.next(ctx, "svid", func(e event) bool { return e.ID == id })
+		if err != nil {
+			return fmt.Errorf("wait for the container on node %s to be %s: %w", c.node, id, err)
+		}
+		p.after(asked, svid.At, "the container on node %s is %s", c.node, svid.ID)
+	}
 	return nil
 }
 
 // condemn pushes a report with a critical finding, and watches the identity go.
 func (p *pipeline) condemn(ctx context.Context) error {
+	chapter("3. A critical vulnerability is found in the running image")
 	asked, err := p.push(ctx, "-scan", p.scan("condemned.json", cve))
 	if err != nil {
 		return err
 	}
-	svid, err := p.container.next(ctx, "svid", func(e event) bool { return e.ID == quarantine })
-	if err != nil {
-		return fmt.Errorf("wait for the quarantine identity: %w", err)
+	p.say("assay evidence push … -scan trivy.json, now with %s; from the start of that command it took", cve)
+	if err := p.become(ctx, asked, quarantine); err != nil {
+		return err
 	}
-	took := ms(svid.At - asked.UnixNano())
-	p.say("CI pushed %s, critical: %.0f ms after the command was started the container is %s", cve, took, svid.ID)
-	refused, err := p.server.next(ctx, "refused", nil)
+	refused, err := p.server.next(ctx, "refused", since(asked))
 	if err != nil {
 		return fmt.Errorf("wait for the peer to refuse: %w", err)
 	}
-	p.say("the peer refuses it after %.0f ms: %s", ms(refused.At-asked.UnixNano()), refused.Error)
-	alert, err := p.alerts.next(ctx, "withdraw", nil)
+	p.after(asked, refused.At, "the peer refuses: %s", refused.Error)
+	alert, err := p.alerts.next(ctx, "withdraw", since(asked))
 	if err != nil {
 		return fmt.Errorf("wait for the webhook: %w", err)
 	}
 	if alert.ID != cve {
 		return fmt.Errorf("the webhook tells of %q, want %s", alert.ID, cve)
 	}
-	p.say("the webhook fired after %.0f ms, signed: %s", ms(alert.At-asked.UnixNano()), alert.Error)
+	p.after(asked, alert.At, "the webhook has it, signed: %s", alert.Error)
+	return nil
+}
+
+// renew has the third node ask for the certificate again.
+func (p *pipeline) renew(ctx context.Context) error {
+	why, err := p.stubborn.ask(ctx)
+	if err != nil {
+		return err
+	}
+	if why == "" {
+		return errors.New("the server has signed for a node whose image is condemned")
+	}
+	p.say("the third node asks the server to renew: refused")
+	fmt.Printf("            %s\n", why)
+	return nil
+}
+
+// explain asks the server for the whole story.
+func (p *pipeline) explain(ctx context.Context) error {
+	chapter("4. Who, what and why: for whoever asks later")
 	line, err := p.audit("verdict.change", cve)
 	if err != nil {
 		return err
 	}
-	p.say("the audit log says so: %s", line)
-	return nil
-}
-
-// explain asks the server and the agent for the whole story.
-func (p *pipeline) explain(ctx context.Context) error {
+	p.say("the audit log, each line chained to the one before:")
+	fmt.Printf("            event %s, outcome %s, policy %s, finding %s\n            report %s…, verdict %s, prev %s…\n",
+		line.Event, line.Outcome, line.Policy, line.Finding, line.Report[:19], shorten(line.Verdicts), line.Prev[:12])
+	verified, err := site.Run(ctx, nil, filepath.Join(p.Bin, "assay-server"), "audit", "verify", filepath.Join(p.ServerData(), "audit.log"))
+	if err != nil {
+		return err
+	}
+	verified, _, _ = strings.Cut(strings.TrimSpace(verified), "\n")
+	_, verified, _ = strings.Cut(verified, ": ")
+	p.say("assay-server audit verify audit.log: %s", verified)
 	told, err := p.ServerCLI(ctx, "evidence", "explain", "-image", p.image)
 	if err != nil {
 		return err
@@ -283,12 +395,38 @@ func (p *pipeline) explain(ctx context.Context) error {
 	if !strings.Contains(told, "closed to its workloads: missing scan:policy:prod") {
 		return errors.New("it does not say that the entry is closed")
 	}
+	c := p.containers[0]
+	if told, err = c.agent.CLI(ctx, "explain", "-container", c.id, "-socketPath", c.agent.Admin); err != nil {
+		return err
+	}
+	first, _, _ := strings.Cut(told, "\n")
+	_, nearest, found := strings.Cut(told, "Nearest entries that do not match\n")
+	if !found || !strings.Contains(first, quarantine) {
+		return fmt.Errorf("the agent does not say what it misses:\n%s", told)
+	}
+	nearest, _, _ = strings.Cut(nearest, "  "+billing)
+	p.say("assay-agent explain -container %s… on node %s, the beginning and what is missed:", c.id[:12], c.node)
+	fmt.Printf("            %s\n", first)
+	for line := range strings.Lines(nearest) {
+		fmt.Print("          ", line)
+	}
 	return nil
+}
+
+// shorten writes verdicts with the beginnings of their digests.
+func shorten(verdicts []string) string {
+	var list []string
+	for _, v := range verdicts {
+		digest, seq, _ := strings.Cut(v, "@")
+		list = append(list, digest[:min(19, len(digest))]+"…@"+seq)
+	}
+	return strings.Join(list, ", ")
 }
 
 // vex pushes a signed statement that the finding does not matter here, and watches the identity return.
 func (p *pipeline) vex(ctx context.Context) error {
-	document, err := p.statement()
+	chapter("5. The security team looked: the vulnerable code is never executed")
+	document, err := p.vexStatement()
 	if err != nil {
 		return err
 	}
@@ -296,124 +434,40 @@ func (p *pipeline) vex(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	svid, err := p.container.next(ctx, "svid", func(e event) bool { return e.ID == shop })
-	if err != nil {
-		return fmt.Errorf("wait for the identity to be back: %w", err)
-	}
-	p.say("the security team signed a VEX statement: %.0f ms after the command was started the container is %s again, without a restart",
-		ms(svid.At-asked.UnixNano()), svid.ID)
-	if _, err := p.server.next(ctx, "served", nil); err != nil {
+	p.say("assay evidence push … -bundle vex.dsse.json, signed by the team; nothing was restarted:")
+	if err := p.become(ctx, asked, shop); err != nil {
 		return err
 	}
-	if _, err := p.alerts.next(ctx, "restore", nil); err != nil {
+	served, err := p.server.next(ctx, "served", since(asked))
+	if err != nil {
+		return err
+	}
+	p.after(asked, served.At, "the peer serves them again")
+	alert, err := p.alerts.next(ctx, "restore", since(asked))
+	if err != nil {
 		return fmt.Errorf("wait for the webhook: %w", err)
 	}
-	p.say("the peer serves it again, and the webhook told of the return")
+	p.after(asked, alert.At, "the webhook has told of the return")
 	return nil
 }
 
-// push runs "assay evidence push" with a fresh token of the CI system, and returns when it was started.
-func (p *pipeline) push(ctx context.Context, args ...string) (time.Time, error) {
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: p.ci}, (&jose.SignerOptions{}).WithType("JWT").WithHeader("kid", "ci"))
-	if err != nil {
-		return time.Time{}, err
-	}
-	now := time.Now()
-	token, err := jwt.Signed(signer).Claims(map[string]any{
-		"iss": issuer, "sub": "project:shop/app:ref:main", "aud": "assay", "iat": now.Unix(), "nbf": now.Unix(), "exp": now.Add(5 * time.Minute).Unix(),
-		"project": "shop/app",
-	}).Serialize()
-	if err != nil {
-		return time.Time{}, err
-	}
-	file := filepath.Join(p.Dir, "token")
-	if err := os.WriteFile(file, []byte(token), 0o600); err != nil {
-		return time.Time{}, err
-	}
-	bundle, err := p.WriteBundle(ctx)
-	if err != nil {
-		return time.Time{}, err
-	}
-	asked := time.Now()
-	_, err = site.Run(ctx, nil, filepath.Join(p.Bin, "assay"), append([]string{
-		"evidence", "push", "-server", fmt.Sprintf("127.0.0.1:%d", p.Port), "-trustBundle", bundle, "-tokenFile", file, "-image", repository + "@" + p.image,
-	}, args...)...)
-	return asked, err
-}
-
-// scan writes a report of the image as Trivy writes it, and returns its path.
-func (p *pipeline) scan(name string, critical ...string) string {
-	found := []map[string]any{}
-	for _, id := range critical {
-		found = append(found, map[string]any{
-			"VulnerabilityID": id, "PkgName": "libshop", "InstalledVersion": "1.0", "FixedVersion": "1.1", "Severity": "CRITICAL", "Status": "fixed",
-			"PkgIdentifier": map[string]any{"PURL": "pkg:golang/example.org/libshop@1.0"},
-		})
-	}
-	text, err := json.Marshal(map[string]any{
-		"SchemaVersion": 2, "CreatedAt": time.Now().Format(time.RFC3339Nano), "ArtifactName": repository, "ArtifactType": "container_image",
-		"Metadata": map[string]any{"ImageID": p.image},
-		"Results": []any{map[string]any{
-			"Target": "app", "Class": "lang-pkgs", "Type": "gobinary",
-			"Packages":        []any{map[string]any{"Name": "libshop", "Version": "1.0"}},
-			"Vulnerabilities": found,
-		}},
-	})
-	path := filepath.Join(p.Dir, name)
-	if err == nil {
-		err = os.WriteFile(path, text, 0o600)
-	}
-	report(err)
-	return path
-}
-
-// statement writes an OpenVEX statement about the image, signed in a DSSE envelope, and returns its path.
-func (p *pipeline) statement() (string, error) {
-	now := time.Now().UTC().Format(time.RFC3339)
-	payload, err := json.Marshal(map[string]any{
-		"_type": "https://in-toto.io/Statement/v1", "predicateType": "https://openvex.dev/ns/v0.2.0",
-		"subject": []any{map[string]any{"name": repository, "digest": map[string]any{"sha256": strings.TrimPrefix(p.image, "sha256:")}}},
-		"predicate": map[string]any{
-			"@context": "https://openvex.dev/ns/v0.2.0", "@id": "https://example.org/vex/1", "author": "Security team", "timestamp": now, "version": 1,
-			"statements": []any{map[string]any{
-				"vulnerability": map[string]any{"name": cve},
-				"products": []any{map[string]any{
-					"@id": "pkg:oci/app@" + p.image, "subcomponents": []any{map[string]any{"@id": "pkg:golang/example.org/libshop@1.0"}},
-				}},
-				"status": "not_affected", "justification": "vulnerable_code_not_in_execute_path", "timestamp": now,
-			}},
-		},
-	})
-	if err != nil {
-		return "", err
-	}
-	const kind = "application/vnd.in-toto+json"
-	sum := sha256.Sum256(fmt.Appendf(nil, "DSSEv1 %d %s %d %s", len(kind), kind, len(payload), payload))
-	signature, err := ecdsa.SignASN1(rand.Reader, p.team, sum[:])
-	if err != nil {
-		return "", err
-	}
-	envelope, err := json.Marshal(map[string]any{
-		"payload": base64.StdEncoding.EncodeToString(payload), "payloadType": kind,
-		"signatures": []any{map[string]any{"sig": base64.StdEncoding.EncodeToString(signature)}},
-	})
-	if err != nil {
-		return "", err
-	}
-	path := filepath.Join(p.Dir, "vex.dsse.json")
-	return path, os.WriteFile(path, envelope, 0o600)
+// line is what the demo shows of a line of the audit log.
+type line struct {
+	Event, Outcome, Policy, Finding, Report, Prev string
+	Verdicts                                      []string
 }
 
 // audit finds a line of the server's audit log.
-func (p *pipeline) audit(kind, part string) (string, error) {
+func (p *pipeline) audit(kind, finding string) (*line, error) {
 	text, err := os.ReadFile(filepath.Join(p.ServerData(), "audit.log"))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	for line := range strings.Lines(string(text)) {
-		if strings.Contains(line, `"event":"`+kind+`"`) && strings.Contains(line, part) {
-			return strings.TrimSpace(line), nil
+	for raw := range strings.Lines(string(text)) {
+		var l line
+		if json.Unmarshal([]byte(raw), &l) == nil && l.Event == kind && l.Finding == finding && len(l.Report) > 19 && len(l.Prev) > 12 {
+			return &l, nil
 		}
 	}
-	return "", fmt.Errorf("the audit log has no %s about %s", kind, part)
+	return nil, fmt.Errorf("the audit log has no %s about %s", kind, finding)
 }

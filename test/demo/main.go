@@ -41,11 +41,11 @@ func main() {
 	evidence := flag.Bool("evidence", false, "show image evidence instead: identity follows what is known of an image")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	steps := plain
+	steps, more := plain, plainMore
 	if *evidence {
-		steps = proved
+		steps, more = proved, provedMore
 	}
-	err := run(ctx, *bin, steps)
+	err := run(ctx, *bin, steps, more)
 	stop()
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "\ndemo: %v\n", err)
@@ -65,12 +65,24 @@ type demo struct {
 	cleanup []func()
 }
 
+const (
+	plainMore = `  bin/assay dev                                  a server, an agent and your own processes, until Ctrl-C
+  bin/assay-server run -config conf/server.hcl   the server, from its commented sample configuration
+  bin/assay-agent explain -pid PID               why a process gets the identities it gets
+  make demo-evidence                             identity follows what is known of an image
+`
+	provedMore = `  server/verdict/README.md                       how to set this up, what may be pushed, and what stands against whom
+  server/verdict/policy/sample.hcl               every key of a scan policy; conf/server.hcl has the rest
+  bin/assay-server evidence simulate -policy F   what another policy would do to what runs now, without doing it
+`
+)
+
 // plain are the steps of the main job.
 func plain(d *demo) []func(context.Context) error {
 	return []func(context.Context) error{d.startServer, d.startAgent, d.runWorkloads}
 }
 
-func run(ctx context.Context, bin string, steps func(*demo) []func(context.Context) error) (err error) {
+func run(ctx context.Context, bin string, steps func(*demo) []func(context.Context) error, more string) (err error) {
 	dir, err := os.MkdirTemp("", "assay-demo-")
 	if err != nil {
 		return err
@@ -96,12 +108,7 @@ func run(ctx context.Context, bin string, steps func(*demo) []func(context.Conte
 			return err
 		}
 	}
-	fmt.Printf(`
-Done in %.0f s; nothing is left running. To go on:
-  bin/assay dev                                  a server, an agent and your own processes, until Ctrl-C
-  bin/assay-server run -config conf/server.hcl   the server, from its commented sample configuration
-  bin/assay-agent explain -pid PID               why a process gets the identities it gets
-`, time.Since(d.start).Seconds())
+	fmt.Printf("\nDone in %.0f s; nothing is left running. To go on:\n%s", time.Since(d.start).Seconds(), more)
 	return nil
 }
 
@@ -127,25 +134,36 @@ func (d *demo) startServer(ctx context.Context) error {
 	return nil
 }
 
-func (d *demo) startAgent(ctx context.Context) error {
-	token, err := d.Token(ctx)
-	if err != nil {
+func (d *demo) startAgent(ctx context.Context) (err error) {
+	if d.agent, d.node, err = d.join(ctx, "agent", ""); err != nil {
 		return err
 	}
-	d.node = "/spire/agent/join_token/" + token
+	d.say("assay-agent joined with a token that is now spent, and serves the Workload API")
+	return nil
+}
+
+// join starts an agent with a token of its own, under another ID beside its own if one is given.
+func (d *demo) join(ctx context.Context, name, alias string) (agent *site.Agent, node string, err error) {
+	var args []string
+	if alias != "" {
+		args = []string{"-spiffeID", alias}
+	}
+	token, err := d.Token(ctx, args...)
+	if err != nil {
+		return nil, "", err
+	}
 	blocks := "node_attestor \"join_token\" {}\nworkload_attestor \"unix\" {\n  discover_workload_path = true\n}\n"
 	if d.engine != nil {
 		blocks += fmt.Sprintf("workload_attestor \"docker\" {\n  docker_socket_path = %q\n}\n", d.engine.host())
 	}
-	if d.agent, err = d.NewAgent(ctx, "agent", site.AgentOptions{Token: token, Blocks: blocks}); err != nil {
-		return err
+	if agent, err = d.NewAgent(ctx, name, site.AgentOptions{Token: token, Blocks: blocks}); err != nil {
+		return nil, "", err
 	}
-	if err := d.agent.Start(ctx); err != nil {
-		return err
+	if err := agent.Start(ctx); err != nil {
+		return nil, "", err
 	}
-	d.later(func() { report(d.agent.Stop(15 * time.Second)) })
-	d.say("assay-agent joined with a token that is now spent, and serves the Workload API")
-	return nil
+	d.later(func() { report(agent.Stop(15 * time.Second)) })
+	return agent, "/spire/agent/join_token/" + token, nil
 }
 
 func report(err error) {
@@ -223,6 +241,7 @@ func (d *demo) startShop(ctx context.Context, client *seen, program, shared stri
 	if err != nil {
 		return nil, err
 	}
+	d.later(func() { report(d.engine.RemoveImage(context.WithoutCancel(ctx), image)) })
 	d.say("image built FROM scratch: %s", image)
 	if err := d.create(ctx, shop, "docker:label:app:shop", "docker:image_config_digest:"+image); err != nil {
 		return nil, err
