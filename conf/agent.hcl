@@ -147,6 +147,36 @@ workload_attestor "unix" {
   #slices = ["system.slice"]
   # In place of the system bus where it usually is.
   #bus_address = "unix:path=/run/dbus/system_bus_socket"
+# Pod, container and image of a process in Kubernetes: attestor/k8s/README.md says what the agent's pod needs.
+#workload_attestor "k8s" {
+  # The container runtime's CRI socket; the first that is there of containerd's, CRI-O's and others' if it is
+  # not set. "none" asks the kubelet alone. And how long one answer may take.
+  #runtime_socket_path = "/run/containerd/containerd.sock"
+  #runtime_timeout     = "2s"
+  # The node's name; without it the variable of this name holds it.
+  #node_name     = "node-1"
+  #node_name_env = "MY_NODE_NAME"
+  # The API server, which tells of changes of pods; in a pod it is found. "none" asks the kubelet every five
+  # seconds instead.
+  #api_server         = "https://kubernetes.default.svc"
+  #api_server_ca_path = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
+  # Selectors k8s:ns-label.
+  #enable_namespace_labels = false
+  # The kubelet: at the node's name, or 127.0.0.1 if that is not known. The read-only port is without TLS and
+  # excludes the other; a kubelet that is not verified is believed, and gets the agent's token.
+  #kubelet_address           = "10.0.0.7"
+  #kubelet_secure_port       = 10250
+  #kubelet_read_only_port    = 10255
+  #kubelet_ca_path           = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt"
+  #skip_kubelet_verification = false
+  #disable_kubelet_client    = false
+  # What the agent shows to both: the token of its service account, or a client certificate, or nothing.
+  #token_path                   = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+  #certificate_path             = "/etc/assay/kubelet-client.pem"
+  #private_key_path             = "/etc/assay/kubelet-client.key"
+  #use_anonymous_authentication = false
+  # Selectors of the pod only, not of the container.
+  #disable_container_selectors = false
 #}
 
 # Where the agent's own key lives: "disk", or "memory", with which nothing survives a restart.

@@ -5,6 +5,7 @@ import (
 	docker "github.com/assay-id/assay/attestor/docker/workload"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	systemd "github.com/assay-id/assay/attestor/systemd/workload"
+	k8s "github.com/assay-id/assay/attestor/k8s/workload"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
 )
@@ -23,5 +24,6 @@ func workloads() []attestor.WorkloadKind {
 		unix.Kind(),
 		docker.Kind(),
 		systemd.Kind(),
+		k8s.Kind(),
 	}
 }
