@@ -147,6 +147,8 @@ workload_attestor "unix" {
   #slices = ["system.slice"]
   # In place of the system bus where it usually is.
   #bus_address = "unix:path=/run/dbus/system_bus_socket"
+#}
+
 # Pod, container and image of a process in Kubernetes: attestor/k8s/README.md says what the agent's pod needs.
 #workload_attestor "k8s" {
   # The container runtime's CRI socket; the first that is there of containerd's, CRI-O's and others' if it is

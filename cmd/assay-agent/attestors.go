@@ -4,8 +4,8 @@ import (
 	"github.com/assay-id/assay/attestor"
 	docker "github.com/assay-id/assay/attestor/docker/workload"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
-	systemd "github.com/assay-id/assay/attestor/systemd/workload"
 	k8s "github.com/assay-id/assay/attestor/k8s/workload"
+	systemd "github.com/assay-id/assay/attestor/systemd/workload"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
 )
