@@ -75,6 +75,7 @@ type serverFile struct {
 	Scans         []typeBlock     `hcl:"scan_policy,block"`
 	Trusts        []typeBlock     `hcl:"trust_policy,block"`
 	Sources       []typeBlock     `hcl:"evidence_source,block"`
+	Clusters      []typeBlock     `hcl:"kubernetes,block"`
 	Evidence      *evidenceBlock  `hcl:"evidence,block"`
 	Health        *healthBlock    `hcl:"health_checks,block"`
 	Telemetry     *telemetryBlock `hcl:"telemetry,block"`
@@ -162,6 +163,7 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 	s.Evidence = l.evidence(f.Evidence)
 	s.Named = slices.Concat(l.named("scan_policy", f.Scans), l.named("trust_policy", f.Trusts), l.named("evidence_source", f.Sources))
 	s.Evidence.On = s.Evidence.On || len(s.Named) > 0
+	s.Named = append(s.Named, l.named("kubernetes", f.Clusters)...)
 	if l.options.CheckNamed != nil && len(l.wrong) == 0 {
 		for _, p := range l.options.CheckNamed(s.Named) {
 			for _, n := range s.Named {

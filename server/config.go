@@ -15,6 +15,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/ca/upstream"
+	"github.com/assay-id/assay/server/kube"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/verdict"
 )
@@ -70,6 +71,10 @@ type Config struct {
 
 	// Federation is about other trust domains.
 	Federation Federation
+
+	// Clusters are Kubernetes clusters whose resources say what entries there are. TrustDomain, Log and
+	// Metrics of each are set from this configuration.
+	Clusters []*kube.Config
 
 	// Limits keep one caller from hurting the others.
 	Limits Limits

@@ -166,6 +166,13 @@ func Run(ctx context.Context, config Config) (err error) {
 	local := grpc.NewServer(append(intercept, grpc.Creds(caller.UnixCredentials()))...)
 	services.Register(local)
 	services.RegisterLocal(local)
+	registrars, err := openClusters(&cfg, intercept, func(r grpc.ServiceRegistrar) {
+		services.Register(r)
+		services.RegisterLocal(r)
+	}, pictures, component("kubernetes"))
+	if err != nil {
+		return err
+	}
 	state := health.NewServer()
 	grpc_health_v1.RegisterHealthServer(local, state)
 
@@ -192,6 +199,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	group.Go(func() error { return authority.Run(parts) })
 	group.Go(func() error { return pictures.Run(parts) })
 	group.Go(func() error { return abroad.run(parts, pictures.Ready()) })
+	group.Go(func() error { return registrars.run(parts, pictures.Ready()) })
 	if judge != nil {
 		group.Go(func() error { return judge.Run(parts) })
 		if crl != nil {

@@ -40,7 +40,7 @@ func settings(c *cobra.Command) *cli.Settings {
 // load reads the configuration.
 func load(s *cli.Settings) (*conf.Server, error) {
 	options := s.Options()
-	options.Named, options.CheckNamed = rules.Kinds(), rules.Check
+	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind()), rules.Check
 	c, err := conf.LoadServer(s.Path(), judges(), options)
 	if err != nil {
 		return nil, cli.Invalid("Assay server", err)
@@ -122,7 +122,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 		JWTIssuer: from.JWTIssuer, DisableJWT: from.DisableJWT, NewAuthorityOnLostKey: from.NewAuthorityOnLostKey,
 	}
 	c.AdminIDs, c.RequirePQKEM, c.RequireSigned = from.AdminIDs, from.RequirePQKEM, from.Evidence.RequireSigned
-	c.Federation = federation(from.Federation)
+	c.Federation, c.Clusters = federation(from.Federation), clusters(from)
 	c.Upstream = upstreamAuthority(from.Upstream)
 	orDefault(&c.Limits.MaxConnections, from.Limits.MaxConnections)
 	orDefault(&c.Limits.MaxPerSource, from.Limits.MaxPerSource)

@@ -61,6 +61,7 @@ var rules = []rule{
 		also: []string{"server/api/caller", "server/admit", "server/view", "server/feed", "server/verdict", "server/backup"},
 		why:  "the services hand over to the flows, and feed answers SPIRE's sync calls",
 	},
+	{pattern: "server/kube", floor: flows, why: "makes entries of a cluster's pods, over the public API alone"},
 	{pattern: "server/trust", floor: flows, also: []string{"server/view"}, why: "publishes the bundle of the picture"},
 	{pattern: "server/verdict/rules", floor: flows, also: []string{"server/verdict", "server/verdict/policy", "server/verdict/trust"}, why: "reads their blocks from the file"},
 	{pattern: "server/verdict", floor: flows, also: []string{"server/view", "server/api/caller", "server/verdict/image", "server/verdict/policy", "server/verdict/report", "server/verdict/trust"}, why: "verdicts are about what the picture shows"},
@@ -103,8 +104,8 @@ var homes = []struct {
 	library string
 	at      []string
 }{
-	{"k8s.io", []string{"attestor/k8s.../...", "server/trust", "test/..."}},
-	{"sigs.k8s.io", []string{"attestor/k8s.../...", "test/..."}},
+	{"k8s.io", []string{"attestor/k8s.../...", "server/kube", "test/..."}},
+	{"sigs.k8s.io", []string{"attestor/k8s.../...", "server/kube", "test/..."}},
 	{"github.com/moby/moby", []string{"attestor/docker/...", "test/..."}},
 	{"go.etcd.io/etcd", []string{"server/store/etcdkv", "test/..."}},
 	{"go.etcd.io/bbolt", []string{"server/store/boltkv", "test/..."}},

@@ -64,6 +64,8 @@ type Caller struct {
 	// UID, GID and PID are the Unix peer's, in a call over the Unix socket.
 	UID, GID uint32
 	PID      int32
+	// Part is the part of this process that calls, which is local too; empty for all others.
+	Part string
 	// Addr is the source address of a TCP caller.
 	Addr net.Addr
 	// Entries are those that make a caller Admin or Downstream; none for one of the configuration's
@@ -74,6 +76,8 @@ type Caller struct {
 // Name says who the caller is, for a log or audit line.
 func (c *Caller) Name() string {
 	switch {
+	case c.Part != "":
+		return c.Part
 	case c.Kind&Local != 0:
 		return "local"
 	case !c.ID.IsZero():
@@ -85,6 +89,9 @@ func (c *Caller) Name() string {
 
 // Peer says where the call came from, for a log or audit line.
 func (c *Caller) Peer() string {
+	if c.Part != "" {
+		return "inside"
+	}
 	if c.Kind&Local != 0 {
 		return fmt.Sprintf("uid=%d gid=%d pid=%d", c.UID, c.GID, c.PID)
 	}
@@ -174,6 +181,8 @@ func fromPeer(ctx context.Context) (*Caller, error) {
 	switch auth := p.AuthInfo.(type) {
 	case unixPeer:
 		return &Caller{Kind: Local, UID: auth.uid, GID: auth.gid, PID: auth.pid}, nil
+	case insidePeer:
+		return &Caller{Kind: Local, Part: auth.part}, nil
 	case credentials.TLSInfo:
 		c := &Caller{Addr: p.Addr}
 		if certs := auth.State.PeerCertificates; len(certs) > 0 {

@@ -1,0 +1,563 @@
+package world
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	kubetypes "k8s.io/apimachinery/pkg/types"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
+	kubefake "k8s.io/client-go/kubernetes/fake"
+
+	"github.com/assay-id/assay/server/kube"
+)
+
+// cluster is a Kubernetes API server in memory (client-go's own), and the registrar of it before a real
+// server of ours. What is claimed of real clusters is shown in test/lab/k8s.
+type cluster struct {
+	t    *testing.T
+	w    *World
+	cfg  kube.Config
+	core *kubefake.Clientset
+	dyn  *dynamicfake.FakeDynamicClient
+	stop func()
+}
+
+var (
+	spireGroup = schema.GroupVersion{Group: "spire.spiffe.io", Version: "v1alpha1"}
+	listKinds  = map[schema.GroupVersionResource]string{
+		spireGroup.WithResource("clusterspiffeids"):             "ClusterSPIFFEIDList",
+		spireGroup.WithResource("clusterstaticentries"):         "ClusterStaticEntryList",
+		spireGroup.WithResource("clusterfederatedtrustdomains"): "ClusterFederatedTrustDomainList",
+	}
+)
+
+func newCluster(t *testing.T, change ...func(*kube.Config)) *cluster {
+	t.Helper()
+	c := &cluster{t: t, w: New(t), core: kubefake.NewClientset(), dyn: dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), listKinds)}
+	c.cfg = kube.Config{
+		Name: "c1", TrustDomain: "example.org", ClusterDomain: "cluster.local", LeaseNamespace: "assay",
+		IgnoreNamespaces: []*regexp.Regexp{regexp.MustCompile("kube-.*")}, Log: silent(), StatusEvery: 20 * time.Millisecond,
+	}
+	for _, f := range change {
+		f(&c.cfg)
+	}
+	c.namespace("shop", map[string]string{"team": "shop"})
+	c.namespace("kube-system", nil)
+	c.create(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "n1", UID: "node-uid-1"}})
+	c.start()
+	return c
+}
+
+// start begins a registrar, as a server that was started does.
+func (c *cluster) start() {
+	c.t.Helper()
+	cfg := c.cfg
+	cfg.Metrics = prometheus.NewRegistry()
+	changed := func(ctx context.Context) error {
+		select {
+		case <-time.After(50 * time.Millisecond):
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	r, err := kube.New(kube.NewAPI(c.w.Local, changed), kube.Cluster{Core: c.core, Dynamic: c.dyn}, cfg)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- r.Run(ctx) }()
+	c.stop = func() {
+		cancel()
+		if err := <-done; err != nil {
+			c.t.Errorf("the registrar ended with %v", err)
+		}
+		c.stop = func() {}
+	}
+	c.t.Cleanup(func() { c.stop() })
+}
+
+func (c *cluster) create(o any) {
+	c.t.Helper()
+	var err error
+	switch o := o.(type) {
+	case *corev1.Node:
+		_, err = c.core.CoreV1().Nodes().Create(c.t.Context(), o, metav1.CreateOptions{})
+	case *corev1.Namespace:
+		_, err = c.core.CoreV1().Namespaces().Create(c.t.Context(), o, metav1.CreateOptions{})
+	case *corev1.Pod:
+		_, err = c.core.CoreV1().Pods(o.Namespace).Create(c.t.Context(), o, metav1.CreateOptions{})
+	case *discoveryv1.EndpointSlice:
+		_, err = c.core.DiscoveryV1().EndpointSlices(o.Namespace).Create(c.t.Context(), o, metav1.CreateOptions{})
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *cluster) namespace(name string, labels map[string]string) {
+	c.create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}})
+}
+
+func pod(namespace, name string, labels map[string]string) *corev1.Pod {
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: kubetypes.UID("uid-" + namespace + "-" + name), Labels: labels},
+		Spec:       corev1.PodSpec{NodeName: "n1", ServiceAccountName: "web"},
+		Status:     corev1.PodStatus{Phase: corev1.PodRunning},
+	}
+}
+
+// updatePod writes a pod as a later version of it.
+func (c *cluster) updatePod(p *corev1.Pod) {
+	c.t.Helper()
+	if _, err := c.core.CoreV1().Pods(p.Namespace).Update(c.t.Context(), p, metav1.UpdateOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *cluster) deletePod(p *corev1.Pod) {
+	c.t.Helper()
+	if err := c.core.CoreV1().Pods(p.Namespace).Delete(c.t.Context(), p.Name, metav1.DeleteOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// age gives each resource a later time of creation than the one before.
+var age = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func (c *cluster) resource(kind, plural, name string, spec map[string]any) *unstructured.Unstructured {
+	c.t.Helper()
+	age = age.Add(time.Second)
+	u := &unstructured.Unstructured{Object: map[string]any{
+		"apiVersion": "spire.spiffe.io/v1alpha1", "kind": kind, "spec": spec,
+		"metadata": map[string]any{"name": name, "uid": "uid-" + name, "generation": int64(1), "creationTimestamp": age.Format(time.RFC3339)},
+	}}
+	u, err := c.dyn.Resource(spireGroup.WithResource(plural)).Create(c.t.Context(), u, metav1.CreateOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return u
+}
+
+func (c *cluster) rule(name string, spec map[string]any) *unstructured.Unstructured {
+	return c.resource("ClusterSPIFFEID", "clusterspiffeids", name, spec)
+}
+
+func (c *cluster) drop(plural, name string) {
+	c.t.Helper()
+	if err := c.dyn.Resource(spireGroup.WithResource(plural)).Delete(c.t.Context(), name, metav1.DeleteOptions{}); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// entries are those that the server has, one line each: SPIFFE ID, selectors.
+func (c *cluster) entries() []string {
+	c.t.Helper()
+	resp, err := entryv1.NewEntryClient(c.w.Local).ListEntries(c.w.Context(), &entryv1.ListEntriesRequest{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var lines []string
+	for _, e := range resp.GetEntries() {
+		line := e.GetSpiffeId().GetPath()
+		for _, s := range e.GetSelectors() {
+			line += " " + s.GetType() + ":" + s.GetValue()
+		}
+		lines = append(lines, line)
+	}
+	slices.Sort(lines)
+	return lines
+}
+
+// patience is far above what anything here takes.
+const patience = 30 * time.Second
+
+func eventually(t *testing.T, what string, ok func() (bool, string)) {
+	t.Helper()
+	late, tick := time.After(patience), time.NewTicker(20*time.Millisecond)
+	defer tick.Stop()
+	for {
+		done, now := ok()
+		if done {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatalf("not in time: %s; it is %s", what, now)
+		}
+	}
+}
+
+// has waits until the server has these entries and no others.
+func (c *cluster) has(want ...string) {
+	c.t.Helper()
+	slices.Sort(want)
+	eventually(c.t, fmt.Sprintf("the entries are %q", want), func() (bool, string) {
+		got := c.entries()
+		return slices.Equal(got, want), fmt.Sprintf("%q", got)
+	})
+}
+
+// condition waits until the resource's Ready condition has the reason, and returns its message.
+func (c *cluster) condition(plural, name, reason string) (message string) {
+	c.t.Helper()
+	eventually(c.t, fmt.Sprintf("%s %s is %s", plural, name, reason), func() (bool, string) {
+		u, err := c.dyn.Resource(spireGroup.WithResource(plural)).Get(c.t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			return false, err.Error()
+		}
+		all, _, _ := unstructured.NestedSlice(u.Object, "status", "conditions")
+		if len(all) != 1 {
+			return false, fmt.Sprint(all)
+		}
+		message, _ = all[0].(map[string]any)["message"].(string)
+		return all[0].(map[string]any)["reason"] == reason, fmt.Sprint(all)
+	})
+	return message
+}
+
+func (c *cluster) stats(name string) map[string]any {
+	c.t.Helper()
+	u, err := c.dyn.Resource(spireGroup.WithResource("clusterspiffeids")).Get(c.t.Context(), name, metav1.GetOptions{})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	stats, _, _ := unstructured.NestedMap(u.Object, "status", "stats")
+	return stats
+}
+
+const bySA = "spiffe://{{ .TrustDomain }}/ns/{{ .PodMeta.Namespace }}/sa/{{ .PodSpec.ServiceAccountName }}"
+
+func TestPodsOfACluster(t *testing.T) {
+	c := newCluster(t)
+	c.rule("shop", map[string]any{
+		"spiffeIDTemplate": bySA, "ttl": "10m", "dnsNameTemplates": []any{"{{ .PodMeta.Name }}.{{ .ClusterDomain }}"},
+		"podSelector":               map[string]any{"matchLabels": map[string]any{"app": "shop"}},
+		"namespaceSelector":         map[string]any{"matchLabels": map[string]any{"team": "shop"}},
+		"workloadSelectorTemplates": []any{"k8s:container-name:main"}, "scanPolicy": "prod", "trustPolicy": "ci",
+	})
+	const line = "/ns/shop/sa/web k8s:container-name:main k8s:pod-uid:uid-shop-a prov:policy:ci scan:policy:prod"
+	p := pod("shop", "a", map[string]string{"app": "shop"})
+	c.create(p)
+	c.create(pod("shop", "other", nil))
+	c.create(pod("kube-system", "a", map[string]string{"app": "shop"}))
+	t.Run("a pod that a rule selects has an entry", func(t *testing.T) {
+		c.has(line)
+		resp, err := entryv1.NewEntryClient(c.w.Local).ListEntries(c.w.Context(), &entryv1.ListEntriesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		e := resp.GetEntries()[0]
+		if e.GetParentId().GetPath() != "/spire/agent/k8s_psat/c1/node-uid-1" || e.GetX509SvidTtl() != 600 || !slices.Equal(e.GetDnsNames(), []string{"a.cluster.local"}) {
+			t.Errorf("entry %v", e)
+		}
+	})
+	t.Run("the resource says what came of it", func(t *testing.T) {
+		c.condition("clusterspiffeids", "shop", "EntriesSet")
+		eventually(t, "one entry is set", func() (bool, string) {
+			s := c.stats("shop")
+			return s["entriesToSet"] == int64(1) && s["podsSelected"] == int64(1) && s["namespacesSelected"] == int64(1), fmt.Sprint(s)
+		})
+	})
+	t.Run("it goes with the label that the selector needs, and comes back with it", func(t *testing.T) {
+		without := p.DeepCopy()
+		without.Labels = nil
+		c.updatePod(without)
+		c.has()
+		c.updatePod(p)
+		c.has(line)
+	})
+	t.Run("an entry that somebody deletes by hand is made again when all is compared", func(t *testing.T) {
+		c.stop()
+		c.w.Delete(c.ids()...)
+		c.start()
+		c.has(line)
+	})
+	t.Run("it goes when nothing of the pod runs any more", func(t *testing.T) {
+		ended := p.DeepCopy()
+		ended.Status.Phase = corev1.PodSucceeded
+		c.updatePod(ended)
+		c.has()
+		c.updatePod(p)
+		c.has(line)
+	})
+	t.Run("a pod of the same name is another pod", func(t *testing.T) {
+		c.deletePod(p)
+		next := pod("shop", "a", map[string]string{"app": "shop"})
+		next.UID = "second"
+		c.create(next)
+		c.has(strings.Replace(line, "uid-shop-a", "second", 1))
+		c.deletePod(next)
+		c.has()
+	})
+	t.Run("what went while no registrar ran goes when one starts", func(t *testing.T) {
+		c.create(p)
+		c.has(line)
+		c.stop()
+		c.deletePod(p)
+		c.start()
+		c.has()
+	})
+	t.Run("all entries of a rule go with it", func(t *testing.T) {
+		c.create(p)
+		c.has(line)
+		c.drop("clusterspiffeids", "shop")
+		c.has()
+	})
+}
+
+func (c *cluster) ids() []string {
+	c.t.Helper()
+	resp, err := entryv1.NewEntryClient(c.w.Local).ListEntries(c.w.Context(), &entryv1.ListEntriesRequest{OutputMask: &types.EntryMask{}})
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	var ids []string
+	for _, e := range resp.GetEntries() {
+		ids = append(ids, e.GetId())
+	}
+	return ids
+}
+
+func TestRulesOfACluster(t *testing.T) {
+	t.Run("of two rules with the same entry the older has it", func(t *testing.T) {
+		c := newCluster(t)
+		c.rule("first", map[string]any{"spiffeIDTemplate": bySA, "hint": "first"})
+		c.rule("second", map[string]any{"spiffeIDTemplate": bySA, "hint": "second"})
+		c.create(pod("shop", "a", nil))
+		c.has("/ns/shop/sa/web k8s:pod-uid:uid-shop-a")
+		eventually(t, "the younger is masked", func() (bool, string) {
+			s := c.stats("second")
+			return s["entriesMasked"] == int64(1), fmt.Sprint(s)
+		})
+		c.drop("clusterspiffeids", "first")
+		eventually(t, "the younger takes its place", func() (bool, string) {
+			resp, err := entryv1.NewEntryClient(c.w.Local).ListEntries(c.w.Context(), &entryv1.ListEntriesRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(resp.GetEntries()) == 1 && resp.GetEntries()[0].GetHint() == "second", fmt.Sprint(resp.GetEntries())
+		})
+	})
+	t.Run("a fallback is for pods that no other rule is for", func(t *testing.T) {
+		c := newCluster(t)
+		c.rule("rest", map[string]any{"spiffeIDTemplate": "spiffe://example.org/rest/{{ .PodMeta.Name }}", "fallback": true})
+		c.rule("shop", map[string]any{"spiffeIDTemplate": bySA, "podSelector": map[string]any{"matchLabels": map[string]any{"app": "shop"}}})
+		c.create(pod("shop", "a", map[string]string{"app": "shop"}))
+		c.create(pod("shop", "b", nil))
+		c.has("/ns/shop/sa/web k8s:pod-uid:uid-shop-a", "/rest/b k8s:pod-uid:uid-shop-b")
+	})
+	t.Run("a similar entry that somebody else made stays, and the resource says so", func(t *testing.T) {
+		c := newCluster(t)
+		c.w.Entry("/spire/agent/k8s_psat/c1/node-uid-1", "/ns/shop/sa/web", &types.Selector{Type: "k8s", Value: "pod-uid:uid-shop-a"})
+		before := c.ids()
+		c.rule("shop", map[string]any{"spiffeIDTemplate": bySA})
+		c.create(pod("shop", "a", nil))
+		eventually(t, "the entry is masked", func() (bool, string) {
+			s := c.stats("shop")
+			return s["entriesMasked"] == int64(1) && s["entriesToSet"] == int64(0), fmt.Sprint(s)
+		})
+		if after := c.ids(); !slices.Equal(before, after) {
+			t.Errorf("entries were %v and are %v", before, after)
+		}
+	})
+	t.Run("rules of another class are another registrar's", func(t *testing.T) {
+		c := newCluster(t)
+		c.rule("theirs", map[string]any{"spiffeIDTemplate": bySA, "className": "theirs"})
+		c.rule("ours", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ours"})
+		c.create(pod("shop", "a", nil))
+		c.has("/ours k8s:pod-uid:uid-shop-a")
+	})
+	t.Run("services give DNS names, and take them away", func(t *testing.T) {
+		c := newCluster(t)
+		c.rule("shop", map[string]any{"spiffeIDTemplate": bySA, "autoPopulateDNSNames": true})
+		p := pod("shop", "a", nil)
+		c.create(p)
+		names := func(want ...string) {
+			eventually(t, fmt.Sprintf("the DNS names are %q", want), func() (bool, string) {
+				resp, err := entryv1.NewEntryClient(c.w.Local).ListEntries(c.w.Context(), &entryv1.ListEntriesRequest{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				e := resp.GetEntries()
+				return len(e) == 1 && slices.Equal(e[0].GetDnsNames(), want), fmt.Sprint(e)
+			})
+		}
+		names()
+		c.create(&discoveryv1.EndpointSlice{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "front-x", Labels: map[string]string{discoveryv1.LabelServiceName: "front"}},
+			Endpoints:  []discoveryv1.Endpoint{{TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: "a", UID: p.UID}}},
+		})
+		names("front", "front.shop", "front.shop.svc", "front.shop.svc.cluster.local")
+		if err := c.core.DiscoveryV1().EndpointSlices("shop").Delete(t.Context(), "front-x", metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		names()
+	})
+}
+
+func TestBadRulesOfACluster(t *testing.T) {
+	fence, err := kube.ParseTemplate("fence", "/ns/{{ .PodMeta.Namespace }}/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newCluster(t, func(cfg *kube.Config) { cfg.Fence = fence })
+	c.create(pod("shop", "a", map[string]string{"app": "shop"}))
+	c.rule("good", map[string]any{"spiffeIDTemplate": bySA})
+	c.has("/ns/shop/sa/web k8s:pod-uid:uid-shop-a")
+	for i, bad := range []struct {
+		flaw    string
+		spec    map[string]any
+		reason  string
+		message string
+	}{
+		{"no template", map[string]any{}, "InvalidSpec", "spec.spiffeIDTemplate is empty"},
+		{"a template that is none", map[string]any{"spiffeIDTemplate": "spiffe://example.org/{{"}, "InvalidSpec", "spec.spiffeIDTemplate"},
+		{"a field that is not there", map[string]any{"spiffeIDTemplate": "spiffe://example.org/{{ .PodMeta.Nme }}"}, "RenderFailures", "pod shop/a"},
+		{"a label that is not there", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop/{{ .PodMeta.Labels.none }}"}, "RenderFailures", "none"},
+		{"no SPIFFE ID", map[string]any{"spiffeIDTemplate": "{{ .PodMeta.Name }}"}, "RenderFailures", "no SPIFFE ID"},
+		{"another trust domain", map[string]any{"spiffeIDTemplate": "spiffe://other.org/ns/shop/a"}, "RenderFailures", "not in the trust domain"},
+		{"a path outside of the fence", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop-admin/a"}, "RenderFailures", "fenced"},
+		{"a path that leaves the fence", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop/../bank"}, "RenderFailures", "no SPIFFE ID"},
+		{"an endless name", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop/{{ printf \"%09000d\" 1 }}"}, "RenderFailures", "it writes more than"},
+		{"a selector that is none", map[string]any{"spiffeIDTemplate": bySA, "workloadSelectorTemplates": []any{"nothing"}}, "RenderFailures", "no selector"},
+		{"a DNS name that is none", map[string]any{"spiffeIDTemplate": bySA + "/x", "dnsNameTemplates": []any{"-a-"}}, "EntryFailures", "DNS name"},
+		{"a reserved path", map[string]any{"spiffeIDTemplate": "spiffe://example.org/spire/agent/x"}, "RenderFailures", "fenced"},
+		{"a negative lifetime", map[string]any{"spiffeIDTemplate": bySA, "ttl": "-1s"}, "InvalidSpec", "negative"},
+		{"a field of the wrong kind", map[string]any{"spiffeIDTemplate": bySA, "admin": "yes"}, "InvalidSpec", "spec"},
+		{"a policy with no name", map[string]any{"spiffeIDTemplate": bySA, "scanPolicy": "a:b"}, "InvalidSpec", "spec.scanPolicy"},
+		{"a trust domain that is none", map[string]any{"spiffeIDTemplate": bySA, "federatesWith": []any{"UPPER"}}, "InvalidSpec", "spec.federatesWith"},
+	} {
+		t.Run("a rule with "+bad.flaw+" gives no entry, says why, and harms no other", func(t *testing.T) {
+			name := fmt.Sprintf("bad-%d", i)
+			c.rule(name, bad.spec)
+			message := c.condition("clusterspiffeids", name, bad.reason)
+			if !strings.Contains(message, bad.message) {
+				t.Errorf("the message is %q, want something about %q", message, bad.message)
+			}
+			c.has("/ns/shop/sa/web k8s:pod-uid:uid-shop-a")
+			c.drop("clusterspiffeids", name)
+		})
+	}
+}
+
+func TestStaticEntriesOfACluster(t *testing.T) {
+	c := newCluster(t)
+	c.resource("ClusterStaticEntry", "clusterstaticentries", "legacy", map[string]any{
+		"spiffeID": "spiffe://example.org/legacy", "parentID": "spiffe://example.org/node/one", "selectors": []any{"unix:uid:7", "unix:gid:7"}, "x509SVIDTTL": "1h",
+	})
+	c.has("/legacy unix:gid:7 unix:uid:7")
+	c.condition("clusterstaticentries", "legacy", "EntrySet")
+	c.resource("ClusterStaticEntry", "clusterstaticentries", "bad", map[string]any{"spiffeID": "x", "parentID": "spiffe://example.org/node/one"})
+	if m := c.condition("clusterstaticentries", "bad", "InvalidSpec"); !strings.Contains(m, "spec.spiffeID") {
+		t.Errorf("message %q", m)
+	}
+	c.resource("ClusterStaticEntry", "clusterstaticentries", "empty", map[string]any{
+		"spiffeID": "spiffe://example.org/empty", "parentID": "spiffe://example.org/node/one", "selectors": []any{},
+	})
+	if m := c.condition("clusterstaticentries", "empty", "EntryFailure"); !strings.Contains(m, "selector") {
+		t.Errorf("message %q", m)
+	}
+	c.stop()
+	c.drop("clusterstaticentries", "legacy")
+	c.start()
+	c.has()
+}
+
+func TestFederationsOfACluster(t *testing.T) {
+	c := newCluster(t)
+	domains := trustdomainv1.NewTrustDomainClient(c.w.Local)
+	if _, err := domains.BatchCreateFederationRelationship(c.w.Context(), &trustdomainv1.BatchCreateFederationRelationshipRequest{
+		FederationRelationships: []*types.FederationRelationship{{
+			TrustDomain: "hand.org", BundleEndpointUrl: "https://hand.org/", BundleEndpointProfile: &types.FederationRelationship_HttpsWeb{HttpsWeb: &types.HTTPSWebProfile{}},
+		}},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	has := func(want ...string) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("federations are %q", want), func() (bool, string) {
+			resp, err := domains.ListFederationRelationships(c.w.Context(), &trustdomainv1.ListFederationRelationshipsRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, f := range resp.GetFederationRelationships() {
+				got = append(got, f.GetTrustDomain()+" "+f.GetBundleEndpointUrl())
+			}
+			slices.Sort(got)
+			return slices.Equal(got, want), fmt.Sprintf("%q", got)
+		})
+	}
+	spec := func(td string) map[string]any {
+		return map[string]any{
+			"trustDomain": td, "bundleEndpointURL": "https://bundles.invalid/" + td,
+			"bundleEndpointProfile": map[string]any{"type": "https_web"},
+		}
+	}
+	c.resource("ClusterFederatedTrustDomain", "clusterfederatedtrustdomains", "bank", spec("bank.org"))
+	c.resource("ClusterFederatedTrustDomain", "clusterfederatedtrustdomains", "hand", spec("hand.org"))
+	has("bank.org https://bundles.invalid/bank.org", "hand.org https://hand.org/")
+	c.condition("clusterfederatedtrustdomains", "bank", "RelationshipSet")
+	if m := c.condition("clusterfederatedtrustdomains", "hand", "NotSet"); !strings.Contains(m, "somebody else") {
+		t.Errorf("message %q", m)
+	}
+	c.resource("ClusterFederatedTrustDomain", "clusterfederatedtrustdomains", "bad", map[string]any{"trustDomain": "b.org", "bundleEndpointURL": "https://b.org", "bundleEndpointProfile": map[string]any{"type": "ftp"}})
+	c.condition("clusterfederatedtrustdomains", "bad", "NotSet")
+	c.stop()
+	c.drop("clusterfederatedtrustdomains", "bank")
+	c.drop("clusterfederatedtrustdomains", "hand")
+	c.start()
+	has("hand.org https://hand.org/") // what was made by hand is nobody's to take away
+}
+
+func TestBundleInACluster(t *testing.T) {
+	team, err := labels.Parse("team=shop")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := newCluster(t, func(cfg *kube.Config) {
+		cfg.Publish = []kube.Target{{ConfigMap: "trust", Namespaces: team}, {ConfigMap: "spiffe", Key: "bundle.json", Format: "spiffe"}}
+	})
+	at := func(namespace, name, key string) string {
+		m, err := c.core.CoreV1().ConfigMaps(namespace).Get(t.Context(), name, metav1.GetOptions{})
+		if err != nil {
+			return err.Error()
+		}
+		return m.Data[key]
+	}
+	eventually(t, "the bundle is in the namespace that is selected", func() (bool, string) {
+		text := at("shop", "trust", "bundle.pem")
+		return strings.HasPrefix(text, "-----BEGIN CERTIFICATE-----"), text
+	})
+	eventually(t, "the SPIFFE bundle is in all namespaces", func() (bool, string) {
+		text := at("kube-system", "spiffe", "bundle.json")
+		return strings.Contains(text, `"use":"x509-svid"`) && strings.Contains(text, `"use":"jwt-svid"`), text
+	})
+	if text := at("kube-system", "trust", "bundle.pem"); !strings.Contains(text, "not found") {
+		t.Errorf("a namespace that is not selected has %q", text)
+	}
+	c.namespace("late", map[string]string{"team": "shop"})
+	eventually(t, "a namespace that comes later has it too", func() (bool, string) {
+		text := at("late", "trust", "bundle.pem")
+		return strings.HasPrefix(text, "-----BEGIN CERTIFICATE-----"), text
+	})
+}
