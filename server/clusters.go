@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
@@ -37,7 +38,7 @@ const insideBuffer = 256 << 10
 func serveInside(part string, options []grpc.ServerOption, register func(grpc.ServiceRegistrar)) (*insideServer, *grpc.ClientConn, error) {
 	credentials := caller.InsideCredentials(part)
 	s := &insideServer{
-		server:   grpc.NewServer(append(options[:len(options):len(options)], grpc.Creds(credentials))...),
+		server:   grpc.NewServer(append(slices.Clip(options), grpc.Creds(credentials))...),
 		listener: bufconn.Listen(insideBuffer),
 	}
 	register(s.server)

@@ -223,10 +223,10 @@ func (d *desk) reconcile(ctx context.Context, batch []item) {
 		}
 	}
 	for _, it := range batch {
-		switch again := todo.again[it]; {
-		case again == retry:
+		switch todo.again[it] {
+		case retry:
 			d.queue.AddRateLimited(it)
-		case again == later:
+		case later:
 			d.queue.Forget(it)
 			d.queue.AddAfter(it, maskedAgain)
 		default:

@@ -248,12 +248,6 @@ func (c *Config) staticEntryID(name string) string {
 	return c.prefix() + "static." + hashed("ClusterStaticEntry/"+name)
 }
 
-// podOf returns the UID of the pod that an entry of this cluster is for; none for a static one.
-func (c *Config) podOf(entryID string) string {
-	_, uid, _ := strings.Cut(strings.TrimPrefix(entryID, c.prefix()), ".")
-	return uid
-}
-
 func hashed(name string) string {
 	sum := sha256.Sum256([]byte(name))
 	return strings.ToLower(base32.StdEncoding.WithPadding(base32.NoPadding).EncodeToString(sum[:15]))

@@ -217,26 +217,14 @@ func (s *sight) nodeNews(before, after *corev1.Node) {
 		equality.Semantic.DeepEqual(before.Spec, after.Spec) {
 		return // a heartbeat
 	}
-	name := ""
-	if after != nil {
-		name = after.Name
-	} else {
-		name = before.Name
-	}
-	s.desk.look(podsIn(s.pods, byNode, name)...)
+	s.desk.look(podsIn(s.pods, byNode, nameOf(before, after))...)
 }
 
 func (s *sight) namespaceNews(before, after *corev1.Namespace) {
 	if before != nil && after != nil && equality.Semantic.DeepEqual(before.Labels, after.Labels) {
 		return
 	}
-	name := ""
-	if after != nil {
-		name = after.Name
-	} else {
-		name = before.Name
-	}
-	s.desk.look(podsIn(s.pods, cache.NamespaceIndex, name)...)
+	s.desk.look(podsIn(s.pods, cache.NamespaceIndex, nameOf(before, after))...)
 	s.desk.dueRules()
 	select {
 	case s.spaces <- struct{}{}:
@@ -288,7 +276,7 @@ func (s *sight) staticNews(before, after *unstructured.Unstructured) {
 	if before != nil && after != nil && before.GetGeneration() == after.GetGeneration() && before.GetUID() == after.GetUID() {
 		return
 	}
-	s.desk.queue.Add(item{staticItem, either(before, after).GetName()})
+	s.desk.queue.Add(item{staticItem, nameOf(before, after)})
 }
 
 func (s *sight) federationNews(before, after *unstructured.Unstructured) {
@@ -298,11 +286,19 @@ func (s *sight) federationNews(before, after *unstructured.Unstructured) {
 	s.desk.queue.Add(item{kind: federationItem})
 }
 
-func either(before, after *unstructured.Unstructured) *unstructured.Unstructured {
-	if after != nil {
-		return after
+// named is an object of the API.
+type named interface {
+	comparable
+	GetName() string
+}
+
+// nameOf returns the name of what changed, of which one side may be missing.
+func nameOf[T named](before, after T) string {
+	var none T
+	if after != none {
+		return after.GetName()
 	}
-	return before
+	return before.GetName()
 }
 
 // podsOf returns the pods, as namespace/name, that a service's slice sends to.
