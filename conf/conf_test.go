@@ -136,7 +136,7 @@ func keysIn(t *testing.T, sample string, roles ...string) []string {
 		}
 		for _, b := range body.Blocks {
 			switch {
-			case slices.Contains(append(roles, "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source"), b.Type):
+			case slices.Contains(append(roles, "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source", "kubernetes"), b.Type):
 				found[prefix+b.Type] = true
 			default:
 				switch b.Type {

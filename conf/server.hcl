@@ -237,6 +237,56 @@ key_manager "disk" {
   #}
 #}
 
+# Entries from a Kubernetes cluster: for every pod that a ClusterSPIFFEID selects, and every
+# ClusterStaticEntry and ClusterFederatedTrustDomain (the resources of spire-controller-manager). The label
+# is the cluster's name, as the agents give it to k8s_psat.
+#kubernetes "production" {
+  # Without it the service account of the server's own pod is used.
+  #kubeconfig = "/etc/assay/production.kubeconfig"
+
+  # Ends the DNS names of services; "" leaves such names out.
+  #cluster_domain = "cluster.local"
+
+  # Resources of this class only, and with watch_classless also those that have none.
+  #class_name      = "assay"
+  #watch_classless = true
+
+  # Regular expressions that match all of a name.
+  #ignore_namespaces = ["kube-system", "kube-public", "spire-system"]
+
+  # Templates, of the same values as those of a ClusterSPIFFEID: the parent of pods' entries, and a path
+  # that the identities of a pod must be below, whatever a ClusterSPIFFEID says. Default: no fence.
+  #parent_id_template = "spiffe://{{ .TrustDomain }}/spire/agent/k8s_psat/{{ .ClusterName }}/{{ .NodeMeta.UID }}"
+  #path_fence         = "/ns/{{ .PodMeta.Namespace }}/"
+
+  # How often everything is compared, in case somebody changed an entry by hand. Changes in the cluster
+  # come by themselves.
+  #resync_interval = "10m"
+
+  # The evidence source, or policy's "sources" name, that the VulnerabilityReports of Trivy Operator are
+  # taken in for. Whoever may write such objects speaks for it. Default: they are not looked at.
+  #vulnerability_reports = "trivy-operator"
+
+  # One of several servers over one store keeps the entries: the holder of a Lease. The namespace is the
+  # server's own by default.
+  #leader_election {
+    #namespace = "assay"
+    #name      = "assay-registrar"
+    #disabled  = false
+  #}
+
+  # The trust domain's bundle, written into the cluster and kept as it is here. "pem" has the X.509
+  # authorities, "spiffe" all. Without labels every namespace gets one.
+  #bundle_config_map "assay-bundle" {
+    #key              = "bundle.pem"
+    #format           = "pem"
+    #namespace_labels = { "assay.id/bundle" = "true" }
+  #}
+  #cluster_trust_bundle "assay" {
+    #signer_name = "example.org/assay"
+  #}
+#}
+
 # GET /live and /ready, for probes. Nobody is asked who they are: keep it on loopback or behind
 # something that asks. Without listener_enabled there is no listener.
 #health_checks {
