@@ -35,18 +35,19 @@ type bench struct {
 	cleanup []func()
 }
 
-func newBench(ctx context.Context, bin string, short, verbose bool) (*bench, error) {
+func newBench(ctx context.Context, o options) (*bench, error) {
 	dir, err := os.MkdirTemp("", "assay-bench-")
 	if err != nil {
 		return nil, err
 	}
-	b := &bench{short: short, verbose: verbose}
+	b := &bench{short: o.short, verbose: o.verbose}
 	b.later(func() { os.RemoveAll(dir) })
-	b.Site, err = site.New(dir, bin)
+	b.Site, err = site.New(dir, o.bin)
 	if err != nil {
 		b.close()
 		return nil, err
 	}
+	b.SPIRE = o.spire
 	// The driver is one address and must not be slowed as one; debug logs are not what is measured.
 	b.LogLevel = "warn"
 	b.ServerExtra = "ratelimit {\n    attestation = false\n    signing     = false\n  }"
@@ -64,14 +65,14 @@ func newBench(ctx context.Context, bin string, short, verbose bool) (*bench, err
 	return b, nil
 }
 
-// startAgent starts the site's agent with optional attestor blocks.
-func (b *bench) startAgent(ctx context.Context, blocks string) error {
+// startAgent starts the site's agent. With the socket of an engine it attests containers, else processes.
+func (b *bench) startAgent(ctx context.Context, engine string) error {
 	token, err := b.Token(ctx)
 	if err != nil {
 		return err
 	}
 	b.node = "/spire/agent/join_token/" + token
-	if b.agent, err = b.NewAgent(ctx, "agent", site.AgentOptions{Token: token, Blocks: blocks}); err != nil {
+	if b.agent, err = b.NewAgent(ctx, "agent", site.AgentOptions{Token: token, Docker: engine}); err != nil {
 		return err
 	}
 	b.later(func() {
@@ -219,6 +220,28 @@ func (s *stream) until(good func(*workload.X509SVIDResponse) bool) error {
 			return nil
 		}
 	}
+}
+
+// served waits until this process has an SVID: a stock agent learns of an entry when it asks for news.
+func (b *bench) served(ctx context.Context) error {
+	for {
+		s, _, err := open(ctx, b.agent.Socket)
+		if err == nil {
+			s.close()
+			return nil
+		}
+		if b.SPIRE.Agent == "" || !sleep(ctx, 100*time.Millisecond) {
+			return err
+		}
+	}
+}
+
+// rounds is how often to do what takes a stock agent seconds and ours milliseconds.
+func (b *bench) rounds(count int) int {
+	if b.SPIRE.Agent != "" {
+		return max(3, b.n(count)/15)
+	}
+	return b.n(count)
 }
 
 // openMany opens streams, some at a time.

@@ -176,8 +176,7 @@ func inDocker(ctx context.Context, b *bench) error {
 	if err != nil {
 		return err
 	}
-	err = b.startAgent(ctx, fmt.Sprintf("node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", h.engine.Socket()))
-	if err != nil {
+	if err := b.startAgent(ctx, h.engine.Socket()); err != nil {
 		return err
 	}
 	entry := entryFor(b.node, "/in-docker", "")
@@ -252,7 +251,7 @@ func knownContainer(b *bench, h *harbour, c *inContainer) error {
 // laterEntries measures how soon a container has its SVID when its entry comes later than it.
 func laterEntries(ctx context.Context, b *bench, c *inContainer, entry *types.Entry) error {
 	var late times
-	rounds := b.n(100)
+	rounds := b.rounds(100)
 	for range rounds {
 		if err := b.remove(ctx, entry); err != nil {
 			return err

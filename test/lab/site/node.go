@@ -25,6 +25,8 @@ import (
 type Node struct {
 	ID   spiffeid.ID
 	Conn *grpc.ClientConn
+	// Dial returns another connection, which the caller closes.
+	Dial func() (*grpc.ClientConn, error)
 }
 
 // Joiner makes nodes. All have one key.
@@ -91,9 +93,9 @@ func (j *Joiner) Join(ctx context.Context, token string) (*Node, error) {
 		}
 		svid.Certificates = append(svid.Certificates, cert)
 	}
-	mtls, err := j.dial(tlsconfig.MTLSClientConfig(svid, j.bundle, server))
-	if err != nil {
-		return nil, err
-	}
-	return &Node{ID: svid.ID, Conn: mtls}, nil
+	n := &Node{ID: svid.ID, Dial: func() (*grpc.ClientConn, error) {
+		return j.dial(tlsconfig.MTLSClientConfig(svid, j.bundle, server))
+	}}
+	n.Conn, err = n.Dial()
+	return n, err
 }

@@ -46,6 +46,8 @@ type Site struct {
 	DataDir string
 	// ServerAs is the user to run the server as. Nil: this process's.
 	ServerAs *syscall.Credential
+	// SPIRE's programs take the place of ours where they are given.
+	SPIRE SPIRE
 
 	server *Process
 }
@@ -115,7 +117,7 @@ func (s *Site) LaunchServer() error {
 	if err != nil {
 		return err
 	}
-	s.server, err = Start(s.ServerLog(), s.ServerAs, filepath.Join(s.Bin, "assay-server"), "run", "-config", path)
+	s.server, err = Start(s.ServerLog(), s.ServerAs, s.serverProgram(), "run", "-config", path)
 	return err
 }
 
@@ -151,6 +153,9 @@ func (s *Site) WriteServerConfig() (string, error) {
 }
 %s
 `, s.trustDomain(), s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra, s.serverBlocks())
+	if s.SPIRE.Server != "" {
+		config = s.spireServerConfig()
+	}
 	path := s.ServerConfig()
 	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
 		return "", err
@@ -188,7 +193,7 @@ func (s *Site) Server() *Process { return s.server }
 // ServerCLI runs an assay-server command against the server's socket and returns its output.
 func (s *Site) ServerCLI(ctx context.Context, args ...string) (string, error) {
 	args = append(args, "-socketPath", s.ServerSocket())
-	return Run(ctx, nil, filepath.Join(s.Bin, "assay-server"), args...)
+	return Run(ctx, nil, s.serverProgram(), args...)
 }
 
 // DialServer returns a connection to the server's private socket; the caller closes it.
@@ -243,6 +248,8 @@ type Agent struct {
 type AgentOptions struct {
 	// Blocks replace the attestor blocks. Empty: join_token, and unix with discover_workload_path.
 	Blocks string
+	// Docker is the socket of an engine whose containers are attested; Blocks must be empty.
+	Docker string
 	// Extra is put inside the agent block.
 	Extra string
 	// Token is the join token.
@@ -271,6 +278,9 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
 		Dir: dir, Socket: filepath.Join(dir, "public", "api.sock"), Admin: filepath.Join(dir, "private", "admin.sock"),
 		Log: filepath.Join(s.Dir, name+".log"), site: s, config: filepath.Join(s.Dir, name+".hcl"), env: o.Env,
 	}
+	if o.Docker != "" {
+		o.Blocks = fmt.Sprintf("node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", o.Docker)
+	}
 	if o.Blocks == "" {
 		o.Blocks = "node_attestor \"join_token\" {}\nworkload_attestor \"unix\" {\n  discover_workload_path = true\n}"
 	}
@@ -290,6 +300,9 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
 }
 %s
 `, s.trustDomain(), s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), o.Trust, s.logLevel(), o.Extra, o.Blocks)
+	if s.SPIRE.Agent != "" {
+		config = s.spireAgentConfig(a, o)
+	}
 	return a, os.WriteFile(a.config, []byte(config), 0o600)
 }
 
@@ -307,7 +320,7 @@ func (a *Agent) Start(ctx context.Context) error {
 // Launch starts the agent and does not wait.
 func (a *Agent) Launch() error {
 	var err error
-	a.Process, err = start(a.Log, nil, a.env, filepath.Join(a.site.Bin, "assay-agent"), "run", "-config", a.config)
+	a.Process, err = start(a.Log, nil, a.env, a.site.agentProgram(), "run", "-config", a.config)
 	return err
 }
 
@@ -316,7 +329,7 @@ func (a *Agent) Data() string { return filepath.Join(a.Dir, "data") }
 
 // CLI runs an assay-agent command and returns its output.
 func (a *Agent) CLI(ctx context.Context, args ...string) (string, error) {
-	return Run(ctx, nil, filepath.Join(a.site.Bin, "assay-agent"), args...)
+	return Run(ctx, nil, a.site.agentProgram(), args...)
 }
 
 // Run runs a command to its end and returns its standard output; the error carries what it wrote to
