@@ -19,6 +19,7 @@ func (a *agent) openAdmin() {
 	a.admin = admin.New(a.view, a.attest, admin.Config{
 		SocketPath: a.cfg.AdminSocketPath,
 		Status:     a.status,
+		SVID:       a.issue.State,
 		Level:      leveler(a.cfg.Log),
 		Log:        a.cfg.Log.WithField("component", "admin"),
 		Now:        a.cfg.Now,
@@ -71,6 +72,9 @@ func (a *agent) status() admin.Status {
 		if up.Err != nil {
 			s.Uplink = "disconnected"
 		}
+		if err := a.join.Err(); err != nil { // why the server does not take the SVID that it was shown
+			s.Err = err
+		}
 	default:
 		s.Uplink, s.Err, s.ErrAt = "disconnected", a.join.Err(), up.Since
 		if s.Err == nil {
@@ -79,10 +83,8 @@ func (a *agent) status() admin.Status {
 	}
 	if own, _ := a.join.Own(); own != nil {
 		s.Chain = own.Chain
-		if id, err := own.ID(); err == nil {
-			s.AgentID = id
-		}
 	}
+	s.AgentID = a.join.ID()
 	s.X509Held, s.JWTHeld = a.issue.Counts()
 	return s
 }

@@ -88,6 +88,13 @@ type Watcher interface {
 	Watch(ctx context.Context, changed func(pids ...int)) error
 }
 
+// Abstainer is a Workload that can tell which selectors no process will ever show, as it is configured.
+type Abstainer interface {
+	// Abstains says why nobody shows the selector and what would change that, for an operator who misses
+	// it; "" if somebody may.
+	Abstains(want Selector) (why string)
+}
+
 // Needs is what the wiring hands to every attestor it opens.
 type Needs struct {
 	// TrustDomain is the trust domain of the agent or server.

@@ -110,6 +110,18 @@ func (a *Attestation) Attest(ctx context.Context, p attestor.Process) []attestor
 	return findings
 }
 
+// Abstains says why no process will show the selector as the attestors are configured, or "".
+func (a *Attestation) Abstains(want attestor.Selector) string {
+	for _, one := range a.attestors {
+		if who, ok := one.Workload.(attestor.Abstainer); ok {
+			if why := who.Abstains(want); why != "" {
+				return why
+			}
+		}
+	}
+	return ""
+}
+
 // errHung says that an attestor is not asked because too many of its calls never came back.
 var errHung = errors.New("too many calls are past their deadline and have not returned")
 

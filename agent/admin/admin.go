@@ -57,6 +57,8 @@ type Held interface {
 // Attestation asks all attestors about a process; *workloadapi.Attestation is one.
 type Attestation interface {
 	Attest(ctx context.Context, p attestor.Process) []attestor.Finding
+	// Abstains says why no process will show a selector, or "".
+	Abstains(want attestor.Selector) string
 }
 
 // Leveler is the agent's log level; *logrus.Logger is one.
@@ -67,7 +69,7 @@ type Leveler interface {
 
 // Status is how the agent is. Zero fields are unknown.
 type Status struct {
-	// AgentID is the agent's own SPIFFE ID.
+	// AgentID is the agent's own SPIFFE ID, also when its SVID is gone.
 	AgentID spiffeid.ID
 	// Version of the agent.
 	Version string
@@ -103,6 +105,9 @@ type Config struct {
 	SocketMode os.FileMode
 	// Status says how the agent is; it is called for each question.
 	Status func() Status
+	// SVID says until when the X509-SVID is valid that is held for an entry, the zero time if there is none,
+	// and why the last attempt to have one signed failed. Nil: nothing is known of SVIDs.
+	SVID func(entryID string) (until time.Time, err error)
 	// Level is changed by the logger service; nil turns the service off.
 	Level Leveler
 	Log   logrus.FieldLogger
@@ -239,8 +244,8 @@ func (s *Server) rescue(method string, err *error) {
 var (
 	errNoTarget    = errors.New("give a PID or a container ID")
 	errNoProcess   = errors.New("there is no such process")
-	errContainerID = errors.New("a container ID has 12 to 64 hexadecimal digits; names are not known here")
-	errNoContainer = errors.New("no running process belongs to that container")
+	errContainerID = errors.New("a container ID has 12 to 64 hexadecimal digits; names are the engine's: docker inspect -f '{{.Id}}' NAME prints the ID of one")
+	errNoContainer = errors.New("no running process that this agent can see belongs to that container; \"docker ps -a\" shows whether it runs")
 	errLevel       = errors.New("a log level must be given")
 	errNoLevel     = errors.New("the log level of this agent cannot be changed")
 )

@@ -37,6 +37,13 @@ func (f fakeAttestation) Attest(ctx context.Context, p attestor.Process) []attes
 	return f(ctx, p)
 }
 
+func (fakeAttestation) Abstains(want attestor.Selector) string {
+	if want.Type == "never" {
+		return "never is turned off"
+	}
+	return ""
+}
+
 func start(t *testing.T, attest fakeAttestation, cfg admin.Config, entries ...*identity.Entry) *grpc.ClientConn {
 	t.Helper()
 	held := view.New()
@@ -100,7 +107,11 @@ func TestExplain(t *testing.T) {
 		Selectors: attestor.NewSet(attestor.Selector{Type: "unix", Value: "uid:7"}),
 	}
 	t.Run("a running process is explained", func(t *testing.T) {
-		conn := start(t, proving("unix:uid:7"), admin.Config{}, entry)
+		until := time.Now().Add(time.Hour)
+		conn := start(t, proving("unix:uid:7"), admin.Config{
+			Status: func() admin.Status { return admin.Status{Connected: true} },
+			SVID:   func(string) (time.Time, error) { return until, nil },
+		}, entry)
 		got, err := wire.NewAdminClient(conn).Explain(t.Context(), &wire.ExplainRequest{Target: &wire.ExplainRequest_Pid{Pid: int32(os.Getpid())}})
 		if err != nil {
 			t.Fatal(err)
@@ -118,7 +129,8 @@ func TestExplain(t *testing.T) {
 			t.Errorf("got %v", got)
 		}
 		var page bytes.Buffer
-		if err := admin.Render(&page, got); err != nil || !strings.Contains(page.String(), "gets spiffe://example.org/app.\n") {
+		if err := admin.Render(&page, got); err != nil || !strings.Contains(page.String(), "gets spiffe://example.org/app.\n") ||
+			!strings.Contains(page.String(), "X509-SVID valid for ") {
 			t.Errorf("page is %s, %v", page.String(), err)
 		}
 	})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -15,12 +16,16 @@ import (
 // advise says in sentences what to do next, the most useful first.
 func advise(x explanation, p *wire.Process, st Status, held uint64, entries int, now time.Time) []string {
 	var out []string
-	say := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	say := func(format string, args ...any) { out = append(out, strings.TrimSpace(fmt.Sprintf(format, args...))) }
 	if p.GetExited() {
 		say("The process exited while it was looked at, so all of this may be about another one. Ask again about one that runs.")
 	}
 	if st.Banned {
-		say("The server has banned this agent and gives it nothing. Lift the ban on the server with: assay-server agent evict -spiffeID %s", quote(orUnknown(st.AgentID.String(), "AGENT_ID")))
+		say("The server has banned this agent and gives it nothing. If that is over, evict it on the server: assay-server agent evict -spiffeID %s. It then has to prove its node again: with join_token by a new token.", quote(orUnknown(st.AgentID.String(), "AGENT_ID")))
+	}
+	neverHeard := entries == 0 && held == 0 && !st.Banned
+	if neverHeard {
+		say("The agent has no picture from its server %syet, so nothing can match%s. %s", at(st), why(st), cureUplink(st, x))
 	}
 	for _, f := range x.failed {
 		say("The %s attestor failed (%s), so entries that need its selectors cannot match. %s", f.Attestor, f.Err, cure(f))
@@ -28,20 +33,24 @@ func advise(x explanation, p *wire.Process, st Status, held uint64, entries int,
 	switch {
 	case len(x.matches) > 0:
 		out = append(out, adviseMatched(x)...)
-	case entries == 0 && held == 0:
-		say("The agent has no picture from the server yet.")
+	case neverHeard, st.Banned:
 	case entries == 0:
-		say("The server has given this agent no entries at all. Entries reach it when their parent is %s, or an alias that this node's selectors match. Make one with: %s",
-			orUnknown(st.AgentID.String(), "this agent's ID"), create(x.facts, st))
+		say("The server has given this agent no entries at all. Entries reach it when their parent is %s, or an alias that this node's selectors match; look at those with: assay-server agent show -spiffeID %s",
+			orUnknown(x.parent.String(), orUnknown(st.AgentID.String(), "this agent's ID")), quote(orUnknown(st.AgentID.String(), "AGENT_ID")))
+		out = append(out, elsewhere(x)...)
+		say("To give the process an identity: %s", create(x, st))
 	default:
 		out = append(out, adviseUnmatched(x, st)...)
 	}
 	switch {
-	case st.Connected || st.Banned:
+	case st.Connected || st.Banned || neverHeard:
 	case st.Heard.IsZero():
-		say("The agent has not heard from its server %ssince it started%s: entries made or changed meanwhile are not known here.", at(st), why(st))
+		say("The agent has not heard from its server %ssince it started%s: entries made or changed meanwhile are not known here. %s", at(st), why(st), cureUplink(st, x))
 	default:
-		say("The agent last heard from its server %s%s ago%s: entries made or changed since then are not known here.", at(st), age(now.Sub(st.Heard)), why(st))
+		say("The agent last heard from its server %s%s ago%s: entries made or changed since then are not known here. %s", at(st), age(now.Sub(st.Heard)), why(st), cureUplink(st, x))
+	}
+	if len(x.matches) > 0 && !slices.ContainsFunc(x.matches, func(m match) bool { return m.err != nil }) {
+		say("%s", itsSide)
 	}
 	if st.Connected && st.ServerRev > held {
 		say("The agent is %d revisions behind the server and catching up; ask again in a moment.", st.ServerRev-held)
@@ -60,7 +69,59 @@ func why(st Status) string {
 	if st.Err == nil {
 		return ""
 	}
-	return " (" + st.Err.Error() + ")"
+	text, _, _ := strings.Cut(plain(st.Err), "; make a new one with") // cureUplink says that in its own words
+	return " (" + text + ")"
+}
+
+var (
+	rpcError  = regexp.MustCompile(`rpc error: code = \w+ desc = `)
+	transport = regexp.MustCompile(`connection error: desc = "(?:transport: )?(?:Error while dialing: )?(.*)"`)
+)
+
+// plain leaves out of an error what gRPC wraps around its cause.
+func plain(err error) string {
+	text := rpcError.ReplaceAllString(err.Error(), "")
+	if m := transport.FindStringSubmatchIndex(text); m != nil {
+		text = text[:m[0]] + strings.ReplaceAll(text[m[2]:m[3]], `\"`, `"`) + text[m[1]:]
+	}
+	return text
+}
+
+// cureUplink is what usually brings an agent and its server together.
+func cureUplink(st Status, x explanation) string {
+	if st.Err == nil {
+		return ""
+	}
+	text := st.Err.Error()
+	has := func(parts ...string) bool {
+		return slices.ContainsFunc(parts, func(part string) bool { return strings.Contains(text, part) })
+	}
+	const bundle = "Write what this prints on the server into the file that trust_bundle_path in agent.hcl names: assay-server bundle show. The agent looks at it again by itself."
+	switch {
+	case has("join token"):
+		name := ""
+		if !x.parent.IsZero() && x.parent != st.AgentID {
+			name = " -spiffeID " + quote(x.parent.String())
+		}
+		return "A token works once, and only for a time. Make one on the server, hand it to the agent as join_token or -joinToken, and restart it: assay-server token generate" + name
+	case has("read trust bundle"):
+		return bundle
+	case has("x509: ", "certificate signed by unknown authority", "server cannot be verified"):
+		return "Whoever answers there does not show what this agent's bundle vouches for: another server, or one whose authorities were replaced while the agent was away. If it is the right one: " +
+			strings.ToLower(bundle[:1]) + bundle[1:]
+	case has("connection refused", "no route to host", "no such host", "i/o timeout", "deadline exceeded", "DeadlineExceeded", "network is unreachable", "connection reset"):
+		return "Does the server run there, are server_address and server_port in agent.hcl right, and does nothing in between block it?"
+	}
+	return "The server's log and audit log say why."
+}
+
+// elsewhere looks for entries that this agent is not given.
+func elsewhere(x explanation) []string {
+	sel := telling(x.facts)
+	if len(sel) == 0 {
+		return nil
+	}
+	return []string{"An entry for it may hang on another parent, or have expired. Look on the server: assay-server entry show -selector " + quote(sel[0].String())}
 }
 
 // cure is what usually helps an attestor.
@@ -81,6 +142,9 @@ func adviseMatched(x explanation) []string {
 	var out []string
 	given := 0
 	for _, m := range x.matches {
+		if m.err != nil && !m.shadowed {
+			out = append(out, fmt.Sprintf("The SVID of entry %s could not be signed or renewed (%s); the agent goes on trying.", m.entry.ID, plain(m.err)))
+		}
 		if m.shadowed {
 			out = append(out, fmt.Sprintf("Entry %s matches but is not handed out: an older entry has the same hint %q.", m.entry.ID, m.entry.Hint))
 			continue
@@ -90,13 +154,16 @@ func adviseMatched(x explanation) []string {
 	if given > 1 {
 		out = append(out, fmt.Sprintf("The process gets %d identities. A client that takes only one takes the first, %s, because its entry is the oldest.", given, x.matches[0].entry.SPIFFEID))
 	}
-	return append(out, "If the workload itself still has no identity, look at its side: does SPIFFE_ENDPOINT_SOCKET name this agent's socket, is the socket mounted into its container, and does it call from this very process?")
+	return out
 }
+
+// itsSide is what is left when the agent would give an identity and the workload has none.
+const itsSide = "If the workload itself still has no identity, look at its side: does SPIFFE_ENDPOINT_SOCKET name this agent's socket, is the socket mounted into its container, and does it call from this very process?"
 
 // adviseUnmatched compares with the entry that is nearest.
 func adviseUnmatched(x explanation, st Status) []string {
 	var out []string
-	if x.facts.Len() == 0 {
+	if x.facts.Len() == 0 && len(x.failed) == 0 {
 		return append(out, "Nothing at all is proved about this process, so no entry can match. Configure a workload attestor in agent.hcl that knows this kind of process.")
 	}
 	if len(x.near) > 0 {
@@ -104,6 +171,9 @@ func adviseUnmatched(x explanation, st Status) []string {
 		if unknown := untold(x); len(unknown) > 0 {
 			return append(out, fmt.Sprintf("The nearest entry, %s for %s, needs %s, of which nothing is known until that attestor answers.",
 				n.entry.ID, n.entry.SPIFFEID, strings.Join(unknown, " and ")))
+		}
+		if i := slices.IndexFunc(n.missing, func(m missing) bool { return m.never }); i >= 0 {
+			return append(out, fmt.Sprintf("The nearest entry, %s for %s, can match nobody here: %s.", n.entry.ID, n.entry.SPIFFEID, n.missing[i].reason))
 		}
 		if gates := ungrantedOf(n); len(gates) == len(n.missing) {
 			return append(out, fmt.Sprintf("The nearest entry, %s for %s, demands %s of the image. %s. Ask the server why: assay-server evidence explain%s",
@@ -125,10 +195,11 @@ func adviseUnmatched(x explanation, st Status) []string {
 			out = append(out, fmt.Sprintf("The nearest entry, %s for %s, also asks for %s, which the process does not have.",
 				n.entry.ID, n.entry.SPIFFEID, strings.Join(append(names(wrong), absent...), " and ")))
 		default:
-			out = append(out, "No entry shares a selector with this process; perhaps its entry hangs on another node or does not exist.")
+			out = append(out, "No entry that this agent is given shares a selector with this process.")
+			out = append(out, elsewhere(x)...)
 		}
 	}
-	return append(out, "To give the process an identity of its own: "+create(x.facts, st))
+	return append(out, "To give the process an identity of its own: "+create(x, st))
 }
 
 // untold returns what the nearest entry wants of attestors that failed.
@@ -203,15 +274,19 @@ func update(n near) string {
 }
 
 // create is a command that makes an entry for the process.
-func create(facts attestor.Set, st Status) string {
+func create(x explanation, st Status) string {
+	hangsOn := x.parent
+	if hangsOn.IsZero() {
+		hangsOn = st.AgentID
+	}
 	parent, name := "AGENT_ID", "spiffe://TRUST_DOMAIN/NAME"
-	if !st.AgentID.IsZero() {
-		parent = st.AgentID.String()
-		name = st.AgentID.TrustDomain().IDString() + "/NAME"
+	if !hangsOn.IsZero() {
+		parent = hangsOn.String()
+		name = hangsOn.TrustDomain().IDString() + "/NAME"
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "assay-server entry create -parentID %s -spiffeID %s", quote(parent), quote(name))
-	for _, s := range telling(facts) {
+	for _, s := range telling(x.facts) {
 		fmt.Fprintf(&b, " -selector %s", quote(s.String()))
 	}
 	return b.String()

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/assay-id/assay/agent/admin/wire"
 	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/attestor"
@@ -48,11 +50,50 @@ func (s *Server) explain(ctx context.Context, req *wire.ExplainRequest) (*wire.E
 		return nil, err
 	}
 	about.Exited = !p.Alive()
+	return s.answer(about, findings, s.held.Picture()), nil
+}
 
-	now := s.now()
-	picture := s.held.Picture()
+// answer compares what was found with what is held.
+func (s *Server) answer(about *wire.Process, findings []attestor.Finding, picture *view.Picture) *wire.ExplainResponse {
+	now, st := s.now(), s.cfg.Status()
 	entries := slices.DeleteFunc(slices.Clone(picture.Entries()), forNodes)
-	return respond(weigh(findings, picture, entries, now), findings, about, s.cfg.Status(), picture.Rev, len(entries), now), nil
+	x := weigh(findings, picture, entries, now)
+	x.parent = parentFor(picture.Entries(), st.AgentID)
+	for _, n := range x.near {
+		for i := range n.missing {
+			if why := s.attest.Abstains(n.missing[i].selector); why != "" {
+				n.missing[i].reason, n.missing[i].never = why, true
+			}
+		}
+	}
+	if s.cfg.SVID != nil {
+		for i := range x.matches {
+			m := &x.matches[i]
+			m.until, m.err = s.cfg.SVID(m.entry.ID)
+		}
+	}
+	return respond(x, findings, about, st, picture.Rev, len(entries), now)
+}
+
+// parentFor is what an entry for a workload of this node should hang on: not the agent's own ID if the
+// node has a name that stays when the agent is admitted anew under another ID.
+func parentFor(all []*identity.Entry, agent spiffeid.ID) spiffeid.ID {
+	for _, e := range all {
+		if forNodes(e) {
+			return e.SPIFFEID
+		}
+	}
+	// Entries that arrive here hang on this node, by one of its names, or on each other.
+	workloads := map[spiffeid.ID]bool{}
+	for _, e := range all {
+		workloads[e.SPIFFEID] = true
+	}
+	for _, e := range all {
+		if !e.ParentID.IsZero() && e.ParentID != agent && !workloads[e.ParentID] {
+			return e.ParentID
+		}
+	}
+	return agent
 }
 
 // forNodes reports whether an entry is one that no workload is meant to match: the alias that a join
@@ -75,7 +116,10 @@ func respond(
 	}
 	for _, m := range x.matches {
 		e := entryWire(m.entry)
-		e.Shadowed = m.shadowed
+		e.Shadowed, e.SvidExpiresAt = m.shadowed, millis(m.until)
+		if m.err != nil {
+			e.SvidError = plain(m.err)
+		}
 		resp.Matches = append(resp.Matches, e)
 	}
 	for _, n := range x.near {
@@ -126,12 +170,17 @@ type explanation struct {
 	failed  []attestor.Finding
 	matches []match
 	near    []near
+	// parent is what an entry of this node hangs on; zero: unknown.
+	parent spiffeid.ID
 }
 
 // match is an entry whose selectors are all there.
 type match struct {
 	entry    *identity.Entry
 	shadowed bool // an older entry has the hint
+	// until is when the SVID ends that is held for it, zero: none is; err is why none could be signed.
+	until time.Time
+	err   error
 }
 
 // near is an entry with selectors that are not there.
@@ -145,6 +194,7 @@ type missing struct {
 	selector attestor.Selector
 	similar  []attestor.Selector
 	reason   string
+	never    bool // no process of this node can show it
 }
 
 // weigh compares findings with entries.
@@ -221,7 +271,7 @@ func reason(want attestor.Selector, findings []attestor.Finding, x explanation) 
 			return "the " + f.Attestor + " attestor failed, so nothing is known of it"
 		}
 		if f.Selectors.Len() == 0 {
-			return "the " + f.Attestor + " attestor has nothing to say about this process"
+			return "the " + f.Attestor + " attestor has nothing to say about this process" + outside(f.Attestor)
 		}
 		return ""
 	}
@@ -231,7 +281,37 @@ func reason(want attestor.Selector, findings []attestor.Finding, x explanation) 
 	if len(x.failed) > 0 {
 		return "perhaps because the " + x.failed[0].Attestor + " attestor failed"
 	}
-	return "no attestor of this agent proved anything of type " + want.Type
+	if containerTypes[want.Type] {
+		return "only a container's image vouches for it, and this process is in no container that an attestor of this agent knows"
+	}
+	if len(findings) == 0 {
+		return "this agent has no workload attestor"
+	}
+	return fmt.Sprintf("this agent attests by %s and has no %s attestor; if it should, add workload_attestor %q to agent.hcl",
+		attestors(findings), want.Type, want.Type)
+}
+
+// outside says what that usually means.
+func outside(kind string) string {
+	if kind == "docker" || kind == "k8s" {
+		return ": it is in no container that the engine in agent.hcl runs"
+	}
+	return ""
+}
+
+// containerTypes are selector types that attestors of containers prove beside their own.
+var containerTypes = map[string]bool{"image": true, "claim": true}
+
+// attestors names those that there are.
+func attestors(findings []attestor.Finding) string {
+	names := make([]string, len(findings))
+	for i, f := range findings {
+		names[i] = f.Attestor
+	}
+	if len(names) == 1 {
+		return names[0]
+	}
+	return strings.Join(names[:len(names)-1], ", ") + " and " + names[len(names)-1]
 }
 
 func agentWire(st Status, held uint64) *wire.Agent {
@@ -245,7 +325,7 @@ func agentWire(st Status, held uint64) *wire.Agent {
 		a.SpiffeId = st.AgentID.String()
 	}
 	if st.Err != nil {
-		a.LastError = st.Err.Error()
+		a.LastError = plain(st.Err)
 	}
 	if len(st.Chain) > 0 {
 		a.SvidExpiresAt = millis(st.Chain[0].NotAfter)

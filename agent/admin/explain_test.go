@@ -147,10 +147,47 @@ func TestWeigh(t *testing.T) {
 	})
 }
 
-// page builds the answer that Explain would give, without a process.
-func answerOf(findings []attestor.Finding, entries []*identity.Entry, about *wire.Process, st Status, rev uint64, now time.Time) *wire.ExplainResponse {
-	x := weigh(findings, view.New().Picture(), entries, now)
-	return respond(x, findings, about, st, rev, len(entries), now)
+// unable is an Attestation that is not asked; some selectors it never proves.
+type unable map[string]string
+
+func (unable) Attest(context.Context, attestor.Process) []attestor.Finding { return nil }
+func (u unable) Abstains(want attestor.Selector) string                    { return u[want.String()] }
+
+// situation is what Explain finds.
+type situation struct {
+	findings []attestor.Finding
+	entries  []*identity.Entry
+	about    *wire.Process
+	st       Status
+	rev      uint64
+	unable   unable
+	svids    map[string]error // by entry; nil: one is held
+}
+
+// answer is what Explain says of it.
+func (c situation) answer(t *testing.T, now time.Time) *wire.ExplainResponse {
+	t.Helper()
+	held := view.New()
+	if c.rev != 0 {
+		if err := held.Apply(view.Update{StoreID: "x", Rev: c.rev, Full: true, Entries: c.entries}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := New(held, c.unable, Config{Status: func() Status { return c.st }, Now: func() time.Time { return now }})
+	if c.svids != nil {
+		s.cfg.SVID = func(entry string) (time.Time, error) {
+			err, tried := c.svids[entry]
+			if !tried || err != nil {
+				return time.Time{}, err
+			}
+			return now.Add(42 * time.Minute), nil
+		}
+	}
+	about := c.about
+	if about == nil {
+		about = &wire.Process{Pid: 7, Name: "shop"}
+	}
+	return s.answer(about, c.findings, held.Picture())
 }
 
 func TestPages(t *testing.T) {
@@ -172,20 +209,47 @@ func TestPages(t *testing.T) {
 	shop.Hint, shop.DNSNames, shop.X509SVIDTTL = "inside", []string{"shop.example.org"}, time.Hour
 	till := entry("till", 2, "docker:label:app:till", "docker:label:tier:front", "k8s:ns:shop")
 	hostile := &wire.Process{Pid: 7, Exe: "/tmp/\x1b[2Jevil", Name: "evil\x1b]0;x\a"}
+	dockerDown := attestor.Finding{Attestor: "docker", Err: errors.New("dial unix /var/run/docker.sock: connect: no such file or directory"), Took: time.Millisecond}
+	all, second := entry("all", 1, "unix:uid:1000"), entry("second", 2, "unix:gid:1000")
+	alias := entry("node", 1, "spiffe_id:"+agent.AgentID.String())
+	fresh := Status{Server: agent.Server, Uplink: "disconnected", ErrAt: now.Add(-time.Second)}
+	with := func(st Status, err string) Status {
+		st.Err = errors.New(err)
+		return st
+	}
+	banned := with(fresh, "banned")
+	banned.Banned, banned.AgentID = true, agent.AgentID
+	dial := `attest with join_token: rpc error: code = Unavailable desc = connection error: desc = "transport: Error while dialing: dial tcp 10.0.0.1:8081: connect: connection refused"`
 	for _, c := range []struct {
 		name string
-		resp *wire.ExplainResponse
+		situation
 	}{
-		{"matched", answerOf([]attestor.Finding{unix, docker}, []*identity.Entry{entry("all", 1, "unix:uid:1000"), entry("second", 2, "unix:gid:1000"), till}, about, agent, 812, now)},
-		{"typo", answerOf([]attestor.Finding{unix, docker}, []*identity.Entry{shop, till}, about, agent, 810, now)},
-		{"docker-down", answerOf([]attestor.Finding{unix, {Attestor: "docker", Err: errors.New("dial unix /var/run/docker.sock: connect: no such file or directory"), Took: time.Millisecond}},
-			[]*identity.Entry{shop, till}, about, gone, 810, now)},
-		{"no-entries", answerOf([]attestor.Finding{unix}, nil, about, agent, 812, now)},
-		{"nothing-proved", answerOf(nil, []*identity.Entry{shop}, hostile, Status{}, 0, now)},
-	} {
+		{"matched", situation{[]attestor.Finding{unix, docker}, []*identity.Entry{all, second, till}, about, agent, 812, nil, map[string]error{"all": nil, "second": nil}}},
+		{"typo", situation{[]attestor.Finding{unix, docker}, []*identity.Entry{shop, till}, about, agent, 810, nil, nil}},
+		{"docker-down", situation{[]attestor.Finding{unix, dockerDown}, []*identity.Entry{shop, till}, about, gone, 810, nil, nil}},
+		{"no-entries", situation{[]attestor.Finding{unix}, nil, about, agent, 812, nil, nil}},
+		{"no-entries-alias", situation{[]attestor.Finding{unix}, []*identity.Entry{alias}, about, agent, 812, nil, nil}},
+		{"nothing-proved", situation{nil, []*identity.Entry{shop}, hostile, Status{}, 810, nil, nil}},
+		{"never-joined", situation{[]attestor.Finding{unix}, nil, nil, with(fresh, dial), 0, nil, nil}},
+		{"bad-bundle", situation{[]attestor.Finding{unix}, nil, nil, with(fresh, "read trust bundle /etc/assay/bundle.pem: no certificate in it"), 0, nil, nil}},
+		{"other-server", situation{[]attestor.Finding{unix}, nil, nil, with(fresh,
+			`attest with join_token: rpc error: code = Unavailable desc = connection error: desc = "transport: authentication handshake failed: x509svid: could not verify leaf certificate: x509: certificate signed by unknown authority"`), 0, nil, nil}},
+		{"spent-token", situation{[]attestor.Finding{unix}, []*identity.Entry{alias, all}, nil, with(gone,
+			"attest with join_token: rpc error: code = InvalidArgument desc = failed to attest: join token does not exist or has already been used; make a new one with `assay-server token generate`, give it to this agent"),
+			812, nil, map[string]error{"all": nil}}},
+		{"banned", situation{[]attestor.Finding{unix}, nil, nil, banned, 0, nil, nil}},
+		{"turned-off", situation{[]attestor.Finding{unix}, []*identity.Entry{entry("path", 1, "unix:path:/srv/shop")}, nil, agent, 812,
+			unable{"unix:path:/srv/shop": "no process shows unix:path until it is turned on"}, nil}},
+		{"other-kind", situation{[]attestor.Finding{unix, {Attestor: "docker"}}, []*identity.Entry{
+			entry("pod", 1, "k8s:ns:shop"), entry("pinned", 2, "image:id:sha256:00"), entry("label", 3, "docker:label:app:shop"),
+		}, nil, agent, 812, nil, nil}},
+		{"unsigned", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, agent, 812, nil,
+			map[string]error{"all": errors.New("sign: rpc error: code = Internal desc = the disk is full")}}},
+		{"unsigned-away", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, gone, 812, nil, map[string]error{}}},
+		} {
 		t.Run(c.name, func(t *testing.T) {
 			var b strings.Builder
-			if err := render(&b, c.resp, now); err != nil {
+			if err := render(&b, c.answer(t, now), now); err != nil {
 				t.Fatal(err)
 			}
 			file := filepath.Join("testdata", c.name+".txt")

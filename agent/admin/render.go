@@ -60,6 +60,7 @@ func render(w io.Writer, r *wire.ExplainResponse, now time.Time) error {
 		}
 		p.line("  %s%s", e.GetSpiffeId(), note)
 		p.entry(e)
+		p.svid(e, r.GetAgent(), now)
 		for _, s := range e.GetSelectors() {
 			p.line("      has      %s", text(s))
 		}
@@ -97,11 +98,20 @@ func verdict(r *wire.ExplainResponse) string {
 			given = append(given, e.GetSpiffeId())
 		}
 	}
+	first := r.GetMatches()
 	switch {
+	case len(given) > 0 && first[0].GetSvidExpiresAt() == 0 && first[0].GetSvidError() != "":
+		return who + " matches " + given[0] + ", but its SVID could not be signed: " + first[0].GetSvidError() + "."
+	case len(given) > 0 && first[0].GetSvidExpiresAt() == 0 && !r.GetAgent().GetConnected():
+		return who + " matches " + given[0] + ", but no SVID is held for it and the server cannot be asked at the moment."
 	case len(given) == 1:
 		return who + " gets " + given[0] + "."
 	case len(given) > 1:
 		return fmt.Sprintf("%s gets %s and %d more.", who, given[0], len(given)-1)
+	case r.GetAgent().GetBanned():
+		return who + " gets no identity: the server has banned this agent."
+	case r.GetEntries() == 0 && r.GetAgent().GetHeldRev() == 0:
+		return who + " gets no identity: this agent has no picture from its server yet."
 	case r.GetEntries() == 0:
 		return who + " gets no identity: this agent holds no entries."
 	case len(r.GetNearest()) == 0:
@@ -176,6 +186,28 @@ func (p *page) entry(e *wire.Entry) {
 	p.line("    entry %s%s", e.GetId(), more)
 }
 
+// svid says what is held for an entry that matches.
+func (p *page) svid(e *wire.Entry, a *wire.Agent, now time.Time) {
+	if e.GetShadowed() {
+		return
+	}
+	state := ""
+	if at := e.GetSvidExpiresAt(); at != 0 {
+		state = "valid for " + age(time.UnixMilli(at).Sub(now))
+		if left := time.UnixMilli(at).Sub(now); left <= 0 {
+			state = "EXPIRED " + age(-left) + " ago"
+		}
+	} else if e.GetSvidError() == "" && a.GetConnected() {
+		state = "none held: signed when it is asked for"
+	} else {
+		state = "NONE held"
+	}
+	if e.GetSvidError() != "" {
+		state += "; the last attempt failed: " + e.GetSvidError()
+	}
+	p.line("    X509-SVID %s", state)
+}
+
 func (p *page) near(n *wire.Near) {
 	e := n.GetEntry()
 	p.line("  %s", e.GetSpiffeId())
@@ -231,7 +263,11 @@ func (p *page) agent(a *wire.Agent, now time.Time) {
 	default:
 		state = "NOT CONNECTED (" + state + ")"
 	}
-	if a.GetServer() != "" {
+	switch {
+	case a.GetServer() == "":
+	case a.GetBanned():
+		state += " at " + a.GetServer()
+	default:
 		state += " to " + a.GetServer()
 	}
 	p.line("  server     %s", state)
@@ -243,7 +279,9 @@ func (p *page) agent(a *wire.Agent, now time.Time) {
 		p.line("  last error %s%s", a.GetLastError(), when)
 	}
 	behind := "up to date"
-	if d := a.GetServerRev() - a.GetHeldRev(); d > 0 {
+	if a.GetBanned() {
+		behind = "emptied by the ban"
+	} else if d := a.GetServerRev() - a.GetHeldRev(); d > 0 {
 		behind = fmt.Sprintf("%d BEHIND the server's %d", d, a.GetServerRev())
 	} else if !a.GetConnected() {
 		behind = "the newest that was heard of"

@@ -291,6 +291,21 @@ func (i *Issuer) Counts() (x509, jwt int) {
 	return x509, len(i.jwts.slots)
 }
 
+// State says until when the X509-SVID is valid that is held for an entry, the zero time if there is none,
+// and why the last attempt to have one signed failed, for people.
+func (i *Issuer) State(entryID string) (until time.Time, err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	sl := i.slots[entryID]
+	if sl == nil {
+		return time.Time{}, nil
+	}
+	if sl.svid != nil && sl.svid.ID == sl.entry.SPIFFEID {
+		until = sl.svid.NotAfter
+	}
+	return until, sl.err
+}
+
 // due makes Run look at everything no later than t. mu is held.
 func (i *Issuer) due(t time.Time) {
 	if t.Before(i.nextScan) {

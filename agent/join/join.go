@@ -73,6 +73,7 @@ type Joiner struct {
 	// mu guards what follows.
 	mu      sync.Mutex
 	own     *keep.Own     // nil: none
+	id      spiffeid.ID   // of the last there was
 	changed chan struct{} // closed when own is replaced
 	// rotateAt is when own is to be replaced.
 	rotateAt time.Time
@@ -147,6 +148,14 @@ func (j *Joiner) Own() (*keep.Own, <-chan struct{}) {
 		return nil, j.changed
 	}
 	return j.own, j.changed
+}
+
+// ID returns the agent's SPIFFE ID, also of an SVID that has expired or was dropped; zero if there never
+// was one.
+func (j *Joiner) ID() spiffeid.ID {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.id
 }
 
 // TLS returns the configuration to dial the server with as own; with nil, as nobody yet.
@@ -230,7 +239,7 @@ func (j *Joiner) Accepted(own *keep.Own) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if own == j.own {
-		j.refused = false
+		j.refused, j.last = false, nil
 	}
 }
 
@@ -260,6 +269,9 @@ func (j *Joiner) take(own *keep.Own, rotateAt time.Time) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.own, j.refused, j.banned, j.last = own, false, false, nil
+	if id, err := own.ID(); err == nil {
+		j.id = id
+	}
 	j.rotateAt = rotateAt
 	if b := j.trust.bundle(); b != nil && tainted(own, b) {
 		// It was under way when the authority was tainted, or the agent ended before it was replaced. The

@@ -387,6 +387,9 @@ func TestBan(t *testing.T) {
 		if got, _ := n.join.Own(); got != nil || !n.join.Banned() {
 			t.Error("it does not")
 		}
+		if id, err := own.ID(); err != nil || n.join.ID() != id {
+			t.Errorf("it is %s to operators, want %s", n.join.ID(), id)
+		}
 		n.wait("a word", func() bool { return n.heard(logrus.ErrorLevel, "BANNED") })
 	})
 	t.Run("is not fought", func(t *testing.T) {

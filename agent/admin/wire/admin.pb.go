@@ -628,7 +628,11 @@ type Entry struct {
 	CreatedAt int64                  `protobuf:"varint,5,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
 	ExpiresAt int64                  `protobuf:"varint,6,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	// This entry matches but is not handed out: an older one has its hint.
-	Shadowed      bool `protobuf:"varint,7,opt,name=shadowed,proto3" json:"shadowed,omitempty"`
+	Shadowed bool `protobuf:"varint,7,opt,name=shadowed,proto3" json:"shadowed,omitempty"`
+	// Until when the X509-SVID is valid that the agent holds for it; 0 if it holds none.
+	SvidExpiresAt int64 `protobuf:"varint,8,opt,name=svid_expires_at,json=svidExpiresAt,proto3" json:"svid_expires_at,omitempty"`
+	// Why the last attempt to have one signed failed; empty if it did not, or none was made.
+	SvidError     string `protobuf:"bytes,9,opt,name=svid_error,json=svidError,proto3" json:"svid_error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -710,6 +714,20 @@ func (x *Entry) GetShadowed() bool {
 		return x.Shadowed
 	}
 	return false
+}
+
+func (x *Entry) GetSvidExpiresAt() int64 {
+	if x != nil {
+		return x.SvidExpiresAt
+	}
+	return 0
+}
+
+func (x *Entry) GetSvidError() string {
+	if x != nil {
+		return x.SvidError
+	}
+	return ""
 }
 
 type Near struct {
@@ -1029,7 +1047,7 @@ const file_agent_admin_wire_admin_proto_rawDesc = "" +
 	"\battestor\x18\x01 \x01(\tR\battestor\x12;\n" +
 	"\tselectors\x18\x02 \x03(\v2\x1d.assay.agentadmin.v1.SelectorR\tselectors\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12\x17\n" +
-	"\atook_us\x18\x04 \x01(\x03R\x06tookUs\"\xdf\x01\n" +
+	"\atook_us\x18\x04 \x01(\x03R\x06tookUs\"\xa6\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x12\n" +
@@ -1039,7 +1057,10 @@ const file_agent_admin_wire_admin_proto_rawDesc = "" +
 	"created_at\x18\x05 \x01(\x03R\tcreatedAt\x12\x1d\n" +
 	"\n" +
 	"expires_at\x18\x06 \x01(\x03R\texpiresAt\x12\x1a\n" +
-	"\bshadowed\x18\a \x01(\bR\bshadowed\"p\n" +
+	"\bshadowed\x18\a \x01(\bR\bshadowed\x12&\n" +
+	"\x0fsvid_expires_at\x18\b \x01(\x03R\rsvidExpiresAt\x12\x1d\n" +
+	"\n" +
+	"svid_error\x18\t \x01(\tR\tsvidError\"p\n" +
 	"\x04Near\x120\n" +
 	"\x05entry\x18\x01 \x01(\v2\x1a.assay.agentadmin.v1.EntryR\x05entry\x126\n" +
 	"\amissing\x18\x02 \x03(\v2\x1c.assay.agentadmin.v1.MissingR\amissing\"\x95\x01\n" +

@@ -230,6 +230,10 @@ func TestSelectors(t *testing.T) {
 		set := attest(t, w, b.Proc(), pid)
 		hasNone(t, set, "hunter2")
 		has(t, set, "docker:label:app:shop")
+		abstains := w.(attestor.Abstainer).Abstains
+		if abstains(attestor.Selector{Type: "docker", Value: "env:A=b"}) == "" || abstains(attestor.Selector{Type: "docker", Value: "label:env:b"}) != "" {
+			t.Error("it does not say that variables are turned off, or says more")
+		}
 	})
 	t.Run("Podman's image IDs get their algorithm", func(t *testing.T) {
 		b := newFake(t)

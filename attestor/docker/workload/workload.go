@@ -21,6 +21,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"strconv"
 	"sync"
 	"time"
@@ -110,6 +111,14 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 		describe: describer{env: !c.DisableEnv, claimEnv: slices.Clone(c.ClaimEnv)},
 		known:    make(map[string]*known), fetching: make(map[string]*fetching),
 	}, nil
+}
+
+// Abstains says that variables are turned off.
+func (w *workload) Abstains(want attestor.Selector) string {
+	if want.Type == docker.Type && strings.HasPrefix(want.Value, "env:") && !w.describe.env {
+		return "no container shows docker:env as long as disable_env_selectors is true in agent.hcl"
+	}
+	return ""
 }
 
 // Attest returns what is proved about the process's container, nothing if it is in none that the

@@ -9,6 +9,9 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/unix"
 )
 
 func TestNames(t *testing.T) {
@@ -160,4 +163,31 @@ func FuzzParseGroups(f *testing.F) {
 			t.Fatalf("%d groups", len(groups))
 		}
 	})
+}
+
+func TestAbstains(t *testing.T) {
+	sel := func(value string) attestor.Selector { return attestor.Selector{Type: unix.Type, Value: value} }
+	for _, c := range []struct {
+		name   string
+		config unix.Config
+		want   attestor.Selector
+		abides string // part of what it says; empty: somebody may show it
+	}{
+		{"a user", unix.Config{}, sel("uid:0"), ""},
+		{"a path that nobody asks for", unix.Config{}, sel("path:/bin/sh"), "discover_workload_path"},
+		{"a hash that nobody asks for", unix.Config{}, sel("sha256:00"), "discover_workload_path"},
+		{"a path", unix.Config{DiscoverWorkloadPath: true}, sel("path:/bin/sh"), ""},
+		{"a hash where none is made", unix.Config{DiscoverWorkloadPath: true, WorkloadSizeLimit: -1}, sel("sha256:00"), "workload_size_limit"},
+		{"another type's path", unix.Config{}, attestor.Selector{Type: "docker", Value: "path:/bin/sh"}, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w, err := open(&c.config, attestor.Needs{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := w.(attestor.Abstainer).Abstains(c.want); !strings.Contains(got, c.abides) || (got == "") != (c.abides == "") {
+				t.Errorf("got %q, want %q in it", got, c.abides)
+			}
+		})
+	}
 }

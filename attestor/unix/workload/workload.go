@@ -109,6 +109,19 @@ func (w *workload) Attest(ctx context.Context, p attestor.Process) ([]attestor.S
 	return attestor.NewSet(found...).All(), nil
 }
 
+// Abstains says that path and hash have to be asked for.
+func (w *workload) Abstains(want attestor.Selector) string {
+	name, _, _ := strings.Cut(want.Value, ":")
+	switch {
+	case want.Type != unix.Type, name != "path" && name != "sha256":
+	case !w.config.DiscoverWorkloadPath:
+		return fmt.Sprintf("no process shows %s:%s as long as workload_attestor \"unix\" in agent.hcl has no discover_workload_path = true", unix.Type, name)
+	case name == "sha256" && w.config.WorkloadSizeLimit < 0:
+		return "no process shows unix:sha256 as long as workload_size_limit in agent.hcl is negative"
+	}
+	return ""
+}
+
 // executable adds the selectors of the file that the process runs. The file is opened once, through
 // the kernel's own link, so path and hash are of the same file however the path changes meanwhile.
 func (w *workload) executable(ctx context.Context, p attestor.Process, add func(key, value string)) error {
