@@ -279,7 +279,14 @@ func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 	a.TrustBundleFormat = l.oneOf("agent.trust_bundle_format", b.TrustBundleFormat, "pem", "spiffe")
 	a.InsecureBootstrap = b.InsecureBootstrap
 	if b.TrustBundlePath != "" {
-		a.TrustBundlePath = l.existing("agent.trust_bundle_path", b.TrustBundlePath, `"assay-server bundle show" prints what belongs into it`)
+		const key, next = "agent.trust_bundle_path", `"assay-server bundle show" prints what belongs into it`
+		before := len(l.wrong)
+		a.TrustBundlePath = l.existing(key, b.TrustBundlePath, next)
+		if l.options.Try && l.options.TryBundle != nil && len(l.wrong) == before {
+			if err := l.options.TryBundle(a.TrustDomain, a.TrustBundlePath, a.TrustBundleFormat); err != nil {
+				l.say(key, "Unusable trust bundle", "%s; %s.", oneLine(err.Error()), next)
+			}
+		}
 	}
 	if b.TrustBundleURL != "" {
 		a.TrustBundleURL = b.TrustBundleURL
@@ -345,7 +352,10 @@ func (l *loader) node(a *Agent, blocks []typeBlock, have []attestor.NodeKind) {
 	k := kinds{role: "node attestor"}
 	byType := map[string]attestor.NodeKind{}
 	for _, kind := range have {
-		k.add(kind.Type, kind.Config)
+		k.add(kind.Type, kind.Config, func(config any) error {
+			_, err := kind.Open(config, l.needs(a.TrustDomain, a.JoinToken))
+			return err
+		})
 		byType[kind.Type] = kind
 	}
 	l.decodeTypes(blocks, k, func(t string, config any) { a.Node = Node{Kind: byType[t], Config: config} })
@@ -358,7 +368,10 @@ func (l *loader) workloads(a *Agent, blocks []typeBlock, have []attestor.Workloa
 	k := kinds{role: "workload attestor"}
 	byType := map[string]attestor.WorkloadKind{}
 	for _, kind := range have {
-		k.add(kind.Type, kind.Config)
+		k.add(kind.Type, kind.Config, func(config any) error {
+			_, err := kind.Open(config, l.needs(a.TrustDomain, a.JoinToken))
+			return err
+		})
 		byType[kind.Type] = kind
 	}
 	l.decodeTypes(blocks, k, func(t string, config any) {

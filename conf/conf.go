@@ -25,6 +25,7 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/gohcl"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // Options are what a command line may say about loading a file.
@@ -38,6 +39,11 @@ type Options struct {
 	Set []Setting
 	// Named decode blocks that are other packages' business. Nil: they are left undecoded.
 	Named []NamedKind
+	// Try opens every attestor, and forgets it again, to find what no look at the file finds: a file that
+	// is missing, a key that does not fit its certificate. "validate" does; "run" opens them anyway.
+	Try bool
+	// TryBundle says why the file that trust_bundle_path names is of no use, if Try is set. Nil: nobody knows.
+	TryBundle func(td spiffeid.TrustDomain, path, format string) error
 	// CheckNamed compares the decoded blocks with each other, once all of them are right by themselves.
 	CheckNamed func([]Named) []NamedProblem
 }

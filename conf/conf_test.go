@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/hclsyntax"
 	"github.com/sirupsen/logrus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
 )
@@ -465,6 +466,55 @@ func FuzzServer(f *testing.F) {
 		}
 		if err != nil && err.Error() == "" {
 			t.Error("an error that says nothing")
+		}
+	})
+}
+
+func TestTry(t *testing.T) {
+	opened := ""
+	refuse := func(config any, needs attestor.Needs) error {
+		opened += config.(*proofConfig).Path + " " + needs.TrustDomain.Name() + " " + needs.JoinToken + ";"
+		return fmt.Errorf("open %s: no such\nfile", config.(*proofConfig).Path)
+	}
+	nodes := []attestor.NodeKind{{Type: "x509pop", Config: newProofConfig, Open: func(c any, n attestor.Needs) (attestor.Node, error) { return nil, refuse(c, n) }}}
+	workloads := []attestor.WorkloadKind{{Type: "unix", Config: newProofConfig, Open: func(c any, n attestor.Needs) (attestor.Workload, error) { return nil, refuse(c, n) }}}
+	path := write(t, "agent.hcl", `agent {
+  trust_domain      = "example.org"
+  server_address    = "localhost"
+  data_dir          = "data"
+  join_token        = "token"
+  trust_bundle_path = "/dev/null"
+}
+node_attestor "x509pop" {
+  path = "a"
+}
+workload_attestor "unix" {
+  path = "b"
+  size = "large"
+}
+`)
+	bundle := func(td spiffeid.TrustDomain, path, format string) error {
+		return fmt.Errorf("%s %s of %s is empty", format, path, td.Name())
+	}
+	t.Run("what cannot be opened is a mistake at its place, and what was not decoded is not opened", func(t *testing.T) {
+		_, err := LoadAgent(path, nodes, workloads, Options{Try: true, TryBundle: bundle})
+		want := []string{
+			`agent.hcl:6,23-34: Unusable trust bundle; pem /dev/null of example.org is empty; "assay-server bundle show" prints what belongs into it.`,
+			`agent.hcl:8,1-24: Unusable node attestor; open a: no such file.`,
+			`agent.hcl:13,10-17: Unsuitable value type; a number is required`,
+		}
+		if got := strings.ReplaceAll(fmt.Sprint(err), filepath.Dir(path)+"/", ""); got != strings.Join(want, "\n") {
+			t.Errorf("got\n%s\nwant\n%s", got, strings.Join(want, "\n"))
+		}
+		if opened != "a example.org token;" {
+			t.Errorf("opened %q", opened)
+		}
+	})
+	t.Run("without it nothing is opened", func(t *testing.T) {
+		opened = ""
+		_, err := LoadAgent(path, nodes, workloads, Options{TryBundle: bundle})
+		if err == nil || opened != "" || strings.Contains(err.Error(), "Unusable") {
+			t.Errorf("opened %q, got %v", opened, err)
 		}
 	})
 }

@@ -1,12 +1,17 @@
 package conf
 
 import (
+	"context"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/gohcl"
+	"github.com/sirupsen/logrus"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
 )
@@ -23,14 +28,16 @@ type kinds struct {
 	role   string // as in "node attestor"
 	types  []string
 	config map[string]func() any
+	try    map[string]func(config any) error
 }
 
-func (k *kinds) add(kind string, config func() any) {
+// add adds a type; try opens what was decoded, nil if there is nothing to open.
+func (k *kinds) add(kind string, config func() any, try func(config any) error) {
 	if k.config == nil {
-		k.config = map[string]func() any{}
+		k.config, k.try = map[string]func() any{}, map[string]func(any) error{}
 	}
 	k.types = append(k.types, kind)
-	k.config[kind] = config
+	k.config[kind], k.try[kind] = config, try
 }
 
 // decodeTypes decodes each block into the configuration of its kind. The result has the same order
@@ -52,10 +59,37 @@ func (l *loader) decodeTypes(blocks []typeBlock, k kinds, taken func(kind string
 		}
 		seen[b.Type] = true
 		value := config()
-		l.add(gohcl.DecodeBody(b.Keys, nil, value))
+		wrong := gohcl.DecodeBody(b.Keys, nil, value)
+		l.add(wrong)
+		if try := k.try[b.Type]; l.options.Try && try != nil && !wrong.HasErrors() {
+			if err := try(value); err != nil {
+				at("Unusable "+k.role, sentence(err))
+			}
+		}
 		taken(b.Type, value)
 	}
 }
+
+// sentence is an error as a sentence.
+func sentence(err error) string {
+	text := oneLine(err.Error())
+	if strings.HasSuffix(text, ".") {
+		return text
+	}
+	return text + "."
+}
+
+// needs are those of an attestor that is only tried.
+func (l *loader) needs(td spiffeid.TrustDomain, token string) attestor.Needs {
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	return attestor.Needs{TrustDomain: td, Log: quiet, Now: time.Now, JoinToken: token, Tokens: noTokens{}}
+}
+
+// noTokens stands in for the server's tokens where nobody attests.
+type noTokens struct{}
+
+func (noTokens) BurnToken(context.Context, string) error { return attestor.ErrEvidence }
 
 // one complains if there is more than one block of a role that may be there once.
 func (l *loader) one(blocks []typeBlock, role, why string) {

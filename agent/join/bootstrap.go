@@ -72,6 +72,12 @@ func (b Bootstrap) load(ctx context.Context, td spiffeid.TrustDomain) ([]*x509.C
 	return nil, errors.New("no source of trust is configured")
 }
 
+// Check says why a file is of no use, for who wants to know before an agent runs.
+func (b Bootstrap) Check(td spiffeid.TrustDomain) error {
+	_, err := b.load(context.Background(), td)
+	return err
+}
+
 func (b Bootstrap) parse(td spiffeid.TrustDomain, raw []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
 	if b.SPIFFE {

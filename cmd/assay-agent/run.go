@@ -7,8 +7,10 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/agent"
+	"github.com/assay-id/assay/agent/join"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/cmd/cli"
 	"github.com/assay-id/assay/cmd/daemon"
@@ -45,7 +47,11 @@ func settings(c *cobra.Command) *cli.Settings {
 
 // load reads the configuration.
 func load(s *cli.Settings) (*conf.Agent, error) {
-	c, err := conf.LoadAgent(s.Path(), nodes(), workloads(), s.Options())
+	options := s.Options()
+	options.TryBundle = func(td spiffeid.TrustDomain, path, format string) error {
+		return join.Bootstrap{Path: path, SPIFFE: format == agent.BundleSPIFFE}.Check(td)
+	}
+	c, err := conf.LoadAgent(s.Path(), nodes(), workloads(), options)
 	if err != nil {
 		return nil, cli.Invalid("Assay agent", err)
 	}
@@ -53,16 +59,10 @@ func load(s *cli.Settings) (*conf.Agent, error) {
 }
 
 func validate() *cobra.Command {
-	c := &cobra.Command{Use: "validate", Short: "Says everything that is wrong with a configuration file", Args: cli.NoArgs}
-	s := settings(c)
-	c.RunE = func(c *cobra.Command, _ []string) error {
-		if _, err := load(s); err != nil {
-			return err
-		}
-		_, err := fmt.Fprintln(c.OutOrStdout(), "Assay agent configuration file is valid.")
+	return cli.ValidateCommand("Assay agent", settings, func(s *cli.Settings) error {
+		_, err := load(s)
 		return err
-	}
-	return c
+	})
 }
 
 func run() *cobra.Command {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync/atomic"
 
 	"github.com/spf13/cobra"
@@ -49,20 +48,13 @@ func load(s *cli.Settings) (*conf.Server, error) {
 }
 
 func validate() *cobra.Command {
-	c := &cobra.Command{Use: "validate", Short: "Says everything that is wrong with a configuration file", Args: cli.NoArgs}
-	s := settings(c)
-	c.RunE = func(c *cobra.Command, _ []string) error {
+	return cli.ValidateCommand("Assay server", settings, func(s *cli.Settings) error {
 		from, err := load(s)
-		if err != nil {
-			return err
+		if err == nil {
+			_, err = evidence(from)
 		}
-		if _, err := evidence(from); err != nil {
-			return err
-		}
-		_, err = fmt.Fprintln(c.OutOrStdout(), "Assay server configuration file is valid.")
 		return err
-	}
-	return c
+	})
 }
 
 func run() *cobra.Command {

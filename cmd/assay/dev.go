@@ -306,18 +306,30 @@ export ASSAY_SERVER_PRIVATE_SOCKET=%s
 export ASSAY_AGENT_ADMIN_SOCKET=%s
 
 Then try:
-  assay-agent api fetch x509
-  assay-agent api fetch jwt -audience test
-  assay-agent api watch
-  assay-agent explain -pid $$
-  assay-server entry show
-  assay-server entry create -parentID spiffe://%s/node -spiffeID spiffe://%s/other -selector unix:uid:%d
-
 `, d.td, d.tcp, d.uid, svid.ID, svid.Certificates[0].NotAfter.Local().Format(time.TimeOnly),
-		d.agentSocket(), d.serverSocket(), d.adminSocket(), d.td, d.td, d.uid)
+		d.agentSocket(), d.serverSocket(), d.adminSocket())
+	folder := besideUs()
+	for _, command := range []string{
+		"assay-agent api fetch x509", "assay-agent api fetch jwt -audience test", "assay-agent api watch", "assay-agent explain -pid $$",
+		"assay-server entry show",
+		fmt.Sprintf("assay-server entry create -parentID spiffe://%s/node -spiffeID spiffe://%s/other -selector unix:uid:%d", d.td, d.td, d.uid),
+	} {
+		fmt.Fprintf(d.out, "  %s%s\n", folder, command)
+	}
+	fmt.Fprintln(d.out)
 	if d.kept {
 		fmt.Fprintf(d.out, "Ctrl-C ends it; %s stays.\n", d.dir)
 	} else {
 		fmt.Fprintf(d.out, "Ctrl-C ends it and removes %s.\n", d.dir)
 	}
+}
+
+// besideUs is the folder that was typed before this command's name, with its slash, if the other commands
+// are there too, as after "make"; else they are on the PATH or have to be found.
+func besideUs() string {
+	folder, _ := filepath.Split(os.Args[0])
+	if _, err := os.Stat(filepath.Join(folder, "assay-agent")); folder == "" || err != nil {
+		return ""
+	}
+	return folder
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -76,7 +77,29 @@ func flagError(c *cobra.Command, err error) error {
 		})
 		err = errors.New(text)
 	}
+	if wrong, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
+		err = fmt.Errorf("-%s cannot be %q: %s", wrong.GetFlag().Name, wrong.GetValue(), unsuitable(wrong))
+	}
+	if bare, ok := errors.AsType[*pflag.ValueRequiredError](err); ok {
+		err = fmt.Errorf("-%s needs a value", bare.GetSpecifiedName())
+	}
 	return fmt.Errorf("%w; run '%s --help' for the flags", err, c.CommandPath())
+}
+
+// unsuitable says what a flag takes, in place of what Go's parsers say of the value.
+func unsuitable(wrong *pflag.InvalidValueError) string {
+	switch wrong.GetFlag().Value.Type() {
+	case "int", "int32", "int64":
+		if errors.Is(wrong, strconv.ErrRange) {
+			return "the number is too large"
+		}
+		return "it takes a whole number"
+	case "duration":
+		return `it takes a duration, as in "90s", "5m" or "1h30m"`
+	case "bool":
+		return "it takes true or false, or nothing"
+	}
+	return wrong.Unwrap().Error()
 }
 
 // DoubleDashes returns the arguments with the single dash of long flags doubled, as in -socketPath:

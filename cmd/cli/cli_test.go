@@ -71,7 +71,7 @@ func TestComplaints(t *testing.T) {
 		{"an unknown flag", "entry create -spifeID x", "Error: unknown flag -spifeID; run 'tool entry create --help' for the flags\n"},
 		{"a flag in the wrong case", "entry create -spiffeid x", "Error: unknown flag -spiffeid, did you mean -spiffeID?; run 'tool entry create --help' for the flags\n"},
 		{"an unknown command", "entry creat", "Error: unknown command \"creat\" for \"tool entry\", did you mean \"create\"?; run 'tool entry --help' for what there is\n"},
-		{"a number that is none", "entry create -ttl x", "Error: invalid argument \"x\" for \"--ttl\" flag: strconv.ParseInt: parsing \"x\": invalid syntax; run 'tool entry create --help' for the flags\n"},
+		{"a number that is none", "entry create -ttl x", "Error: -ttl cannot be \"x\": it takes a whole number; run 'tool entry create --help' for the flags\n"},
 	} {
 		t.Run(c.name+" is one line and status 1", func(t *testing.T) {
 			status, out, errOut := execute(t, tree(), strings.Fields(c.args)...)

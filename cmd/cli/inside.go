@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"context"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -15,8 +14,6 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/health/grpc_health_v1"
 )
 
 // Version is what the commands and the agent say they are. The build sets it with
@@ -36,46 +33,17 @@ func VersionText() string {
 
 // VersionCommand prints what this program is.
 func VersionCommand() *cobra.Command {
-	return &cobra.Command{
+	var output Output
+	c := &cobra.Command{
 		Use: "version", Short: "Prints the version of this program", Args: NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			_, err := fmt.Fprintf(c.OutOrStdout(), "%s %s %s/%s\n", VersionText(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
-			return err
+			return output.PrintValue(c, func(w io.Writer) error {
+				_, err := fmt.Fprintf(w, "%s %s %s/%s\n", VersionText(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+				return err
+			}, map[string]string{"version": VersionText(), "go": runtime.Version(), "platform": runtime.GOOS + "/" + runtime.GOARCH})
 		},
 	}
-}
-
-// HealthCommand asks a daemon over its socket whether it serves. name is "server" or "agent".
-func HealthCommand(name string, socket *Socket) *cobra.Command {
-	var shallow, verbose bool
-	c := &cobra.Command{
-		Use: "healthcheck", Short: "Asks the " + name + " whether it serves", Args: NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			if verbose {
-				fmt.Fprintf(c.OutOrStdout(), "Checking %s health...\n", name)
-			}
-			err := socket.With(c, func(ctx context.Context, conn *grpc.ClientConn) error {
-				ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-				defer cancel()
-				resp, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
-				switch {
-				case err != nil:
-					return err
-				case resp.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING:
-					return fmt.Errorf("%s returned status %q", name, resp.GetStatus())
-				}
-				return nil
-			})
-			if err != nil {
-				return fmt.Errorf("%s is unhealthy: %w", name, err)
-			}
-			_, err = fmt.Fprintf(c.OutOrStdout(), "%s is healthy.\n", map[string]string{"server": "Server", "agent": "Agent"}[name])
-			return err
-		},
-	}
-	socket.AddTo(c)
-	c.Flags().BoolVar(&shallow, "shallow", false, "Ask for less; there is no difference today")
-	c.Flags().BoolVar(&verbose, "verbose", false, "Say what is done")
+	output.AddTo(c)
 	return c
 }
 
