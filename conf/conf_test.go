@@ -501,7 +501,7 @@ workload_attestor "unix" {
 		want := []string{
 			`agent.hcl:6,23-34: Unusable trust bundle; pem /dev/null of example.org is empty; "assay-server bundle show" prints what belongs into it.`,
 			`agent.hcl:8,1-24: Unusable node attestor; open a: no such file.`,
-			`agent.hcl:13,10-17: Unsuitable value type; a number is required`,
+			`agent.hcl:13,11-16: Unsuitable value type; a number is required`,
 		}
 		if got := strings.ReplaceAll(fmt.Sprint(err), filepath.Dir(path)+"/", ""); got != strings.Join(want, "\n") {
 			t.Errorf("got\n%s\nwant\n%s", got, strings.Join(want, "\n"))

@@ -246,7 +246,7 @@ func TestPages(t *testing.T) {
 		{"unsigned", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, agent, 812, nil,
 			map[string]error{"all": errors.New("sign: rpc error: code = Internal desc = the disk is full")}}},
 		{"unsigned-away", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, gone, 812, nil, map[string]error{}}},
-		} {
+	} {
 		t.Run(c.name, func(t *testing.T) {
 			var b strings.Builder
 			if err := render(&b, c.answer(t, now), now); err != nil {
