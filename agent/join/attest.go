@@ -157,7 +157,8 @@ func (j *Joiner) bootstrap(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if insecure {
+	if insecure && !j.warned {
+		j.warned = true
 		j.log.Warn("INSECURE BOOTSTRAP: trusting whoever answers at " + j.cfg.Target +
 			"; an attacker on the network could pose as the server. Use trust_bundle_path or trust_bundle_url in production")
 	}

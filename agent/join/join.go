@@ -61,6 +61,8 @@ type Config struct {
 type Joiner struct {
 	cfg   Config
 	store Store
+	// warned says that the log has it that the bootstrap is insecure. Only Run touches it.
+	warned bool
 	trust *trust
 	log   logrus.FieldLogger
 	now   func() time.Time

@@ -261,6 +261,16 @@ func TestTrust(t *testing.T) {
 			t.Error("an impostor was believed")
 		}
 	})
+	t.Run("insecure bootstrap is said once, however often the server is asked", func(t *testing.T) {
+		server := fakeserver.New(t, fakeserver.Config{})
+		server.Busy("AttestAgent", time.Millisecond, time.Millisecond)
+		n := prepare(t, server)
+		n.cfg.Bootstrap = join.Bootstrap{Insecure: true}
+		n.start().until("attestation", there)
+		if tries, said := server.Calls("AttestAgent"), strings.Count(strings.Join(n.said(), "\n"), "INSECURE BOOTSTRAP"); tries < 3 || said != 1 {
+			t.Errorf("said %d times in %d tries", said, tries)
+		}
+	})
 	t.Run("insecure bootstrap still wants the server's ID", func(t *testing.T) {
 		server := fakeserver.New(t, fakeserver.Config{})
 		n := prepare(t, server)

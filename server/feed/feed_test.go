@@ -363,6 +363,9 @@ func TestMetrics(t *testing.T) {
 		if got := value(t, reg, "assay_server_feed_lag_revisions_max"); got == 0 {
 			t.Error("nobody lags")
 		}
+		if got := value(t, reg, "assay_server_feed_lag_revisions"); got == 0 {
+			t.Error("it is not said who lags")
+		}
 	})
 }
 
