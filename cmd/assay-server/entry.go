@@ -267,7 +267,11 @@ func printEntry(w io.Writer, e *types.Entry) {
 	line("X509-SVID TTL", ttl(e.GetX509SvidTtl()))
 	line("JWT-SVID TTL", ttl(e.GetJwtSvidTtl()))
 	if at := e.GetExpiresAt(); at != 0 {
-		line("Expiration time", time.Unix(at, 0).UTC())
+		over := ""
+		if at <= time.Now().Unix() {
+			over = " (over: no agent is given this entry)"
+		}
+		line("Expiration time", time.Unix(at, 0).UTC().String()+over)
 	}
 	for _, s := range e.GetSelectors() {
 		line("Selector", s.GetType()+":"+s.GetValue())
