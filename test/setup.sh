@@ -5,7 +5,7 @@ set -euo pipefail
 declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [dockerd]=docker.io [containerd]=containerd
 	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux
 	[systemd-nspawn]=systemd-container [dbus-daemon]=dbus [rpm]=rpm
-	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip)
+	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman)
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
 for tool in "${!need[@]}"; do
