@@ -50,7 +50,7 @@ func newPodman(t *testing.T) *podman {
 		// What Podman started to tidy up after its containers may still be at it.
 		err := os.RemoveAll(dir)
 		for end := time.Now().Add(patience); err != nil && time.Now().Before(end); err = os.RemoveAll(dir) {
-			time.Sleep(50 * time.Millisecond)
+			<-time.After(50 * time.Millisecond)
 		}
 		if err != nil {
 			t.Error(err)
