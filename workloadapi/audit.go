@@ -22,7 +22,7 @@ type Auditor interface {
 // Line is one line of the agent's audit log.
 type Line struct {
 	Time time.Time `json:"time"`
-	// Event is what was asked for: x509_svid, x509_bundles, jwt_svid, jwt_bundles, jwt_validate or sds;
+	// Event is what was asked for: x509_svid, x509_bundles, jwt_svid, jwt_bundles, jwt_validate, sds or other;
 	// delegated_ before one of the first four is for somebody who acts for another.
 	Event string `json:"event"`
 	// PID, UID and GID are the caller's.
@@ -45,7 +45,8 @@ type Line struct {
 	Audience []string `json:"audience,omitempty"`
 	// Rev is the server's revision that the answer reflects.
 	Rev uint64 `json:"rev,omitempty"`
-	// Outcome is allow, deny or error; Reason says why it is not allow.
+	// Outcome is allow, deny (it may not, or asked for what cannot be) or error (the agent could not);
+	// Reason says why it is not allow.
 	Outcome string `json:"outcome"`
 	Reason  string `json:"reason,omitempty"`
 }

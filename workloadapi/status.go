@@ -67,10 +67,11 @@ func (s *Server) toStatus(ctx context.Context, method string, err error) error {
 // outcome sums an error up for audit and metrics.
 func outcome(err error) (outcome, reason string) {
 	var deny denied
+	var bad invalid
 	switch {
 	case err == nil:
 		return "allow", ""
-	case errors.As(err, &deny), errors.Is(err, errDead):
+	case errors.As(err, &deny), errors.As(err, &bad), errors.Is(err, errDead):
 		return "deny", err.Error()
 	}
 	return "error", err.Error()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -31,6 +32,9 @@ const errNoHeader = invalid("security header missing from request")
 func (s *Server) guard(ctx context.Context, method string) error {
 	if strings.HasPrefix(method, "/"+workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName+"/") {
 		if got := metadata.ValueFromIncomingContext(ctx, securityHeader); len(got) != 1 || got[0] != "true" {
+			if p, ok := peer.FromContext(ctx); ok {
+				s.audit(events[path.Base(method)], &caller{peer: p}, nil, nil, nil, errNoHeader)
+			}
 			return errNoHeader
 		}
 	}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi"
@@ -287,6 +288,36 @@ func TestRemovedSocket(t *testing.T) {
 	}
 	w.put("/two", "a:b")
 	wantPaths(t, before, "/one /two") // and who was there goes on
+}
+
+func TestARequestWithoutTheSecurityHeaderIsAudited(t *testing.T) {
+	w := serve(t, workloadapi.Config{Hold: -1}, newFake(say("a:b")))
+	w.put("/one", "a:b")
+	client, _ := workloadapitest.Dial(t, w.socket)
+	for event, call := range map[string]func() error{
+		"x509_svid": func() error {
+			stream, err := client.FetchX509SVID(t.Context(), &workload.X509SVIDRequest{})
+			if err == nil {
+				_, err = stream.Recv()
+			}
+			return err
+		},
+		"jwt_validate": func() error {
+			_, err := client.ValidateJWTSVID(t.Context(), &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: "b"})
+			return err
+		},
+	} {
+		t.Run(event, func(t *testing.T) {
+			if err := call(); status.Code(err) != codes.InvalidArgument {
+				t.Errorf("got %v", err)
+			}
+			l := w.audit.wait(t, func(l workloadapi.Line) bool { return l.Event == event })
+			if l.Outcome != "deny" || l.Reason != "security header missing from request" || l.PID != os.Getpid() || len(l.SPIFFEIDs) != 0 || l.Facts != "" {
+				t.Errorf("got %+v", l)
+			}
+		})
+	}
+	wantPaths(t, w.stream(t, t.Context()), "/one")
 }
 
 func TestAuditTo(t *testing.T) {

@@ -23,7 +23,16 @@ const (
 	eventJWT         = "jwt_svid"
 	eventJWTBundles  = "jwt_bundles"
 	eventValidate    = "jwt_validate"
+	eventOther       = "other"
 )
+
+// events are those of the service's methods.
+var events = map[string]string{
+	"FetchX509SVID": eventX509, "FetchX509Bundles": eventX509Bundles,
+	"FetchJWTSVID": eventJWT, "FetchJWTBundles": eventJWTBundles, "ValidateJWTSVID": eventValidate,
+	// These are not served, but may be asked for.
+	"FetchWITSVID": eventOther, "FetchWITBundles": eventOther,
+}
 
 // FetchX509SVID streams the caller's X509-SVIDs with their keys and bundles, and again whenever any
 // of them changes.
