@@ -352,7 +352,7 @@ func (l *loader) node(a *Agent, blocks []typeBlock, have []attestor.NodeKind) {
 	k := kinds{role: "node attestor"}
 	byType := map[string]attestor.NodeKind{}
 	for _, kind := range have {
-		k.add(kind.Type, kind.Config, func(config any) error {
+		k.tried(kind.Type, kind.Config, func(config any) error {
 			_, err := kind.Open(config, l.needs(a.TrustDomain, a.JoinToken))
 			return err
 		})
@@ -368,7 +368,7 @@ func (l *loader) workloads(a *Agent, blocks []typeBlock, have []attestor.Workloa
 	k := kinds{role: "workload attestor"}
 	byType := map[string]attestor.WorkloadKind{}
 	for _, kind := range have {
-		k.add(kind.Type, kind.Config, func(config any) error {
+		k.tried(kind.Type, kind.Config, func(config any) error {
 			_, err := kind.Open(config, l.needs(a.TrustDomain, a.JoinToken))
 			return err
 		})

@@ -110,8 +110,8 @@ func (l *loader) keyManager(blocks []typeBlock, disk func() any) (kind string, c
 	l.one(blocks, "key manager", "keys live in one place")
 	var k kinds
 	k.role = "key manager"
-	k.add("disk", disk, nil)
-	k.add("memory", func() any { return new(struct{}) }, nil)
+	k.add("disk", disk)
+	k.add("memory", func() any { return new(struct{}) })
 	kind, config = "disk", disk()
 	l.decodeTypes(blocks, k, func(t string, c any) { kind, config = t, c })
 	return kind, config

@@ -31,13 +31,21 @@ type kinds struct {
 	try    map[string]func(config any) error
 }
 
-// add adds a type; try opens what was decoded, nil if there is nothing to open.
-func (k *kinds) add(kind string, config func() any, try func(config any) error) {
+func (k *kinds) add(kind string, config func() any) {
 	if k.config == nil {
-		k.config, k.try = map[string]func() any{}, map[string]func(any) error{}
+		k.config = map[string]func() any{}
 	}
 	k.types = append(k.types, kind)
-	k.config[kind], k.try[kind] = config, try
+	k.config[kind] = config
+}
+
+// tried adds a type whose decoded configuration can be tried.
+func (k *kinds) tried(kind string, config func() any, try func(config any) error) {
+	k.add(kind, config)
+	if k.try == nil {
+		k.try = map[string]func(any) error{}
+	}
+	k.try[kind] = try
 }
 
 // decodeTypes decodes each block into the configuration of its kind. The result has the same order

@@ -249,7 +249,7 @@ func (l *loader) judges(s *Server, blocks []typeBlock, have []attestor.JudgeKind
 	k := kinds{role: "node attestor"}
 	byType := map[string]attestor.JudgeKind{}
 	for _, kind := range have {
-		k.add(kind.Type, kind.Config, func(config any) error {
+		k.tried(kind.Type, kind.Config, func(config any) error {
 			_, err := kind.Open(config, l.needs(s.TrustDomain, ""))
 			return err
 		})

@@ -293,8 +293,11 @@ func reason(want attestor.Selector, findings []attestor.Finding, x explanation) 
 
 // outside says what that usually means.
 func outside(kind string) string {
-	if kind == "docker" || kind == "k8s" {
+	switch kind {
+	case "docker":
 		return ": it is in no container that the engine in agent.hcl runs"
+	case "k8s":
+		return ": it is in no pod of this node"
 	}
 	return ""
 }
