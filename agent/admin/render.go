@@ -191,7 +191,7 @@ func (p *page) svid(e *wire.Entry, a *wire.Agent, now time.Time) {
 	if e.GetShadowed() {
 		return
 	}
-	state := ""
+	var state string
 	if at := e.GetSvidExpiresAt(); at != 0 {
 		state = "valid for " + age(time.UnixMilli(at).Sub(now))
 		if left := time.UnixMilli(at).Sub(now); left <= 0 {

@@ -328,7 +328,7 @@ Then try:
 // are there too, as after "make"; else they are on the PATH or have to be found.
 func besideUs() string {
 	folder, _ := filepath.Split(os.Args[0])
-	if _, err := os.Stat(filepath.Join(folder, "assay-agent")); folder == "" || err != nil {
+	if _, err := os.Stat(filepath.Join(folder, "assay-agent")); folder == "" || err != nil { //nolint:gosec // it is only looked at
 		return ""
 	}
 	return folder

@@ -129,7 +129,7 @@ func (p *podman) build(program, app string) string {
 	}
 	recipe := fmt.Sprintf("FROM scratch\nCOPY app /app\nLABEL app=%s\nENTRYPOINT [\"/app\"]\n", app)
 	for name, content := range map[string][]byte{"Dockerfile": []byte(recipe), "app": text} {
-		if err := os.WriteFile(filepath.Join(folder, name), content, 0o755); err != nil { //nolint:gosec // a program
+		if err := os.WriteFile(filepath.Join(folder, name), content, 0o755); err != nil {
 			p.t.Fatal(err)
 		}
 	}
