@@ -106,6 +106,8 @@ func cureUplink(st Status, x explanation) string {
 		return "A token works once, and only for a time. Make one on the server, hand it to the agent as join_token or -joinToken, and restart it: assay-server token generate" + name
 	case has("read trust bundle"):
 		return bundle
+	case has("fetch trust bundle"):
+		return "Is trust_bundle_url in agent.hcl right? Whoever answers there has to show a certificate that this machine's own authorities vouch for, as for any https page."
 	case has("x509: ", "certificate signed by unknown authority", "server cannot be verified"):
 		return "Whoever answers there does not show what this agent's bundle vouches for: another server, or one whose authorities were replaced while the agent was away. If it is the right one: " +
 			strings.ToLower(bundle[:1]) + bundle[1:]
