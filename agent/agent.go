@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -151,16 +152,24 @@ func (a *agent) openKeep() error {
 	if a.cfg.KeyManager == KeysDisk {
 		var err error
 		if keys, err = keep.DiskKeys(a.cfg.KeyDir); err != nil {
-			return fmt.Errorf("open agent key store: %w", err)
+			return fmt.Errorf("open agent key store: %w%s", err, mayNot(err))
 		}
 	} else {
 		a.log.Warn("agent keys are held in memory only: nothing survives a restart, and a spent join token will have to be replaced")
 	}
 	var err error
 	if a.keep, err = keep.Open(a.cfg.DataDir, keys, a.cfg.Log.WithField("component", "keep")); err != nil {
-		return fmt.Errorf("open data directory: %w", err)
+		return fmt.Errorf("open data directory: %w%s", err, mayNot(err))
 	}
 	return nil
+}
+
+// mayNot says what to do about a directory that this user may not use.
+func mayNot(err error) string {
+	if !errors.Is(err, fs.ErrPermission) {
+		return ""
+	}
+	return "; run the agent as a user who may use it, or name another as data_dir"
 }
 
 func (a *agent) openWorkloadAPI() {

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -57,7 +58,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	component := func(name string) logrus.FieldLogger { return cfg.Log.WithField("component", name) }
 
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
-		return fmt.Errorf("make data directory: %w", err)
+		return fmt.Errorf("make data directory: %w%s", err, mayNot(err))
 	}
 	log, err := openAudit(&cfg, component("audit"))
 	if err != nil {
@@ -245,6 +246,14 @@ func Run(ctx context.Context, config Config) (err error) {
 	}
 	cfg.Log.Info("server stopped")
 	return nil
+}
+
+// mayNot says what to do about a directory that this user may not make.
+func mayNot(err error) string {
+	if !errors.Is(err, fs.ErrPermission) {
+		return ""
+	}
+	return "; run the server as a user who may make it, or name another as data_dir"
 }
 
 // closing closes a part and keeps its error if there is no other.

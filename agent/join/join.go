@@ -63,9 +63,9 @@ type Joiner struct {
 	store Store
 	// warned says that the log has it that the bootstrap is insecure. Only Run touches it.
 	warned bool
-	trust *trust
-	log   logrus.FieldLogger
-	now   func() time.Time
+	trust  *trust
+	log    logrus.FieldLogger
+	now    func() time.Time
 
 	attestations *prometheus.CounterVec
 	expiry       prometheus.Gauge
