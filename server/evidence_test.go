@@ -222,5 +222,11 @@ func TestADocumentThatIsTooLargeIsRefusedAsItComes(t *testing.T) {
 	}
 	_, err = stream.CloseAndRecv()
 	refused(t, err, codes.InvalidArgument, fmt.Sprintf("larger than %d MiB", 32))
+	if n, err := w.counts("assay_server_evidence_rejected_total", "reason"); err != nil || n["too-large"] != 1 {
+		t.Errorf("counted as refused: %v, %v", n, err)
+	}
+	if line := w.lastAudit("evidence.push"); line["outcome"] != "deny" {
+		t.Errorf("the audit log says %v", line)
+	}
 	w.unharmed()
 }

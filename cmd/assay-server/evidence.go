@@ -34,7 +34,7 @@ func shortTime(unix int64) string {
 
 func evidenceList() *cobra.Command {
 	var req evidencev1.ListRequest
-	r := newRemote("list", "Lists the images that are known or run, with their verdicts", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("list", "Lists the images that are known or run, with their verdicts", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		client := evidencev1.NewEvidenceClient(conn)
 		all := &evidencev1.ListResponse{}
 		for page := proto.CloneOf(&req); ; {
@@ -76,7 +76,7 @@ func imageFlag(r *remote, into *string) *cobra.Command {
 
 func evidenceShow() *cobra.Command {
 	var image string
-	r := newRemote("show", "Shows everything about one image", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("show", "Shows everything about one image", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		resp, err := evidencev1.NewEvidenceClient(conn).Show(ctx, &evidencev1.ShowRequest{Image: image})
 		if err != nil {
 			return err
@@ -153,7 +153,7 @@ func printWhole(w io.Writer, s *evidencev1.ShowResponse) error {
 
 func evidenceExplain() *cobra.Command {
 	var req evidencev1.ExplainRequest
-	r := newRemote("explain", "Says in sentences why an image has its verdicts", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("explain", "Says in sentences why an image has its verdicts", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		resp, err := evidencev1.NewEvidenceClient(conn).Explain(ctx, &req)
 		if err != nil {
 			return err
@@ -169,10 +169,15 @@ func evidenceExplain() *cobra.Command {
 	return imageFlag(r, &req.Image)
 }
 
+// newDesk is a command about images, whose errors are told in plain sentences.
+func newDesk(use, short string, do func(ctx context.Context, r *remote, conn *grpc.ClientConn) error) *remote {
+	return newRemote(use, short, func(ctx context.Context, r *remote, conn *grpc.ClientConn) error { return cli.Sentence(do(ctx, r, conn)) })
+}
+
 func evidencePush() *cobra.Command {
 	var what cli.Evidence
 	var source string
-	r := newRemote("push", "Hands documents about an image to the server, as its administrator", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("push", "Hands documents about an image to the server, as its administrator", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		names, answers, err := what.PushAll(ctx, r.Command, conn, source)
 		if printed := printPushed(r.Command, &r.output, names, answers); printed != nil {
 			return errors.Join(err, printed)
@@ -205,7 +210,7 @@ func printPushed(c *cobra.Command, output *cli.Output, names []string, answers [
 func evidenceSimulate() *cobra.Command {
 	var file string
 	var running bool
-	r := newRemote("simulate", "Says what other scan policies would change, without any effect", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("simulate", "Says what other scan policies would change, without any effect", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			return err
@@ -270,7 +275,7 @@ func printExceptions(w io.Writer, list []*evidencev1.Exception) {
 func evidenceExcept() *cobra.Command {
 	e := &evidencev1.Exception{}
 	var lasts time.Duration
-	r := newRemote("except", "Makes findings not count for a while", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("except", "Makes findings not count for a while", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		e.ExpiresAt = time.Now().Add(lasts).Unix()
 		made, err := evidencev1.NewEvidenceClient(conn).PutException(ctx, &evidencev1.PutExceptionRequest{Exception: e})
 		if err != nil {
@@ -307,7 +312,7 @@ func evidenceExcept() *cobra.Command {
 }
 
 func evidenceExceptions() *cobra.Command {
-	return newRemote("exceptions", "Lists the exceptions", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	return newDesk("exceptions", "Lists the exceptions", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		resp, err := evidencev1.NewEvidenceClient(conn).ListExceptions(ctx, &evidencev1.ListExceptionsRequest{})
 		if err != nil {
 			return err
@@ -322,7 +327,7 @@ func evidenceExceptions() *cobra.Command {
 
 func evidenceUnexcept() *cobra.Command {
 	var id string
-	r := newRemote("unexcept", "Takes an exception back", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("unexcept", "Takes an exception back", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		resp, err := evidencev1.NewEvidenceClient(conn).DeleteException(ctx, &evidencev1.DeleteExceptionRequest{Id: id})
 		if err != nil {
 			return err
@@ -343,7 +348,7 @@ func evidenceUnexcept() *cobra.Command {
 
 func evidenceRelease() *cobra.Command {
 	var policy string
-	r := newRemote("release", "Lets go what the blast guard of a scan policy holds back", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("release", "Lets go what the blast guard of a scan policy holds back", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		resp, err := evidencev1.NewEvidenceClient(conn).Release(ctx, &evidencev1.ReleaseRequest{Policy: policy})
 		if err != nil {
 			return err
@@ -367,7 +372,7 @@ func evidenceRelease() *cobra.Command {
 
 func evidenceAccept() *cobra.Command {
 	var req evidencev1.AcceptRequest
-	r := newRemote("accept", "Puts a report in force that was held because packages are gone", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newDesk("accept", "Puts a report in force that was held because packages are gone", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		resp, err := evidencev1.NewEvidenceClient(conn).Accept(ctx, &req)
 		if err != nil {
 			return err

@@ -12,6 +12,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/server/wire/evidencev1"
 )
@@ -66,7 +68,7 @@ func (e *Evidence) PushAll(ctx context.Context, c *cobra.Command, conn grpc.Clie
 		}
 		resp, err := push(ctx, client, header, content)
 		if err != nil {
-			return names, answers, fmt.Errorf("push %s: %w", name, err)
+			return names, answers, fmt.Errorf("push %s: %w", name, Sentence(err))
 		}
 		names, answers = append(names, name), append(answers, resp)
 	}
@@ -75,7 +77,7 @@ func (e *Evidence) PushAll(ctx context.Context, c *cobra.Command, conn grpc.Clie
 	}
 	resp, err := client.Collect(ctx, &evidencev1.CollectRequest{Image: e.image})
 	if err != nil {
-		return names, answers, fmt.Errorf("collect what is attached: %w", err)
+		return names, answers, fmt.Errorf("collect what is attached: %w", Sentence(err))
 	}
 	var errs []error
 	for _, d := range resp.GetDocuments() {
@@ -97,6 +99,20 @@ func (e *Evidence) PushAll(ctx context.Context, c *cobra.Command, conn grpc.Clie
 		errs = nil
 	}
 	return names, answers, errors.Join(errs...)
+}
+
+// Sentence is an answer of the server without the wire's words around it, where it is told to people: what is
+// wrong with what they asked for. Errors of other kinds stay as they are.
+func Sentence(err error) error {
+	s, ok := status.FromError(err)
+	if !ok {
+		return err
+	}
+	switch s.Code() { //nolint:exhaustive // the others are not about what was asked for
+	case codes.InvalidArgument, codes.FailedPrecondition, codes.PermissionDenied, codes.Unauthenticated, codes.NotFound, codes.Unimplemented:
+		return errors.New(s.Message())
+	}
+	return err
 }
 
 // maxDocument is what a server takes, in bytes.

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"strings"
 	"time"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -28,7 +29,7 @@ type failure struct {
 }
 
 func (f *failure) Error() string {
-	if f.cause == nil {
+	if f.cause == nil || strings.HasSuffix(f.st.Message(), f.cause.Error()) {
 		return f.st.Message()
 	}
 	return f.st.Message() + " (" + f.cause.Error() + ")"

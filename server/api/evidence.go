@@ -36,6 +36,7 @@ type Evidence interface {
 	DeleteException(ctx context.Context, id, who string) error
 	Release(ctx context.Context, policy, who string) ([]string, error)
 	Accept(ctx context.Context, hash, image, reason, who string) (*verdict.Pushed, error)
+	TooLarge(ctx context.Context, who verdict.Pusher, image string) error
 	Collect(ctx context.Context, who verdict.Pusher, image string) ([]verdict.Collected, error)
 	// Issued writes down certificates that rest on verdicts, before they are given out.
 	Issued(ctx context.Context, serials ...records.Serial) error
@@ -124,6 +125,9 @@ func (s *evidenceService) Push(stream grpc.ClientStreamingServer[evidencev1.Push
 		return refusal(codes.ResourceExhausted, "too many documents are being pushed")
 	}
 	doc, err := receiveDocument(ctx, stream)
+	if errors.Is(err, errTooLarge) {
+		return fail("the document was not taken", judge.TooLarge(ctx, who, doc.Image))
+	}
 	if err != nil {
 		return err
 	}
@@ -211,6 +215,8 @@ func pushedWire(p *verdict.Pushed) *evidencev1.PushResponse {
 
 func cut(s string) string { return s[:min(len(s), 500)] }
 
+var errTooLarge = errors.New("document too large")
+
 // receiveDocument reads a document. The deadline of ctx holds although the stream has none.
 func receiveDocument(ctx context.Context, stream grpc.ClientStreamingServer[evidencev1.PushRequest, evidencev1.PushResponse]) (*verdict.Document, error) {
 	first, err := stream.Recv()
@@ -237,7 +243,7 @@ func receiveDocument(ctx context.Context, stream grpc.ClientStreamingServer[evid
 			return nil, refusal(codes.InvalidArgument, "the header can be there once")
 		}
 		if len(doc.Content)+len(req.GetChunk()) > trust.MaxDocument {
-			return nil, refusal(codes.InvalidArgument, fmt.Sprintf("the document is larger than %d MiB", trust.MaxDocument>>20))
+			return doc, errTooLarge
 		}
 		doc.Content = append(doc.Content, req.GetChunk()...)
 	}

@@ -165,7 +165,10 @@ func (s *Service) alertNow(ctx context.Context, e event, cause string, now time.
 func (s *Service) rejected(ctx context.Context, who Pusher, d Document, why error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	e := event{Type: eventRejected, Reason: clip(why.Error()), Names: []string{clip(d.Image)}, Report: digestOf(d.Content)}
+	e := event{Type: eventRejected, Reason: clip(why.Error()), Names: []string{clip(d.Image)}}
+	if len(d.Content) > 0 {
+		e.Report = digestOf(d.Content)
+	}
 	if err := s.alertNow(ctx, e, "push by "+clip(who.Name), s.cfg.Now()); err != nil && ctx.Err() == nil {
 		s.cfg.Log.WithError(err).Error("cannot keep an alert")
 	}

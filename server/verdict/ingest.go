@@ -39,6 +39,8 @@ var (
 	ErrHeld = refusal("held")
 	// ErrMany says that there is too much of it.
 	ErrMany = refusal("too-many")
+	// ErrLarge says that it is larger than what is taken.
+	ErrLarge = refusal("too-large")
 )
 
 // refused is a reason below ErrRefused; its text is a metric label.
@@ -131,6 +133,14 @@ func (s *Service) Push(ctx context.Context, who Pusher, d Document) (*Pushed, er
 		s.hold(who, d, in.now)
 	}
 	return out, err
+}
+
+// TooLarge refuses a document that is larger than what is taken, without having read it whole.
+func (s *Service) TooLarge(ctx context.Context, who Pusher, image string) error {
+	err := clash(ErrLarge, "the document is larger than %d MiB", trust.MaxDocument>>20)
+	s.m.rejected.WithLabelValues(label(err)).Inc()
+	s.rejected(ctx, who, Document{Image: image}, err)
+	return err
 }
 
 // pushed is Push for a document that came at in.now.
