@@ -43,6 +43,7 @@ type fakeSigner struct {
 	delay   time.Duration
 	err     error            // for everything
 	errs    map[string]error // by entry
+	asked   []identity.Asked
 	batches [][]string
 	jwts    int
 }
@@ -101,11 +102,16 @@ func (s *fakeSigner) wait(ctx context.Context) error {
 	}
 }
 
-func (s *fakeSigner) SignX509(ctx context.Context, ids []string, csrs [][]byte) ([][][]byte, []error) {
+func (s *fakeSigner) SignX509(ctx context.Context, asked []identity.Asked, csrs [][]byte) ([][][]byte, []error) {
+	ids := make([]string, len(asked))
+	for n := range asked {
+		ids[n] = asked[n].EntryID
+	}
 	waitErr := s.wait(ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.batches = append(s.batches, ids)
+	s.asked = append(s.asked, asked...)
 	chains, errs := make([][][]byte, len(ids)), make([]error, len(ids))
 	for n, id := range ids {
 		if errs[n] = errors.Join(waitErr, s.err, s.errs[id]); errs[n] != nil {
@@ -129,7 +135,8 @@ func (s *fakeSigner) SignX509(ctx context.Context, ids []string, csrs [][]byte) 
 	return chains, errs
 }
 
-func (s *fakeSigner) SignJWT(ctx context.Context, id string, audience []string) (*identity.JWTSVID, error) {
+func (s *fakeSigner) SignJWT(ctx context.Context, asked identity.Asked, audience []string) (*identity.JWTSVID, error) {
+	id := asked.EntryID
 	waitErr := s.wait(ctx)
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -167,3 +167,30 @@ func TestImagesKeptOverARestart(t *testing.T) {
 		w.runs()
 	})
 }
+
+func TestTheServerIsToldByWhatIsAskedFor(t *testing.T) {
+	bubble(t, issue.Config{}, func(w *world) {
+		gated, plain := entry("gated", 0, "unix:uid:1", "scan:policy:prod"), entry("plain", 0, "unix:uid:1")
+		gated.Revision, plain.Revision = 3, 1
+		w.put(gated, plain)
+		w.decide("a", "scan:policy:prod")
+		w.decide("b", "scan:status:prod:fail")
+		s := w.stream(in("a"))
+		defer s.close()
+		pass(time.Second)
+		seq := w.view.Picture().Verdicts[digest("a")].Seq
+		got := map[string]identity.Asked{}
+		w.signer.set(func() {
+			for _, a := range w.signer.asked {
+				got[a.EntryID] = a
+			}
+		})
+		want := map[string]identity.Asked{
+			"plain": {EntryID: "plain", Revision: 1},
+			"gated": {EntryID: "gated", Revision: 3, Verdicts: []identity.HeldVerdict{{Digest: digest("a"), Seq: seq}}},
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Error(diff)
+		}
+	})
+}

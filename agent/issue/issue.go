@@ -43,9 +43,9 @@ import (
 type Signer interface {
 	// SignX509 has one X509-SVID signed for each entry, with the CSR (DER) at the same place, and
 	// returns a chain (DER, leaf first, without the root) or an error at that place.
-	SignX509(ctx context.Context, entryIDs []string, csrs [][]byte) (chains [][][]byte, errs []error)
+	SignX509(ctx context.Context, asked []identity.Asked, csrs [][]byte) (chains [][][]byte, errs []error)
 	// SignJWT has a JWT-SVID signed.
-	SignJWT(ctx context.Context, entryID string, audience []string) (*identity.JWTSVID, error)
+	SignJWT(ctx context.Context, asked identity.Asked, audience []string) (*identity.JWTSVID, error)
 }
 
 // Store keeps SVIDs over restarts; *keep.Keep is one.

@@ -261,7 +261,7 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 // the token was on its way.
 func (i *Issuer) signTrusted(ctx context.Context, sl *jwtSlot) (*identity.JWTSVID, error) {
 	for again := false; ; again = true {
-		svid, err := i.signer.SignJWT(ctx, sl.entry.ID, sl.audience)
+		svid, err := i.signer.SignJWT(ctx, i.asked(sl.entry), sl.audience)
 		if err != nil {
 			return nil, err
 		}

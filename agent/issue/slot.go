@@ -234,7 +234,7 @@ func (i *Issuer) batch(ctx context.Context) {
 func (i *Issuer) sign(ctx context.Context, entries []*identity.Entry) ([]*identity.X509SVID, []error) {
 	svids := make([]*identity.X509SVID, len(entries))
 	errs := make([]error, len(entries))
-	var ids []string
+	var asked []identity.Asked
 	var csrs [][]byte
 	var keys []crypto.Signer
 	var at []int
@@ -244,13 +244,13 @@ func (i *Issuer) sign(ctx context.Context, entries []*identity.Entry) ([]*identi
 			errs[n] = err
 			continue
 		}
-		ids, csrs, keys, at = append(ids, e.ID), append(csrs, csr), append(keys, key), append(at, n)
+		asked, csrs, keys, at = append(asked, i.asked(e)), append(csrs, csr), append(keys, key), append(at, n)
 	}
-	if len(ids) == 0 {
+	if len(asked) == 0 {
 		return svids, errs
 	}
 	began := time.Now()
-	chains, signErrs := i.signer.SignX509(ctx, ids, csrs)
+	chains, signErrs := i.signer.SignX509(ctx, asked, csrs)
 	i.metrics.latency.WithLabelValues("x509").Observe(time.Since(began).Seconds())
 	for m, n := range at {
 		if errs[n] = signErrs[m]; errs[n] == nil {
@@ -259,6 +259,25 @@ func (i *Issuer) sign(ctx context.Context, entries []*identity.Entry) ([]*identi
 		i.metrics.count("x509", errs[n])
 	}
 	return svids, errs
+}
+
+// asked is what is told to the server of why the entry is signed for: by which of its revisions, and by which
+// verdicts there is somebody who may have it.
+func (i *Issuer) asked(e *identity.Entry) identity.Asked {
+	a := identity.Asked{EntryID: e.ID, Revision: e.Revision}
+	if !e.Gated() {
+		return a
+	}
+	i.mu.Lock()
+	p := i.picture
+	i.mu.Unlock()
+	gates := e.Gates()
+	for _, v := range p.VerdictList() {
+		if _, counts := p.Verdict(v.Digest); counts && gates.In(v.Selectors) {
+			a.Verdicts = append(a.Verdicts, identity.HeldVerdict{Digest: v.Digest, Seq: v.Seq})
+		}
+	}
+	return a
 }
 
 // complete takes the result of a call into the slot and reports whether there is a new SVID. mu is

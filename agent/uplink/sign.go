@@ -14,6 +14,7 @@ import (
 
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/server/wire/later"
+	"github.com/assay-id/assay/server/wire/terms"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -58,18 +59,22 @@ func (b *batchLimit) tried(size int, tooLarge bool) {
 // returns a chain (DER, leaf first, without the root) or an error for each: identity.ErrUnknownEntry
 // if the server does not (or not yet) grant the entry to this agent, and an error wrapping
 // identity.ErrUnavailable if the server cannot be asked at the moment.
-func (u *Uplink) SignX509(ctx context.Context, entryIDs []string, csrs [][]byte) (chains [][][]byte, errs []error) {
-	chains = make([][][]byte, len(entryIDs))
-	errs = make([]error, len(entryIDs))
-	for at := 0; at < len(entryIDs); {
-		end := min(len(entryIDs), at+u.batch.get())
+func (u *Uplink) SignX509(ctx context.Context, asked []identity.Asked, csrs [][]byte) (chains [][][]byte, errs []error) {
+	chains = make([][][]byte, len(asked))
+	errs = make([]error, len(asked))
+	by := termsOf(asked...)
+	for at := 0; at < len(asked); {
+		end := min(len(asked), at+u.batch.get())
+		for end-at > 1 && !terms.Fit(by[at:end]) {
+			end = at + (end-at)/2
+		}
 		req := &svidv1.BatchNewX509SVIDRequest{}
 		for i := at; i < end; i++ {
-			req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: entryIDs[i], Csr: csrs[i]})
+			req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: asked[i].EntryID, Csr: csrs[i]})
 		}
 		var resp *svidv1.BatchNewX509SVIDResponse
 		err := u.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
-			resp, err = svidv1.NewSVIDClient(conn).BatchNewX509SVID(ctx, req)
+			resp, err = svidv1.NewSVIDClient(conn).BatchNewX509SVID(terms.With(ctx, by[at:end]...), req)
 			return err
 		})
 		if err == nil && len(resp.GetResults()) != end-at {
@@ -93,6 +98,18 @@ func (u *Uplink) SignX509(ctx context.Context, entryIDs []string, csrs [][]byte)
 	return chains, errs
 }
 
+// termsOf is what requests go by, as the server is told.
+func termsOf(asked ...identity.Asked) []terms.Item {
+	items := make([]terms.Item, len(asked))
+	for n, a := range asked {
+		items[n].Revision = a.Revision
+		for _, v := range a.Verdicts {
+			items[n].Verdicts = append(items[n].Verdicts, terms.Verdict{Digest: v.Digest, Seq: v.Seq})
+		}
+	}
+	return items
+}
+
 func x509Result(r *svidv1.BatchNewX509SVIDResponse_Result) ([][]byte, error) {
 	switch code := codes.Code(r.GetStatus().GetCode()); code { //nolint:gosec // unknown codes stay unknown
 	case codes.OK:
@@ -110,10 +127,10 @@ func x509Result(r *svidv1.BatchNewX509SVIDResponse_Result) ([][]byte, error) {
 }
 
 // SignJWT asks the server to sign a JWT-SVID for the entry. Its errors are as SignX509's.
-func (u *Uplink) SignJWT(ctx context.Context, entryID string, audience []string) (*identity.JWTSVID, error) {
+func (u *Uplink) SignJWT(ctx context.Context, asked identity.Asked, audience []string) (*identity.JWTSVID, error) {
 	var resp *svidv1.NewJWTSVIDResponse
 	err := u.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
-		resp, err = svidv1.NewSVIDClient(conn).NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: entryID, Audience: audience})
+		resp, err = svidv1.NewSVIDClient(conn).NewJWTSVID(terms.With(ctx, termsOf(asked)...), &svidv1.NewJWTSVIDRequest{EntryId: asked.EntryID, Audience: audience})
 		return err
 	})
 	switch codeOf(err) {
@@ -137,7 +154,7 @@ func (u *Uplink) SignJWT(ctx context.Context, entryID string, audience []string)
 		return nil, errors.New("sign JWT-SVID: server sent times that cannot be")
 	}
 	return &identity.JWTSVID{
-		EntryID: entryID, ID: id, Token: svid.GetToken(), Hint: svid.GetHint(),
+		EntryID: asked.EntryID, ID: id, Token: svid.GetToken(), Hint: svid.GetHint(),
 		IssuedAt: time.Unix(svid.GetIssuedAt(), 0), ExpiresAt: time.Unix(svid.GetExpiresAt(), 0),
 	}, nil
 }

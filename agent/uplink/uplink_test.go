@@ -298,7 +298,7 @@ func TestFollow(t *testing.T) {
 			id := fmt.Sprintf("e%02d", i)
 			server.Put(fakeserver.Entry(id, "/"+id, "a:1"))
 			n.until(id, func(p *view.Picture) bool { _, ok := p.Entry(id); return ok })
-			if _, errs := n.link.SignX509(t.Context(), []string{id}, [][]byte{csr(t, "/"+id)}); errs[0] != nil {
+			if _, errs := n.link.SignX509(t.Context(), asked(id), [][]byte{csr(t, "/"+id)}); errs[0] != nil {
 				t.Errorf("%s: %v", id, errs[0])
 			}
 		}
@@ -355,7 +355,7 @@ func TestSign(t *testing.T) {
 		ids, csrs = append(ids, "unknown"), append(csrs, csr(t, "/x"))
 		ids, csrs = append(ids, "e00"), append(csrs, []byte("no CSR"))
 		n.until("picture", func(p *view.Picture) bool { return len(p.Entries()) == 60 })
-		chains, errs := n.link.SignX509(t.Context(), ids, csrs)
+		chains, errs := n.link.SignX509(t.Context(), asked(ids...), csrs)
 		for i := range 60 {
 			if errs[i] != nil || len(chains[i]) != 1 {
 				t.Fatalf("%d: %v", i, errs[i])
@@ -378,16 +378,16 @@ func TestSign(t *testing.T) {
 		n := start(t, server)
 		n.until("picture", has("e", "f"))
 		server.Busy("BatchNewX509SVID", 10*time.Millisecond, 10*time.Millisecond)
-		_, errs := n.link.SignX509(t.Context(), []string{"e", "f"}, [][]byte{csr(t, "/e"), csr(t, "/f")})
+		_, errs := n.link.SignX509(t.Context(), asked("e", "f"), [][]byte{csr(t, "/e"), csr(t, "/f")})
 		if errs[0] != nil || errs[1] != nil || server.Calls("BatchNewX509SVID") != 3 {
 			t.Errorf("got %v in %d calls", errs, server.Calls("BatchNewX509SVID"))
 		}
 		server.Busy("NewJWTSVID", 10*time.Millisecond)
-		if _, err := n.link.SignJWT(t.Context(), "e", []string{"x"}); err != nil {
+		if _, err := n.link.SignJWT(t.Context(), identity.Asked{EntryID: "e"}, []string{"x"}); err != nil {
 			t.Error(err)
 		}
 		server.Busy("NewJWTSVID", time.Hour)
-		if _, err := n.link.SignJWT(t.Context(), "e", []string{"x"}); !errors.Is(err, identity.ErrUnavailable) {
+		if _, err := n.link.SignJWT(t.Context(), identity.Asked{EntryID: "e"}, []string{"x"}); !errors.Is(err, identity.ErrUnavailable) {
 			t.Errorf("one that says to come back later than the call may take: %v", err)
 		}
 	})
@@ -396,11 +396,11 @@ func TestSign(t *testing.T) {
 		server.Put(fakeserver.Entry("e", "/e", "a:1"))
 		n := start(t, server)
 		n.until("picture", has("e"))
-		svid, err := n.link.SignJWT(t.Context(), "e", []string{"x"})
+		svid, err := n.link.SignJWT(t.Context(), identity.Asked{EntryID: "e"}, []string{"x"})
 		if err != nil || svid.ID.Path() != "/e" || svid.EntryID != "e" || time.Until(svid.ExpiresAt) < time.Minute {
 			t.Fatalf("got %+v %v", svid, err)
 		}
-		if _, err := n.link.SignJWT(t.Context(), "x", []string{"x"}); !errors.Is(err, identity.ErrUnknownEntry) {
+		if _, err := n.link.SignJWT(t.Context(), identity.Asked{EntryID: "x"}, []string{"x"}); !errors.Is(err, identity.ErrUnknownEntry) {
 			t.Errorf("unknown entry: %v", err)
 		}
 	})
@@ -411,16 +411,16 @@ func TestSign(t *testing.T) {
 		n.until("picture", has("e"))
 		server.Stop()
 		wait(t, "the break", func() bool { return n.link.Status().State != uplink.StateFeed })
-		_, errs := n.link.SignX509(t.Context(), []string{"e"}, [][]byte{csr(t, "/e")})
+		_, errs := n.link.SignX509(t.Context(), asked("e"), [][]byte{csr(t, "/e")})
 		if !errors.Is(errs[0], identity.ErrUnavailable) {
 			t.Errorf("got %v", errs[0])
 		}
-		if _, err := n.link.SignJWT(t.Context(), "e", []string{"x"}); !errors.Is(err, identity.ErrUnavailable) {
+		if _, err := n.link.SignJWT(t.Context(), identity.Asked{EntryID: "e"}, []string{"x"}); !errors.Is(err, identity.ErrUnavailable) {
 			t.Errorf("got %v", err)
 		}
 		server.Start()
 		wait(t, "the return", func() bool { return n.link.Status().State == uplink.StateFeed })
-		if _, errs := n.link.SignX509(t.Context(), []string{"e"}, [][]byte{csr(t, "/e")}); errs[0] != nil {
+		if _, errs := n.link.SignX509(t.Context(), asked("e"), [][]byte{csr(t, "/e")}); errs[0] != nil {
 			t.Errorf("got %v", errs[0])
 		}
 	})
@@ -428,7 +428,7 @@ func TestSign(t *testing.T) {
 		server := fakeserver.New(t, fakeserver.Config{})
 		server.Stop()
 		n := start(t, server)
-		_, errs := n.link.SignX509(t.Context(), []string{"e"}, [][]byte{csr(t, "/e")})
+		_, errs := n.link.SignX509(t.Context(), asked("e"), [][]byte{csr(t, "/e")})
 		if !errors.Is(errs[0], identity.ErrUnavailable) {
 			t.Errorf("got %v", errs[0])
 		}
@@ -452,7 +452,7 @@ func TestOwnRotation(t *testing.T) {
 			began := server.Calls(method)
 			// Signing all the while, so that calls are under way when the SVID changes.
 			wait(t, "two rotations", func() bool {
-				if _, errs := n.link.SignX509(t.Context(), []string{"e"}, [][]byte{csr(t, "/e")}); errs[0] != nil {
+				if _, errs := n.link.SignX509(t.Context(), asked("e"), [][]byte{csr(t, "/e")}); errs[0] != nil {
 					t.Fatal(errs[0])
 				}
 				return server.Calls(method) >= began+2
@@ -511,4 +511,13 @@ func TestEviction(t *testing.T) {
 	if server.Calls("AttestAgent") != 2 {
 		t.Errorf("attested %d times", server.Calls("AttestAgent"))
 	}
+}
+
+// asked are requests for entries that were never changed.
+func asked(ids ...string) []identity.Asked {
+	var list []identity.Asked
+	for _, id := range ids {
+		list = append(list, identity.Asked{EntryID: id})
+	}
+	return list
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/attestor"
@@ -23,6 +24,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/view"
+	"github.com/assay-id/assay/server/wire/terms"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -127,6 +129,43 @@ func TestAChangeBeatsWhatIsBeingSigned(t *testing.T) {
 			}
 			if len(c.now.Verdicts) > 0 && r.token.MaxTTL != time.Minute {
 				t.Errorf("the cap was %s", r.token.MaxTTL)
+			}
+		})
+	}
+	// The agent says by what it asks; a change that has not come to it yet beats the request.
+	other := strings.Repeat("b", 64)
+	for _, c := range []struct {
+		name string
+		now  *view.AgentPicture
+		by   terms.Item
+		want codes.Code
+	}{
+		{"by what holds", picture(gated, good), terms.Item{Revision: 1, Verdicts: []terms.Verdict{{Digest: digest, Seq: 1}}}, codes.OK},
+		{"by an older revision of the entry", picture(entry(2, "unix:uid:1")), terms.Item{Revision: 1}, codes.FailedPrecondition},
+		{"by a revision that is not there yet", picture(plain), terms.Item{Revision: 2}, codes.FailedPrecondition},
+		{"by an older verdict", picture(gated, verdict(2, time.Minute, "scan:policy:prod")), terms.Item{Revision: 1, Verdicts: []terms.Verdict{{Digest: digest, Seq: 1}}}, codes.FailedPrecondition},
+		{
+			"by another image beside one that still allows it", picture(gated, good),
+			terms.Item{Revision: 1, Verdicts: []terms.Verdict{{Digest: digest, Seq: 1}, {Digest: "sha256:" + other, Seq: 1}}}, codes.FailedPrecondition,
+		},
+	} {
+		t.Run("asked for "+c.name, func(t *testing.T) {
+			service := func() *svidService {
+				r := &racing{now: c.now, then: c.now}
+				return &svidService{api: New(Parts{View: r, CA: r}, Config{Log: silent})}
+			}
+			md, _ := metadata.FromOutgoingContext(terms.With(t.Context(), c.by))
+			ctx := metadata.NewIncomingContext(caller.NewContext(t.Context(), &caller.Caller{}), md)
+			resp, err := service().BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{Params: []*svidv1.NewX509SVIDParams{{EntryId: "e", Csr: csr}}})
+			if err != nil || codes.Code(resp.GetResults()[0].GetStatus().GetCode()) != c.want {
+				t.Errorf("X509-SVID: %v %v, want %s", resp, err, c.want)
+			}
+			if _, err := service().NewJWTSVID(ctx, &svidv1.NewJWTSVIDRequest{EntryId: "e", Audience: []string{"bank"}}); status.Code(err) != c.want {
+				t.Errorf("JWT-SVID: %v, want %s", err, c.want)
+			}
+			two := []*svidv1.NewX509SVIDParams{{EntryId: "e", Csr: csr}, {EntryId: "e", Csr: csr}}
+			if _, err := service().BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{Params: two}); status.Code(err) != codes.InvalidArgument {
+				t.Errorf("terms for one request of two: %v", err)
 			}
 		})
 	}

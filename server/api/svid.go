@@ -25,6 +25,7 @@ import (
 	"github.com/assay-id/assay/server/records/stored"
 	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/view"
+	"github.com/assay-id/assay/server/wire/terms"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -57,6 +58,10 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	if err := s.api.sign.wait(ctx, who.Share(), n); err != nil {
 		return nil, err
 	}
+	by, err := terms.Of(ctx, n)
+	if err != nil {
+		return nil, malformed("invalid request", err)
+	}
 	picture := s.api.View.Agent(who.ID)
 	l := ledgerOf(ctx)
 	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
@@ -73,7 +78,7 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 		var item *permitted
 		var chain []*x509.Certificate
 		err := s.api.inTurn(ctx, rank, who, func() (err error) {
-			item, chain, err = s.newX509(ctx, picture, p)
+			item, chain, err = s.newX509(ctx, picture, p, termsAt(by, i))
 			return err
 		})
 		if items[i] = item; item != nil {
@@ -143,12 +148,15 @@ func inParallel(width, n int, f func(i int)) {
 	}
 }
 
-func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p *svidv1.NewX509SVIDParams) (*permitted, []*x509.Certificate, error) {
+func (s *svidService) newX509(ctx context.Context, picture *view.AgentPicture, p *svidv1.NewX509SVIDParams, by *terms.Item) (*permitted, []*x509.Certificate, error) {
 	if p.GetEntryId() == "" {
 		return nil, nil, refusal(codes.InvalidArgument, "missing entry ID")
 	}
 	item, err := s.permit(picture, p.GetEntryId())
 	if err != nil {
+		return item, nil, err
+	}
+	if err := item.agrees(picture, by); err != nil {
 		return item, nil, err
 	}
 	csr, err := parseCSR(p.GetCsr())
@@ -229,6 +237,32 @@ func (s *svidService) permit(picture *view.AgentPicture, id string) (*permitted,
 	return &permitted{entry: e}, refusal(codes.FailedPrecondition, err.Error())
 }
 
+func termsAt(by []terms.Item, n int) *terms.Item {
+	if by == nil {
+		return nil
+	}
+	return &by[n]
+}
+
+// agrees refuses what an agent asks for by an entry, or by a verdict on an image, that is another one by now:
+// the agent has decided who is to have it by what was, and is about to hear what is. An agent that does not say
+// what it goes by is SPIRE's own, and holds no entry that demands a verdict.
+func (p *permitted) agrees(picture *view.AgentPicture, by *terms.Item) error {
+	if by == nil {
+		return nil
+	}
+	if by.Revision != p.entry.Revision {
+		return refusal(codes.FailedPrecondition, fmt.Sprintf("the entry is at revision %d, and was asked for by revision %d", p.entry.Revision, by.Revision))
+	}
+	for _, v := range by.Verdicts {
+		at := slices.IndexFunc(picture.Verdicts, func(now *records.Verdict) bool { return now.Digest == v.Digest })
+		if at < 0 || picture.Verdicts[at].Seq != v.Seq {
+			return refusal(codes.FailedPrecondition, fmt.Sprintf("there is another verdict on image %s than number %d, by which it was asked for", v.Digest, v.Seq))
+		}
+	}
+	return nil
+}
+
 // errChanged is what a request loses to that was under way while the entry, or the verdict on the image,
 // was changed.
 var errChanged = refusal(codes.FailedPrecondition, "the entry or the verdict on the image was changed while this was signed")
@@ -278,6 +312,10 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	if err := s.api.sign.wait(ctx, who.Share(), 1); err != nil {
 		return nil, err
 	}
+	by, err := terms.Of(ctx, 1)
+	if err != nil {
+		return nil, malformed("invalid request", err)
+	}
 	picture := s.api.View.Agent(who.ID)
 	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
 	item, err := s.permit(picture, req.GetEntryId())
@@ -286,6 +324,9 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 			line.SPIFFEID, line.Facts = item.entry.SPIFFEID.String(), item.entry.Selectors.Strings()
 			line.Verdicts = item.grant.Names()
 		})
+	}
+	if err == nil {
+		err = item.agrees(picture, termsAt(by, 0))
 	}
 	if err != nil {
 		return nil, err

@@ -163,6 +163,14 @@ func (v *Verdict) Wire() *feedv1.Verdict {
 	return w
 }
 
+// Asked is what an agent has something signed for: an entry, at the revision that it knows, on the strength of
+// the verdicts that it holds.
+type Asked struct {
+	EntryID  string
+	Revision int64
+	Verdicts []HeldVerdict
+}
+
 // HeldVerdict is what a checksum covers of a verdict.
 type HeldVerdict struct {
 	Digest string

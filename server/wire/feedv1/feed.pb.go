@@ -989,6 +989,167 @@ func (x *RevocationList) GetDer() []byte {
 	return nil
 }
 
+// SigningTerms is what an agent goes by when it asks for signatures: it rides in the metadata of SPIRE's
+// calls, whose messages stay as they are. See server/wire/terms.
+type SigningTerms struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One for each request of the call, in its order.
+	Items []*SigningTerms_Item `protobuf:"bytes,1,rep,name=items,proto3" json:"items,omitempty"`
+	// The verdicts that items name by their place here.
+	Verdicts      []*SigningTerms_HeldVerdict `protobuf:"bytes,2,rep,name=verdicts,proto3" json:"verdicts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SigningTerms) Reset() {
+	*x = SigningTerms{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SigningTerms) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SigningTerms) ProtoMessage() {}
+
+func (x *SigningTerms) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SigningTerms.ProtoReflect.Descriptor instead.
+func (*SigningTerms) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *SigningTerms) GetItems() []*SigningTerms_Item {
+	if x != nil {
+		return x.Items
+	}
+	return nil
+}
+
+func (x *SigningTerms) GetVerdicts() []*SigningTerms_HeldVerdict {
+	if x != nil {
+		return x.Verdicts
+	}
+	return nil
+}
+
+type SigningTerms_Item struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	EntryRevision int64                  `protobuf:"varint,1,opt,name=entry_revision,json=entryRevision,proto3" json:"entry_revision,omitempty"`
+	Verdicts      []uint32               `protobuf:"varint,2,rep,packed,name=verdicts,proto3" json:"verdicts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SigningTerms_Item) Reset() {
+	*x = SigningTerms_Item{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SigningTerms_Item) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SigningTerms_Item) ProtoMessage() {}
+
+func (x *SigningTerms_Item) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SigningTerms_Item.ProtoReflect.Descriptor instead.
+func (*SigningTerms_Item) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{13, 0}
+}
+
+func (x *SigningTerms_Item) GetEntryRevision() int64 {
+	if x != nil {
+		return x.EntryRevision
+	}
+	return 0
+}
+
+func (x *SigningTerms_Item) GetVerdicts() []uint32 {
+	if x != nil {
+		return x.Verdicts
+	}
+	return nil
+}
+
+type SigningTerms_HeldVerdict struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The 32 bytes of the image's digest.
+	Digest         []byte `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	SequenceNumber uint64 `protobuf:"varint,2,opt,name=sequence_number,json=sequenceNumber,proto3" json:"sequence_number,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *SigningTerms_HeldVerdict) Reset() {
+	*x = SigningTerms_HeldVerdict{}
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SigningTerms_HeldVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SigningTerms_HeldVerdict) ProtoMessage() {}
+
+func (x *SigningTerms_HeldVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_server_wire_feedv1_feed_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SigningTerms_HeldVerdict.ProtoReflect.Descriptor instead.
+func (*SigningTerms_HeldVerdict) Descriptor() ([]byte, []int) {
+	return file_server_wire_feedv1_feed_proto_rawDescGZIP(), []int{13, 1}
+}
+
+func (x *SigningTerms_HeldVerdict) GetDigest() []byte {
+	if x != nil {
+		return x.Digest
+	}
+	return nil
+}
+
+func (x *SigningTerms_HeldVerdict) GetSequenceNumber() uint64 {
+	if x != nil {
+		return x.SequenceNumber
+	}
+	return 0
+}
+
 var File_server_wire_feedv1_feed_proto protoreflect.FileDescriptor
 
 const file_server_wire_feedv1_feed_proto_rawDesc = "" +
@@ -1062,7 +1223,16 @@ const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\x04crls\x18\x0e \x03(\v2\x1d.assay.feed.v1.RevocationListR\x04crls\"E\n" +
 	"\x0eRevocationList\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
-	"\x03der\x18\x02 \x01(\fR\x03der2Q\n" +
+	"\x03der\x18\x02 \x01(\fR\x03der\"\xa6\x02\n" +
+	"\fSigningTerms\x126\n" +
+	"\x05items\x18\x01 \x03(\v2 .assay.feed.v1.SigningTerms.ItemR\x05items\x12C\n" +
+	"\bverdicts\x18\x02 \x03(\v2'.assay.feed.v1.SigningTerms.HeldVerdictR\bverdicts\x1aI\n" +
+	"\x04Item\x12%\n" +
+	"\x0eentry_revision\x18\x01 \x01(\x03R\rentryRevision\x12\x1a\n" +
+	"\bverdicts\x18\x02 \x03(\rR\bverdicts\x1aN\n" +
+	"\vHeldVerdict\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\fR\x06digest\x12'\n" +
+	"\x0fsequence_number\x18\x02 \x01(\x04R\x0esequenceNumber2Q\n" +
 	"\x04Feed\x12I\n" +
 	"\x06Follow\x12\x1c.assay.feed.v1.FollowRequest\x1a\x1d.assay.feed.v1.FollowResponse(\x010\x01B.Z,github.com/assay-id/assay/server/wire/feedv1b\x06proto3"
 
@@ -1078,24 +1248,27 @@ func file_server_wire_feedv1_feed_proto_rawDescGZIP() []byte {
 	return file_server_wire_feedv1_feed_proto_rawDescData
 }
 
-var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_server_wire_feedv1_feed_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_server_wire_feedv1_feed_proto_goTypes = []any{
-	(*FollowRequest)(nil),  // 0: assay.feed.v1.FollowRequest
-	(*Hello)(nil),          // 1: assay.feed.v1.Hello
-	(*HeldEntry)(nil),      // 2: assay.feed.v1.HeldEntry
-	(*HeldBundle)(nil),     // 3: assay.feed.v1.HeldBundle
-	(*HeldVerdict)(nil),    // 4: assay.feed.v1.HeldVerdict
-	(*Running)(nil),        // 5: assay.feed.v1.Running
-	(*Holding)(nil),        // 6: assay.feed.v1.Holding
-	(*HeldAuthority)(nil),  // 7: assay.feed.v1.HeldAuthority
-	(*Verdict)(nil),        // 8: assay.feed.v1.Verdict
-	(*PolicyVerdict)(nil),  // 9: assay.feed.v1.PolicyVerdict
-	(*Ack)(nil),            // 10: assay.feed.v1.Ack
-	(*FollowResponse)(nil), // 11: assay.feed.v1.FollowResponse
-	(*RevocationList)(nil), // 12: assay.feed.v1.RevocationList
-	(*types.Selector)(nil), // 13: spire.api.types.Selector
-	(*types.Entry)(nil),    // 14: spire.api.types.Entry
-	(*types.Bundle)(nil),   // 15: spire.api.types.Bundle
+	(*FollowRequest)(nil),            // 0: assay.feed.v1.FollowRequest
+	(*Hello)(nil),                    // 1: assay.feed.v1.Hello
+	(*HeldEntry)(nil),                // 2: assay.feed.v1.HeldEntry
+	(*HeldBundle)(nil),               // 3: assay.feed.v1.HeldBundle
+	(*HeldVerdict)(nil),              // 4: assay.feed.v1.HeldVerdict
+	(*Running)(nil),                  // 5: assay.feed.v1.Running
+	(*Holding)(nil),                  // 6: assay.feed.v1.Holding
+	(*HeldAuthority)(nil),            // 7: assay.feed.v1.HeldAuthority
+	(*Verdict)(nil),                  // 8: assay.feed.v1.Verdict
+	(*PolicyVerdict)(nil),            // 9: assay.feed.v1.PolicyVerdict
+	(*Ack)(nil),                      // 10: assay.feed.v1.Ack
+	(*FollowResponse)(nil),           // 11: assay.feed.v1.FollowResponse
+	(*RevocationList)(nil),           // 12: assay.feed.v1.RevocationList
+	(*SigningTerms)(nil),             // 13: assay.feed.v1.SigningTerms
+	(*SigningTerms_Item)(nil),        // 14: assay.feed.v1.SigningTerms.Item
+	(*SigningTerms_HeldVerdict)(nil), // 15: assay.feed.v1.SigningTerms.HeldVerdict
+	(*types.Selector)(nil),           // 16: spire.api.types.Selector
+	(*types.Entry)(nil),              // 17: spire.api.types.Entry
+	(*types.Bundle)(nil),             // 18: spire.api.types.Bundle
 }
 var file_server_wire_feedv1_feed_proto_depIdxs = []int32{
 	1,  // 0: assay.feed.v1.FollowRequest.hello:type_name -> assay.feed.v1.Hello
@@ -1106,19 +1279,21 @@ var file_server_wire_feedv1_feed_proto_depIdxs = []int32{
 	3,  // 5: assay.feed.v1.Hello.bundles:type_name -> assay.feed.v1.HeldBundle
 	4,  // 6: assay.feed.v1.Hello.verdicts:type_name -> assay.feed.v1.HeldVerdict
 	7,  // 7: assay.feed.v1.Holding.authorities:type_name -> assay.feed.v1.HeldAuthority
-	13, // 8: assay.feed.v1.Verdict.selectors:type_name -> spire.api.types.Selector
+	16, // 8: assay.feed.v1.Verdict.selectors:type_name -> spire.api.types.Selector
 	9,  // 9: assay.feed.v1.Verdict.policies:type_name -> assay.feed.v1.PolicyVerdict
-	14, // 10: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
-	15, // 11: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
+	17, // 10: assay.feed.v1.FollowResponse.entries:type_name -> spire.api.types.Entry
+	18, // 11: assay.feed.v1.FollowResponse.bundles:type_name -> spire.api.types.Bundle
 	8,  // 12: assay.feed.v1.FollowResponse.verdicts:type_name -> assay.feed.v1.Verdict
 	12, // 13: assay.feed.v1.FollowResponse.crls:type_name -> assay.feed.v1.RevocationList
-	0,  // 14: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
-	11, // 15: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
-	15, // [15:16] is the sub-list for method output_type
-	14, // [14:15] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	14, // 14: assay.feed.v1.SigningTerms.items:type_name -> assay.feed.v1.SigningTerms.Item
+	15, // 15: assay.feed.v1.SigningTerms.verdicts:type_name -> assay.feed.v1.SigningTerms.HeldVerdict
+	0,  // 16: assay.feed.v1.Feed.Follow:input_type -> assay.feed.v1.FollowRequest
+	11, // 17: assay.feed.v1.Feed.Follow:output_type -> assay.feed.v1.FollowResponse
+	17, // [17:18] is the sub-list for method output_type
+	16, // [16:17] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_server_wire_feedv1_feed_proto_init() }
@@ -1138,7 +1313,7 @@ func file_server_wire_feedv1_feed_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_wire_feedv1_feed_proto_rawDesc), len(file_server_wire_feedv1_feed_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
