@@ -171,7 +171,9 @@ func evidenceExplain() *cobra.Command {
 
 // newDesk is a command about images, whose errors are told in plain sentences.
 func newDesk(use, short string, do func(ctx context.Context, r *remote, conn *grpc.ClientConn) error) *remote {
-	return newRemote(use, short, func(ctx context.Context, r *remote, conn *grpc.ClientConn) error { return cli.Sentence(do(ctx, r, conn)) })
+	return newRemote(use, short, func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+		return cli.Sentence(do(ctx, r, conn))
+	})
 }
 
 func evidencePush() *cobra.Command {
