@@ -12,7 +12,7 @@ TAGS    := grpcnotrace
 # Fuzz targets run this long each in `make fuzz`.
 FUZZTIME ?= 5s
 
-.PHONY: all build demo demo-evidence check fmt vet lint arch unit script gen-check gen test packages lab robust hostile compat fuzz bench bench-short clean tools setup help
+.PHONY: all build images demo demo-evidence check fmt vet lint arch unit script gen-check gen test packages lab robust hostile compat fuzz bench bench-short clean tools setup help
 
 all: build
 
@@ -98,6 +98,9 @@ bench: build ## the numbers we promise
 
 bench-short: build ## that everything can be measured: small counts, fails on wrong counts and errors only
 	$(GO) run ./test/bench -bin $(BIN) -short
+
+images: build ## container images of the binaries and nothing else, with bills of materials, in bin/images
+	@$(GO) run ./deploy/images -bin $(BIN) -out $(BIN)/images -tag $(VERSION)
 
 clean:
 	rm -rf $(BIN)

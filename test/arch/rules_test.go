@@ -80,6 +80,8 @@ var rules = []rule{
 
 	{pattern: "cmd/...", floor: doors, also: []string{"cmd/..."}, why: "commands share flags and signals"},
 
+	{pattern: "deploy/images", floor: doors, why: "a program that packs what make built"},
+
 	{pattern: "test/...", floor: tests, also: []string{"test/..."}, why: "harnesses stand on harnesses"},
 }
 
@@ -117,7 +119,7 @@ var homes = []struct {
 	{"github.com/google/go-tpm", []string{"attestor/tpm/...", "agent/keep", "test/..."}},
 	{"github.com/godbus/dbus", []string{"attestor/systemd/...", "test/..."}},
 	{"github.com/envoyproxy", []string{"workloadapi/sds", "test/..."}},
-	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "test/..."}},
+	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "deploy/images", "test/..."}},
 	{"github.com/hashicorp/hcl", []string{"conf", "server/verdict/rules", "attestor/attestortest", "cmd/...", "test/..."}},
 	{"github.com/spf13/cobra", []string{"cmd/...", "test/..."}},
 }
