@@ -14,6 +14,7 @@ import (
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/kube"
+	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/view"
 )
 
@@ -50,26 +51,26 @@ func serveInside(part string, options []grpc.ServerOption, register func(grpc.Se
 	return s, conn, nil
 }
 
-func openClusters(cfg *Config, options []grpc.ServerOption, register func(grpc.ServiceRegistrar), pictures *view.View, log logrus.FieldLogger) (*clusters, error) {
-	c := new(clusters)
+// open makes the registrars, before tell or run is called.
+func (c *clusters) open(cfg *Config, options []grpc.ServerOption, register func(grpc.ServiceRegistrar), pictures *view.View, log logrus.FieldLogger) error {
 	for _, one := range cfg.Clusters {
 		of := *one
 		of.TrustDomain, of.Log, of.Metrics = cfg.TrustDomain.Name(), log, cfg.Metrics
 		inside, conn, err := serveInside("kubernetes/"+of.Name, options, register)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		cluster, err := kube.Connect(of)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		registrar, err := kube.New(kube.NewAPI(conn, following(pictures)), cluster, of)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		c.registrars, c.conns, c.inside = append(c.registrars, registrar), append(c.conns, conn), append(c.inside, inside)
 	}
-	return c, nil
+	return nil
 }
 
 // following returns a function that returns whenever the view has moved since it returned last.
@@ -81,6 +82,13 @@ func following(pictures *view.View) func(context.Context) error {
 		}
 		last = pictures.Rev()
 		return nil
+	}
+}
+
+// tell has events made at the pods whose identity turned with a verdict.
+func (c *clusters) tell(t verdict.Turn) {
+	for _, r := range c.registrars {
+		r.Tell(kube.Turn{Allowed: t.Allowed, Policy: t.Policy, Digests: t.Digests, Reason: t.Reason})
 	}
 }
 

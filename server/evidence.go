@@ -33,7 +33,7 @@ type Evidence struct {
 }
 
 // openEvidence returns nil if the configuration has nothing about evidence.
-func openEvidence(ctx context.Context, cfg *Config, rec *records.Records, pictures *view.View, authority *ca.CA, log *audit.Log, logger logrus.FieldLogger) (*verdict.Service, error) {
+func openEvidence(ctx context.Context, cfg *Config, turned func(verdict.Turn), rec *records.Records, pictures *view.View, authority *ca.CA, log *audit.Log, logger logrus.FieldLogger) (*verdict.Service, error) {
 	if cfg.Evidence == nil {
 		return nil, nil //nolint:nilnil // evidence is optional
 	}
@@ -58,7 +58,7 @@ func openEvidence(ctx context.Context, cfg *Config, rec *records.Records, pictur
 			})
 			return err
 		},
-		Log: logger, Metrics: cfg.Metrics, Now: cfg.Now,
+		Turned: turned, Log: logger, Metrics: cfg.Metrics, Now: cfg.Now,
 	})
 }
 

@@ -110,7 +110,8 @@ func Run(ctx context.Context, config Config) (err error) {
 		TrustDomain: cfg.TrustDomain, Duration: cfg.Limits.AttestDuration,
 		Log: component("admit"), Metrics: cfg.Metrics, Now: cfg.Now,
 	})
-	judge, err := openEvidence(ctx, &cfg, rec, pictures, authority, log, component("verdict"))
+	registrars := new(clusters)
+	judge, err := openEvidence(ctx, &cfg, registrars.tell, rec, pictures, authority, log, component("verdict"))
 	if err != nil {
 		return err
 	}
@@ -167,7 +168,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	local := grpc.NewServer(append(intercept, grpc.Creds(caller.UnixCredentials()))...)
 	services.Register(local)
 	services.RegisterLocal(local)
-	registrars, err := openClusters(&cfg, intercept, func(r grpc.ServiceRegistrar) {
+	err = registrars.open(&cfg, intercept, func(r grpc.ServiceRegistrar) {
 		services.Register(r)
 		services.RegisterLocal(r)
 	}, pictures, component("kubernetes"))

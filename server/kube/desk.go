@@ -100,6 +100,7 @@ func (d *desk) run(ctx context.Context) {
 	owned.Go(func() { d.resync(ctx) })
 	owned.Go(func() { d.publish(ctx) })
 	owned.Go(func() { d.takeReports(ctx) })
+	owned.Go(func() { d.makeEvents(ctx) })
 	stop := context.AfterFunc(ctx, func() {
 		d.queue.ShutDown()
 		d.reports.ShutDown()
@@ -363,6 +364,10 @@ func (d *desk) setRule(name string, r *rule) {
 // look puts pods on the queue.
 func (d *desk) look(pods ...*corev1.Pod) {
 	for _, pod := range pods {
-		d.queue.Add(item{podItem, cache.ObjectName{Namespace: pod.Namespace, Name: pod.Name}.String()})
+		d.queue.Add(podKey(pod))
 	}
+}
+
+func podKey(pod *corev1.Pod) item {
+	return item{podItem, cache.ObjectName{Namespace: pod.Namespace, Name: pod.Name}.String()}
 }

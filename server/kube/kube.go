@@ -164,6 +164,7 @@ type Registrar struct {
 	cluster Cluster
 	log     logrus.FieldLogger
 	m       *metrics
+	turns   chan Turn // what Tell was told
 }
 
 // New returns a registrar of a cluster. It does nothing until Run.
@@ -187,7 +188,7 @@ func New(api API, cluster Cluster, cfg Config) (*Registrar, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Registrar{cfg: cfg, api: api, cluster: cluster, log: cfg.Log.WithField("cluster", cfg.Name), m: m}, nil
+	return &Registrar{cfg: cfg, api: api, cluster: cluster, log: cfg.Log.WithField("cluster", cfg.Name), m: m, turns: make(chan Turn, maxTurns)}, nil
 }
 
 // clusterName is part of entries' IDs and agents' SPIFFE IDs.

@@ -286,14 +286,14 @@ func (s *sight) federationNews(before, after *unstructured.Unstructured) {
 	s.desk.queue.Add(item{kind: federationItem})
 }
 
-// named is an object of the API.
-type named interface {
+// object is one of the API's.
+type object interface {
 	comparable
 	GetName() string
 }
 
 // nameOf returns the name of what changed, of which one side may be missing.
-func nameOf[T named](before, after T) string {
+func nameOf[T object](before, after T) string {
 	var none T
 	if after != none {
 		return after.GetName()
@@ -367,7 +367,7 @@ func (s *sight) holders() map[string]item {
 	all := map[string]item{}
 	for _, o := range s.pods.GetStore().List() {
 		pod := o.(*corev1.Pod)
-		all[string(pod.UID)] = item{podItem, cache.ObjectName{Namespace: pod.Namespace, Name: pod.Name}.String()}
+		all[string(pod.UID)] = podKey(pod)
 	}
 	for _, name := range s.statics.GetStore().ListKeys() {
 		all[s.desk.cfg.keyOf(s.desk.cfg.staticEntryID(name))] = item{staticItem, name}

@@ -103,6 +103,29 @@ func (o *outbox) load(all map[uint64]*stored.EvidenceAlert) {
 	}
 }
 
+// Turn is a verdict on an image that is another than before.
+type Turn struct {
+	// Allowed says that identities which demand the policy are given again; otherwise they were withdrawn.
+	Allowed bool
+	Policy  string
+	// Digests are those that the image is known by, its configuration's first.
+	Digests []string
+	// Reason says why in a sentence; Finding and Report are what decided, if that was one.
+	Reason, Finding, Report string
+}
+
+// turned tells of a verdict that turned. mu is held.
+func (s *Service) turned(i *image, e *event) {
+	if s.cfg.Turned == nil || e.Type != eventWithdraw && e.Type != eventRestore {
+		return
+	}
+	s.cfg.Turned(Turn{
+		Allowed: e.Type == eventRestore, Policy: e.Policy,
+		Digests: append([]string{i.digest}, slices.Sorted(maps.Keys(i.links))...),
+		Reason:  e.Reason, Finding: e.Finding, Report: e.Report,
+	})
+}
+
 // alert puts an event for every webhook that wants it into the change. mu is held.
 func (s *Service) alert(change *records.EvidenceChange, e event, cause string, now time.Time) {
 	e.Cause, e.Time = cause, now.UTC().Format(time.RFC3339Nano)
@@ -116,6 +139,7 @@ func (s *Service) alert(change *records.EvidenceChange, e event, cause string, n
 		}
 		if i := s.state.images[e.Digest]; i != nil {
 			e.Names = i.names
+			s.turned(i, &e)
 		}
 	}
 	for n := range s.rules.Webhooks {

@@ -129,6 +129,23 @@ func TestEachAlertIsDeliveredOnce(t *testing.T) {
 	})
 }
 
+func TestWhoAsksIsToldOfEachVerdictThatTurns(t *testing.T) {
+	var turns []Turn
+	w := newWorld(t, prod, func(w *world) { w.cfg.Turned = func(turn Turn) { turns = append(turns, turn) } })
+	image := config(1)
+	w.run(image, 1)
+	w.mustPush(scan{image: image})
+	w.pass(time.Minute)
+	w.mustPush(scan{image: image, findings: []string{critical}})
+	if len(turns) != 2 || !turns[0].Allowed || turns[1].Allowed {
+		t.Fatalf("told of %+v", turns)
+	}
+	id, _, _ := strings.Cut(critical, " ")
+	if last := turns[1]; last.Policy != "prod" || last.Digests[0] != image || last.Finding != id || last.Reason == "" || last.Report == "" {
+		t.Errorf("told of %+v", last)
+	}
+}
+
 func TestWhatSleptThroughAGraceTellsAllOfIt(t *testing.T) {
 	l := newListener(t, strings.Replace(prod, "fail {", "grace {\n    severity = \"critical\"\n    for = \"10h\"\n  }\n  fail {", 1), nil)
 	l.mustPush(scan{image: config(1), findings: []string{critical}})

@@ -102,7 +102,9 @@ type Config struct {
 	// not nil, is called with the new lists as DER, nil if nothing is revoked: nobody needs to carry that.
 	CRLPath    string
 	CRLChanged func(ctx context.Context, lists [][]byte) error
-	Log        logrus.FieldLogger
+	// Turned, if not nil, is told of every verdict that turned, beside the webhooks. It must not wait.
+	Turned func(Turn)
+	Log    logrus.FieldLogger
 	// Metrics registers what is counted. Nil: nothing is registered.
 	Metrics prometheus.Registerer
 	// Now is the clock for decisions. Nil: time.Now.

@@ -23,8 +23,13 @@ import (
 	kubetypes "k8s.io/apimachinery/pkg/types"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	kubefake "k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
 
+	"github.com/assay-id/assay/server"
 	"github.com/assay-id/assay/server/kube"
+	"github.com/assay-id/assay/server/verdict"
+	"github.com/assay-id/assay/server/verdict/policy"
+	"github.com/assay-id/assay/server/wire/evidencev1"
 )
 
 // cluster is a Kubernetes API server in memory (client-go's own), and the registrar of it before a real
@@ -35,21 +40,31 @@ type cluster struct {
 	cfg  kube.Config
 	core *kubefake.Clientset
 	dyn  *dynamicfake.FakeDynamicClient
+	r    *kube.Registrar
 	stop func()
 }
 
 var (
 	spireGroup = schema.GroupVersion{Group: "spire.spiffe.io", Version: "v1alpha1"}
+	reports    = schema.GroupVersionResource{Group: "aquasecurity.github.io", Version: "v1alpha1", Resource: "vulnerabilityreports"}
 	listKinds  = map[schema.GroupVersionResource]string{
 		spireGroup.WithResource("clusterspiffeids"):             "ClusterSPIFFEIDList",
 		spireGroup.WithResource("clusterstaticentries"):         "ClusterStaticEntryList",
 		spireGroup.WithResource("clusterfederatedtrustdomains"): "ClusterFederatedTrustDomainList",
+		reports: "VulnerabilityReportList",
 	}
 )
 
 func newCluster(t *testing.T, change ...func(*kube.Config)) *cluster {
 	t.Helper()
-	c := &cluster{t: t, w: New(t), core: kubefake.NewClientset(), dyn: dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), listKinds)}
+	scan, problems := policy.New(policy.Block{Name: "prod", Sources: []string{verdict.Local}, Fail: []policy.Fails{{Severity: "critical"}}})
+	if len(problems) > 0 {
+		t.Fatal(problems)
+	}
+	w := New(t, func(c *server.Config) {
+		c.Evidence = &server.Evidence{Rules: verdict.Rules{Policies: []*policy.ScanPolicy{scan}}}
+	})
+	c := &cluster{t: t, w: w, core: kubefake.NewClientset(), dyn: dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), listKinds)}
 	c.cfg = kube.Config{
 		Name: "c1", TrustDomain: "example.org", ClusterDomain: "cluster.local", LeaseNamespace: "assay",
 		IgnoreNamespaces: []*regexp.Regexp{regexp.MustCompile("kube-.*")}, Log: silent(), StatusEvery: 20 * time.Millisecond,
@@ -81,6 +96,7 @@ func (c *cluster) start() {
 	if err != nil {
 		c.t.Fatal(err)
 	}
+	c.r = r
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- r.Run(ctx) }()
@@ -559,5 +575,88 @@ func TestBundleInACluster(t *testing.T) {
 	eventually(t, "a namespace that comes later has it too", func() (bool, string) {
 		text := at("late", "trust", "bundle.pem")
 		return strings.HasPrefix(text, "-----BEGIN CERTIFICATE-----"), text
+	})
+}
+
+func TestEventsAtPods(t *testing.T) {
+	const image, manifest = "sha256:1111", "sha256:2222"
+	c := newCluster(t)
+	c.rule("shop", map[string]any{"spiffeIDTemplate": bySA, "scanPolicy": "prod"})
+	for name, imageID := range map[string]string{"by-config": image, "by-manifest": "docker.io/library/shop@" + manifest, "other": "sha256:3333"} {
+		p := pod("shop", name, nil)
+		p.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "main", ImageID: imageID}}
+		c.create(p)
+	}
+	eventually(t, "all pods have entries", func() (bool, string) { n := len(c.entries()); return n == 3, fmt.Sprint(n) })
+	events := func() []string {
+		all, err := c.core.CoreV1().Events("shop").List(t.Context(), metav1.ListOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var lines []string
+		for _, e := range all.Items {
+			lines = append(lines, e.InvolvedObject.Name+" "+e.Type+" "+e.Reason)
+			if e.Reason == "IdentityWithdrawn" && !strings.Contains(e.Message, "CVE-1") {
+				t.Errorf("the message is %q", e.Message)
+			}
+		}
+		slices.Sort(lines)
+		return lines
+	}
+	// The fake gives no names of its own.
+	n := 0
+	c.core.PrependReactor("create", "events", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		n++
+		a.(clienttesting.CreateAction).GetObject().(*corev1.Event).Name = fmt.Sprint("e", n)
+		return false, nil, nil
+	})
+	c.r.Tell(kube.Turn{Policy: "other", Digests: []string{image}, Reason: "CVE-1"}) // nobody demands it
+	c.r.Tell(kube.Turn{Policy: "prod", Digests: []string{image, manifest}, Reason: "CVE-1 is critical"})
+	want := []string{"by-config Warning IdentityWithdrawn", "by-manifest Warning IdentityWithdrawn"}
+	eventually(t, fmt.Sprintf("events are %q", want), func() (bool, string) {
+		got := events()
+		return slices.Equal(got, want), fmt.Sprintf("%q", got)
+	})
+	c.r.Tell(kube.Turn{Policy: "prod", Digests: []string{image}, Allowed: true})
+	want = append(want[:1:1], "by-config Normal IdentityRestored", want[1])
+	slices.Sort(want)
+	eventually(t, fmt.Sprintf("events are %q", want), func() (bool, string) {
+		got := events()
+		return slices.Equal(got, want), fmt.Sprintf("%q", got)
+	})
+}
+
+func TestReportsInACluster(t *testing.T) {
+	c := newCluster(t, func(cfg *kube.Config) { cfg.ReportSource = verdict.Local })
+	digest := Digest("b")
+	report := func(name string, artifact map[string]any) *unstructured.Unstructured {
+		return &unstructured.Unstructured{Object: map[string]any{
+			"apiVersion": "aquasecurity.github.io/v1alpha1", "kind": "VulnerabilityReport",
+			"metadata": map[string]any{"name": name, "namespace": "shop", "resourceVersion": "7"},
+			"report": map[string]any{
+				"artifact": artifact, "registry": map[string]any{"server": "registry.example.org"},
+				"os": map[string]any{"family": "debian", "name": "12.9"}, "scanner": map[string]any{"name": "Trivy", "version": "0.60.0", "vendor": "Aqua"},
+				"updateTimestamp": time.Now().UTC().Format(time.RFC3339), "summary": map[string]any{},
+				"vulnerabilities": []any{map[string]any{
+					"vulnerabilityID": "CVE-2099-1", "resource": "lib", "installedVersion": "1", "fixedVersion": "2", "severity": "CRITICAL", "packagePURL": "pkg:deb/debian/lib@1",
+				}},
+			},
+		}}
+	}
+	for _, u := range []*unstructured.Unstructured{
+		report("tagged", map[string]any{"repository": "shop", "tag": "latest"}), // names no digest
+		report("good", map[string]any{"repository": "shop", "digest": digest}),
+	} {
+		if _, err := c.dyn.Resource(reports).Namespace("shop").Create(t.Context(), u, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	eventually(t, "the report is evidence about its image, and the one that names no digest is not", func() (bool, string) {
+		resp, err := evidencev1.NewEvidenceClient(c.w.Local).Show(c.w.Context(), &evidencev1.ShowRequest{Image: digest})
+		if err != nil {
+			return false, err.Error()
+		}
+		docs := resp.GetDocuments()
+		return len(docs) == 1 && docs[0].GetSource() == verdict.Local && docs[0].GetRepository() == "registry.example.org/shop" && docs[0].GetFindings() == 1, fmt.Sprint(resp)
 	})
 }
