@@ -230,6 +230,9 @@ func (a *agent) run(ctx context.Context) error {
 			return nil
 		})
 	}
+	for _, f := range a.cfg.Files {
+		g.Go(func() error { a.keepFiles(ctx, f); return nil })
+	}
 	g.Go(func() error { a.lease.run(ctx); return nil })
 	g.Go(func() error { a.announce(ctx); return nil })
 	return g.Wait()

@@ -14,6 +14,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi"
+	"github.com/assay-id/assay/workloadapi/files"
 	"github.com/assay-id/assay/workloadapi/sds"
 )
 
@@ -127,6 +128,8 @@ type Config struct {
 	SDS sds.Config
 	// LogSelectors are the selector types whose values may appear in logs; values can hold secrets.
 	LogSelectors []string
+	// Files are identities that the agent keeps in files.
+	Files []Files
 	// Audit gets a line for each answer of the Workload API; nil means that nobody does.
 	Audit workloadapi.Auditor
 
@@ -145,6 +148,13 @@ type Config struct {
 	Ready func()
 	// Health, if set, says at any time how the agent is.
 	Health *Health
+}
+
+// Files are files that hold the identity of whoever shows Selectors, which the agent's own configuration
+// stands for. Their Log, Now and Changed are not used.
+type Files struct {
+	Selectors attestor.Set
+	files.Config
 }
 
 // NodeAttestor is an opened node role under its type's name.

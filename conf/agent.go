@@ -57,6 +57,7 @@ type Agent struct {
 	KeysDir    string // of "disk"; empty: DataDir
 	Node       Node
 	Workloads  []Workload
+	Files      []Files
 
 	Log     Log
 	Health  Health
@@ -75,6 +76,7 @@ type agentFile struct {
 	NodeAttestors     []typeBlock     `hcl:"node_attestor,block"`
 	WorkloadAttestors []typeBlock     `hcl:"workload_attestor,block"`
 	KeyManagers       []typeBlock     `hcl:"key_manager,block"`
+	Files             []filesBlock    `hcl:"files,block"`
 	Health            *healthBlock    `hcl:"health_checks,block"`
 	Telemetry         *telemetryBlock `hcl:"telemetry,block"`
 }
@@ -154,6 +156,7 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 	if disk, ok := config.(*diskDirectory); ok && disk.Directory != "" {
 		a.KeysDir = l.directory("key_manager.disk.directory", disk.Directory, "")
 	}
+	a.Files = l.filesBlocks(f.Files)
 	a.Health = l.health(f.Health, agentHealthPort)
 	a.Metrics = l.metrics(f.Telemetry, agentMetricsPort)
 	if err := l.mistakes(); err != nil {

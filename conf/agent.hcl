@@ -204,3 +204,53 @@ key_manager "disk" {
     #port = 9989
   #}
 #}
+
+# An identity in files, for a program of this node that reads nothing else: a block for each. The block
+# stands for the selector files:name:NAME, which nothing else shows, so the identity is that of
+#   assay-server entry create … -selector files:name:nginx
+# A file is replaced whole or not at all, and the program is told afterwards. The same keys, and a few more,
+# are in the file of "assay-agent files", a client of any SPIFFE Workload API: see files.hcl.
+#files "nginx" {
+  # The directory, and the names of the files in it. A file without a name is not written.
+  #cert_dir              = "/etc/nginx/svid"
+  #svid_file_name        = "svid.pem"
+  #svid_key_file_name    = "svid_key.pem"
+  #svid_bundle_file_name = "svid_bundle.pem"
+  # Certificates that were withdrawn before they expire.
+  #crl_file_name         = "crl.pem"
+  # Tokens, each with its audience; and the keys that verify others': as spiffe-helper writes them, and as
+  # the plain JWK set of the own trust domain.
+  #jwt_svids            = [{ jwt_audience = "https://api.example.org", jwt_extra_audiences = [], jwt_svid_file_name = "api.token" }]
+  #jwt_bundle_file_name = "jwt_bundle.json"
+  #jwks_file_name       = "jwks.json"
+
+  # Modes, owner and group of the files. Certificate, bundle and list have cert_file_mode.
+  #cert_file_mode       = "0644"
+  #key_file_mode        = "0600"
+  #jwt_svid_file_mode   = "0600"
+  #jwt_bundle_file_mode = "0600"
+  #file_owner           = "root"
+  #file_group           = "root"
+
+  # Which of several identities; without them the oldest entry's.
+  #spiffe_id = "spiffe://example.org/web"
+  #hint      = ""
+
+  # Intermediates in the bundle instead of behind the certificate; the bundles of federated trust domains
+  # too; authorities that have expired left out.
+  #add_intermediates_to_bundle = false
+  #include_federated_domains   = false
+  #omit_expired                = false
+
+  # What becomes of certificate and key when the identity is withdrawn: "replace" them by a pair that
+  # nobody trusts, "remove" them (a server that cannot read its key on a reload goes on with the old one),
+  # or "keep" them. Tokens are removed unless it is "keep".
+  #on_withdrawal = "replace"
+
+  # How the program is told: a signal to the process in a file, or a command, or both. The command finds
+  # ASSAY_FILES_EVENT, "renewed" or "withdrawn", in its environment. What fails is tried again.
+  #pid_file_name         = "/run/nginx.pid"
+  #renew_signal          = "SIGHUP"
+  #renew_command         = ["/usr/sbin/nginx", "-s", "reload"]
+  #renew_command_timeout = "30s"
+#}

@@ -57,6 +57,8 @@ func TestServerSample(t *testing.T) {
 		all := uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths", "key_file", "ca_file")
 		// An endpoint's certificate is from files or from ACME.
 		all = regexp.MustCompile(`serving_cert_file \{[^}]*\}`).ReplaceAllString(all, "")
+		// So is the one of OIDC discovery, or a proxy's.
+		all = regexp.MustCompile(`\n\s*(behind_proxy|listen_socket_path) .*`).ReplaceAllString(all, "")
 		// One authority is above, and keys live in one place; each alternative has its turn.
 		blocks := regexp.MustCompile(`(?ms)^(upstream_authority|key_manager) "[^"]*" \{.*?^\}`)
 		for _, one := range append(blocks.FindAllString(all, -1), "") {
@@ -137,11 +139,13 @@ func keysIn(t *testing.T, sample string, roles ...string) []string {
 		}
 		for _, b := range body.Blocks {
 			switch {
+			case b.Type == "files": // its label is a name, and its keys are another test's
+				found[prefix+b.Type] = true
 			case slices.Contains(append(roles, "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source", "kubernetes"), b.Type):
 				found[prefix+b.Type] = true
 			default:
 				switch b.Type {
-				case "webhook", "profile", "federates_with", "bundle_endpoint_profile":
+				case "webhook", "profile", "federates_with", "bundle_endpoint_profile", "jwt_profile":
 					found[prefix+b.Type+".name"] = true // its label
 				}
 				walk(prefix+b.Type+".", b.Body)
@@ -166,7 +170,7 @@ func keysOf(t reflect.Type, keyManager string) []string {
 			switch {
 			case name == "key_manager" && keyManager != "":
 				keys = append(keys, name+"."+keyManager)
-			case field.Type == reflect.TypeFor[[]typeBlock]():
+			case field.Type == reflect.TypeFor[[]typeBlock](), field.Type == reflect.TypeFor[[]filesBlock]():
 				keys = append(keys, name)
 			case kind == "block":
 				walk(prefix+name+".", field.Type)

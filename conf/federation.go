@@ -9,6 +9,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
+// How often the files of a certificate are read again.
+const (
+	defaultFileSync = time.Hour
+	minFileSync     = time.Second
+)
+
 // The profiles of bundle endpoints.
 const (
 	profileSPIFFE = "https_spiffe"
@@ -157,21 +163,9 @@ func (l *loader) web(e *BundleEndpoint, p profileBlock) {
 		const key = key + "serving_cert_file."
 		l.required(key+"cert_file_path", p.File.CertPath, "it holds the endpoint's certificate chain as PEM")
 		l.required(key+"key_file_path", p.File.KeyPath, "it holds the certificate's key as PEM")
-		e.File = &ServingCertificate{
-			CertPath: l.existing(key+"cert_file_path", p.File.CertPath, "it holds the endpoint's certificate chain"),
-			KeyPath:  l.existing(key+"key_file_path", p.File.KeyPath, "it holds the certificate's key"),
-			Interval: l.duration(key+"file_sync_interval", p.File.Interval, time.Hour, time.Second),
-		}
+		e.File = l.servingFile(key, p.File)
 	default:
-		const key = key + "acme."
-		l.required(key+"domain_name", p.ACME.Domain, "it is the name that the certificate is ordered for")
-		if !p.ACME.Accepted {
-			l.say(key+"tos_accepted", "Terms not accepted", "The authority gives certificates to who accepts its terms of service: read them, and set tos_accepted = true.")
-		}
-		if p.ACME.DirectoryURL != "" {
-			l.https(p.ACME.DirectoryURL, func(why string) { l.say(key+"directory_url", "Invalid URL", "%s", why) })
-		}
-		e.ACME = &ACME{Domain: p.ACME.Domain, Email: p.ACME.Email, DirectoryURL: p.ACME.DirectoryURL}
+		e.ACME = l.acme(key+"acme.", p.ACME)
 	}
 }
 

@@ -50,6 +50,9 @@ type Server struct {
 
 	Federation Federation
 
+	OIDC        *OIDCDiscovery // nil: none
+	JWTProfiles []JWTProfile
+
 	Evidence Evidence
 	// Named are the blocks that Options.Named decoded, by type in the order of the file.
 	Named []Named
@@ -79,6 +82,9 @@ type serverFile struct {
 	Evidence      *evidenceBlock  `hcl:"evidence,block"`
 	Health        *healthBlock    `hcl:"health_checks,block"`
 	Telemetry     *telemetryBlock `hcl:"telemetry,block"`
+
+	OIDC     *oidcBlock        `hcl:"oidc_discovery,block"`
+	Profiles []jwtProfileBlock `hcl:"jwt_profile,block"`
 }
 
 type serverBlock struct {
@@ -173,6 +179,8 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 			}
 		}
 	}
+	s.OIDC = l.oidc(f.OIDC, s.JWTIssuer)
+	s.JWTProfiles = l.jwtProfiles(f.Profiles, s.TrustDomain)
 	s.Health = l.health(f.Health, serverHealthPort)
 	s.Metrics = l.metrics(f.Telemetry, serverMetricsPort)
 	if err := l.mistakes(); err != nil {

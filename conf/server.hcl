@@ -137,6 +137,57 @@ node_attestor "join_token" {}
   #ca_bundle_paths = ["/etc/assay/node-ca.pem", "/etc/assay/old-node-ca.pem"]
 #}
 
+# OpenID Connect discovery, so that verifiers that know nothing of SPIFFE (cloud providers, OAuth servers)
+# find the keys of JWT-SVIDs: /.well-known/openid-configuration and /keys. server.jwt_issuer must be the URL
+# that they are below. Keys are SPIRE's oidc-discovery-provider's where the meaning is the same.
+#oidc_discovery {
+  # The names that the documents may be asked for by; another is refused.
+  #domains = ["oidc.example.org"]
+
+  # Where it listens, and with which certificate: from files, from an ACME authority, which must reach it at
+  # port 443 of the domain, or none, behind a proxy that does TLS. A proxy can also be given a Unix socket.
+  #bind_address = "0.0.0.0"
+  #bind_port    = 443
+  #acme {
+    #domain_name   = "oidc.example.org"
+    #email         = "admin@example.org"
+    #directory_url = "https://acme-v02.api.letsencrypt.org/directory"
+    #tos_accepted  = true
+  #}
+  #serving_cert_file {
+    #cert_file_path     = "/etc/assay/oidc.pem"
+    #key_file_path      = "/etc/assay/oidc.key"
+    #file_sync_interval = "1h"
+  #}
+  #behind_proxy       = true
+  #listen_socket_path = "/run/assay/server/oidc.sock"
+
+  # What the documents say where it is not what it seems from here: the issuer, which is server.jwt_issuer,
+  # where the keys are, and a path in front of both documents.
+  #jwt_issuer         = "https://oidc.example.org"
+  #jwks_uri           = "https://oidc.example.org/keys"
+  #server_path_prefix = ""
+
+  # Some verifiers insist on "use" in each key. http in place of https in the documents is for trials.
+  #set_key_use           = false
+  #allow_insecure_scheme = false
+#}
+
+# Other claims in JWT-SVIDs whose audiences are all of a list. The usual one is an OAuth authorization server
+# that follows RFC 7523 to the letter, to which the token says who its client is: iss and sub are the client's
+# ID, which is its SPIFFE ID, and jti is there. Agents of ours do not hold tokens with a jti; for a SPIRE agent
+# set it in the entry as well (-jwtSVIDIncludeJTI), or it gives the same token twice.
+#jwt_profile "login" {
+  #audiences = ["https://login.example.org"]
+  # For whom: SPIFFE IDs, or all below a path; for all by default.
+  #spiffe_ids = ["spiffe://example.org/shop", "spiffe://example.org/batch/*"]
+  # "subject" is the SPIFFE ID itself; a URL is that URL; "" is server.jwt_issuer.
+  #issuer = "subject"
+  #jti    = true
+  # A single audience as a text and not as a list of one.
+  #audience_as_text = true
+#}
+
 # Where signing keys live: "disk", or "memory", with which a restart begins with new authorities.
 key_manager "disk" {
   # The default is keys.json in data_dir.

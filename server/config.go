@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/kube"
 	"github.com/assay-id/assay/server/records"
@@ -71,6 +72,8 @@ type Config struct {
 
 	// Federation is about other trust domains.
 	Federation Federation
+	// OIDC is where verifiers that speak OpenID Connect find the keys of JWT-SVIDs. Nil: nowhere.
+	OIDC *OIDCDiscovery
 
 	// Clusters are Kubernetes clusters whose resources say what entries there are. TrustDomain, Log and
 	// Metrics of each are set from this configuration.
@@ -135,6 +138,8 @@ type CA struct {
 	AgentTTL time.Duration
 	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
 	JWTIssuer string
+	// JWTProfiles give JWT-SVIDs for certain audiences other claims. The first that fits counts.
+	JWTProfiles []ca.JWTProfile
 	// NewAuthorityOnLostKey is the operator's consent to a new authority where the private key of
 	// the active one is gone. Without it, such a server does not start.
 	NewAuthorityOnLostKey bool
@@ -209,6 +214,8 @@ type Running struct {
 	Reopen func() error
 	// CRL is where the list of revoked certificates is served; nil if it is not.
 	CRL net.Addr
+	// OIDC is where OIDC discovery is served; nil if it is not.
+	OIDC net.Addr
 	// SetRules puts other rules about evidence in force. Nil if Config.Evidence was.
 	SetRules func(ctx context.Context, rules verdict.Rules) error
 }
@@ -278,6 +285,7 @@ func (c *Config) Check() error {
 		say(id.IsZero() || id.Path() == "", "admin ID %q has no path", id)
 	}
 	c.Federation.check(c.TrustDomain.Name(), say)
+	c.OIDC.check(say)
 	seen := map[string]bool{}
 	for _, j := range c.Judges {
 		say(seen[j.Kind.Type], "node attestor %q is configured twice", j.Kind.Type)

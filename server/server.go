@@ -191,12 +191,18 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err != nil {
 		return err
 	}
+	oidc, err := openDiscovery(&cfg, pictures, component("oidc"))
+	if err != nil {
+		return err
+	}
+	defer closing(oidc, &err)
 
 	// The parts outlive ctx: calls that are being drained still need them.
 	parts, stopParts := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopParts()
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return rec.Run(parts) })
+	group.Go(func() error { return oidc.run(parts, pictures.Ready()) })
 	group.Go(func() error { return snapshots.Run(parts) })
 	group.Go(func() error { return authority.Run(parts) })
 	group.Go(func() error { return pictures.Run(parts) })
@@ -223,7 +229,7 @@ func Run(ctx context.Context, config Config) (err error) {
 		}).Info("server is ready")
 		if cfg.Ready != nil {
 			r := running(&cfg, listeners, store, rec, services, log)
-			r.BundleEndpoint = abroad.address()
+			r.BundleEndpoint, r.OIDC = abroad.address(), oidc.address()
 			if judge != nil {
 				r.SetRules = judge.Replace
 			}
@@ -331,7 +337,7 @@ func openCA(ctx context.Context, cfg *Config, km keys.Manager, above upstream.Au
 	return ca.Open(ctx, km, store, cfg.TrustDomain, ca.Config{
 		CATTL: cfg.CA.TTL, KeyType: kind, JWTKeyType: jwtKind,
 		X509SVIDTTL: cfg.CA.X509SVIDTTL, JWTSVIDTTL: cfg.CA.JWTSVIDTTL, AgentTTL: cfg.CA.AgentTTL,
-		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
+		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, JWTProfiles: cfg.CA.JWTProfiles, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
 		RevocationLists: cfg.Evidence != nil,
 		Upstream:        above, Behind: behind, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
 	})

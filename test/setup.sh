@@ -7,6 +7,10 @@ declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [dockerd
 	[systemd-nspawn]=systemd-container [dbus-daemon]=dbus [rpm]=rpm
 	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman)
 PATH=$PATH:/usr/sbin:/sbin
+	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip)
+# What keeps its identity in files.
+need+=([initdb]=postgresql [psql]=postgresql-client [redis-server]=redis-server [redis-cli]=redis-tools)
+PATH=$PATH:/usr/sbin:/sbin:$(echo /usr/lib/postgresql/*/bin | tr ' ' :)
 missing=()
 for tool in "${!need[@]}"; do
 	command -v "$tool" >/dev/null 2>&1 || missing+=("${need[$tool]}")

@@ -67,11 +67,27 @@ func (s *Server) makeX509(ctx context.Context, facts attestor.Set) (*answer, err
 	if x.Bundle == nil {
 		return nil, errNoBundle
 	}
+	resp, err := X509Response(x)
+	if err != nil {
+		return nil, err
+	}
+	for _, svid := range x.SVIDs {
+		a.ids = append(a.ids, svid.ID.String())
+		a.entries = append(a.entries, svid.EntryID)
+	}
+	a.matched = true
+	a.frame, err = newFrame(resp)
+	return a, err
+}
+
+// X509Response is the answer to X509-SVID streams; x has at least one SVID, and the own bundle.
+func X509Response(x identity.X509Context) (*workload.X509SVIDResponse, error) {
 	resp := &workload.X509SVIDResponse{FederatedBundles: make(map[string][]byte, len(x.Federated))}
 	own := certificates(x.Bundle)
 	for _, svid := range x.SVIDs {
 		key := svid.KeyDER
 		if len(key) == 0 {
+			var err error
 			if key, err = x509.MarshalPKCS8PrivateKey(svid.Key); err != nil {
 				return nil, fmt.Errorf("encode key of %s: %w", svid.ID, err)
 			}
@@ -83,17 +99,13 @@ func (s *Server) makeX509(ctx context.Context, facts attestor.Set) (*answer, err
 			Bundle:      own,
 			Hint:        svid.Hint,
 		})
-		a.ids = append(a.ids, svid.ID.String())
-		a.entries = append(a.entries, svid.EntryID)
 	}
 	// The CRL field of the SPIFFE Workload API, section 5.2.1: of all trust domains in the message.
 	resp.Crl = lists(append([]*identity.Bundle{x.Bundle}, x.Federated...))
 	for _, b := range x.Federated {
 		resp.FederatedBundles[b.TrustDomain.IDString()] = certificates(b)
 	}
-	a.matched = true
-	a.frame, err = newFrame(resp)
-	return a, err
+	return resp, nil
 }
 
 // makeX509Bundles makes the answer of X.509 bundle streams.

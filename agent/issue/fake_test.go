@@ -9,10 +9,10 @@ import (
 	"crypto/x509/pkix"
 	"encoding/base64"
 	"errors"
-	"fmt"
 	"io"
 	"math/big"
 	"net/url"
+	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -37,6 +37,7 @@ type fakeSigner struct {
 	mu      sync.Mutex // guards the rest
 	ca      *x509.Certificate
 	key     *ecdsa.PrivateKey
+	jti     bool // tokens are for one use
 	jwtKey  string
 	x509TTL time.Duration
 	jwtTTL  time.Duration
@@ -145,8 +146,12 @@ func (s *fakeSigner) SignJWT(ctx context.Context, asked identity.Asked, audience
 		return nil, err
 	}
 	head := base64.RawURLEncoding.EncodeToString([]byte(`{"kid":"` + s.jwtKey + `"}`))
+	body := strconv.Itoa(s.jwts)
+	if s.jti {
+		body = base64.RawURLEncoding.EncodeToString([]byte(`{"jti":"` + body + `"}`))
+	}
 	return &identity.JWTSVID{
-		EntryID: id, ID: spiffeid.RequireFromPath(td, "/"+id), Token: fmt.Sprintf("%s.%d.x", head, s.jwts),
+		EntryID: id, ID: spiffeid.RequireFromPath(td, "/"+id), Token: head + "." + body + ".x",
 		IssuedAt: time.Now(), ExpiresAt: time.Now().Add(s.jwtTTL),
 	}, nil
 }

@@ -52,19 +52,25 @@ type jwtCache struct {
 	size  int
 	slots map[string]*jwtSlot
 	order *list.List // of *jwtSlot, the last used in front
+	// once has the keys of slots whose tokens turned out to be for one use.
+	once map[string]struct{}
 }
 
 func newJWTCache(size int) jwtCache {
-	return jwtCache{size: size, slots: map[string]*jwtSlot{}, order: list.New()}
+	return jwtCache{size: size, slots: map[string]*jwtSlot{}, order: list.New(), once: map[string]struct{}{}}
 }
 
 // get returns the slot for the entry and audience, making it if need be. A token with a jti is
-// for one use, so its slot is not in the cache.
+// for one use, so its slot is not in the cache. Whether there will be one the entry says, or, where the
+// server has a profile for the audience, the token itself.
 func (c *jwtCache) get(e *identity.Entry, audience []string) *jwtSlot {
 	if e.JTI {
 		return &jwtSlot{entry: e, audience: audience}
 	}
 	key := jwtKey(e.ID, audience)
+	if _, once := c.once[key]; once {
+		return &jwtSlot{key: key, entry: e, audience: audience}
+	}
 	sl := c.slots[key]
 	if sl == nil {
 		sl = &jwtSlot{key: key, entry: e, audience: audience}
@@ -77,6 +83,15 @@ func (c *jwtCache) get(e *identity.Entry, audience []string) *jwtSlot {
 	}
 	c.order.MoveToFront(sl.place)
 	return sl
+}
+
+// single takes a slot whose token is for one use out of the cache, for whoever waits for it.
+func (c *jwtCache) single(sl *jwtSlot) {
+	if len(c.once) >= c.size {
+		clear(c.once) // what is asked for is learnt again
+	}
+	c.once[sl.key] = struct{}{}
+	c.drop(sl)
 }
 
 func (c *jwtCache) drop(sl *jwtSlot) {
@@ -245,10 +260,14 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	hinted.Hint = sl.entry.Hint
 	sl.svid, sl.keyID, sl.used = &hinted, keyID(svid.Token), false // who waits for it says that it is used
 	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
-	if i.distrusted(sl.keyID) {
-		i.jwts.drop(sl) // only for those who wait for it
-	} else {
+	if !i.distrusted(sl.keyID) {
 		i.latest[1] = sl.keyID
+	}
+	switch {
+	case hasID(svid.Token) && !sl.entry.JTI:
+		i.jwts.single(sl)
+	case i.distrusted(sl.keyID):
+		i.jwts.drop(sl) // only for those who wait for it
 	}
 	i.held()
 	sl.renewAt = renewalFrom(now, svid.IssuedAt, svid.ExpiresAt)
@@ -291,6 +310,23 @@ func (i *Issuer) scanJWT(now time.Time) {
 			i.due(sl.svid.ExpiresAt)
 		}
 	}
+}
+
+// hasID reports whether a token has a jti claim (RFC 7519 4.1.7): who remembers those refuses it the second
+// time.
+func hasID(token string) bool {
+	parts := strings.SplitN(token, ".", 3)
+	if len(parts) != 3 {
+		return false
+	}
+	raw, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return false
+	}
+	var claims struct {
+		ID string `json:"jti"`
+	}
+	return json.Unmarshal(raw, &claims) == nil && claims.ID != ""
 }
 
 // keyID reads the kid from a token's header (RFC 7515 4.1.4), empty if there is none.

@@ -72,6 +72,30 @@ func TestJWT(t *testing.T) {
 			}
 		})
 	})
+	t.Run("a token that turns out to be for one use is handed out once, and the next ones too", func(t *testing.T) {
+		bubble(t, issue.Config{}, func(w *world) {
+			w.put(entry("e", 1, "a:1"))
+			w.signer.jti = true
+			seen := map[string]bool{}
+			for range 5 {
+				seen[w.jwt("x").Token] = true
+			}
+			if _, held := w.issuer.Counts(); len(seen) != 5 || held != 0 {
+				t.Errorf("5 calls got %d tokens, and %d are held", len(seen), held)
+			}
+			// From the second on, callers at once do not share one either.
+			tokens := make(chan string, 10)
+			for range 10 {
+				go func() { tokens <- w.jwt("x").Token }()
+			}
+			for range 10 {
+				seen[<-tokens] = true
+			}
+			if len(seen) != 15 {
+				t.Errorf("15 calls got %d tokens", len(seen))
+			}
+		})
+	})
 	t.Run("a token in use is renewed ahead, one that is not is dropped", func(t *testing.T) {
 		bubble(t, issue.Config{}, func(w *world) {
 			w.put(entry("e", 1, "a:1"))

@@ -25,7 +25,7 @@ func root() *cobra.Command {
 		run(), validate(),
 		cli.Group("api", "Talks to the Workload API as a workload does",
 			apiFetch(), cli.Group("validate", "Validates what workloads present", validateJWT()), apiWatch()),
-		explain(),
+		explain(), filesCommand(),
 		cli.HealthCommand("agent", cli.AgentSocket(conf.DefaultAgentSocket)),
 		cli.Group("logger", "Reads and sets the level of the agent's log", loggerGet(), loggerSet(), loggerReset()),
 		cli.Group("debug", "Looks into the running agent", debugGetInfo()),

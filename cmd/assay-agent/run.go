@@ -116,6 +116,7 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.SyncInterval, c.WorkloadHold, c.VerdictLease = from.SyncInterval, from.WorkloadHold, from.VerdictLease
 	c.AllowUnauthenticatedVerifiers = from.AllowUnauthenticatedVerifiers
 	c.AllowedForeignJWTClaims, c.LogSelectors = from.AllowedForeignJWTClaims, from.LogSelectors
+	c.Files = filesOf(from.Files)
 	c.SDS = sds.Config{
 		DefaultSVIDName: from.SDS.DefaultSVIDName, DefaultBundleName: from.SDS.DefaultBundleName,
 		DefaultAllBundlesName: from.SDS.DefaultAllBundlesName, DisableSPIFFEValidation: from.SDS.DisableSPIFFEValidation,

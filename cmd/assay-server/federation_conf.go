@@ -27,3 +27,24 @@ func federation(from conf.Federation) server.Federation {
 	}
 	return f
 }
+
+// oidcDiscovery hands the file's oidc_discovery block to the server.
+func oidcDiscovery(from *conf.OIDCDiscovery) *server.OIDCDiscovery {
+	if from == nil {
+		return nil
+	}
+	o := &server.OIDCDiscovery{
+		OIDC: trust.OIDC{
+			Domains: from.Domains, Issuer: from.Issuer, JWKSURI: from.JWKSURI, Prefix: from.Prefix,
+			SetKeyUse: from.SetKeyUse, Plain: from.PlainHTTP,
+		},
+		Address: from.Address, Port: from.Port, SocketPath: from.SocketPath,
+	}
+	if from.File != nil {
+		o.File = &server.ServingCertificate{CertPath: from.File.CertPath, KeyPath: from.File.KeyPath, Interval: from.File.Interval}
+	}
+	if from.ACME != nil {
+		o.ACME = &trust.ACME{Domain: from.ACME.Domain, Email: from.ACME.Email, DirectoryURL: from.ACME.DirectoryURL, AcceptTOS: true}
+	}
+	return o
+}

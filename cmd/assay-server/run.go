@@ -11,6 +11,7 @@ import (
 	"github.com/assay-id/assay/cmd/daemon"
 	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/server"
+	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/verdict/rules"
 )
 
@@ -116,6 +117,10 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 	c.AdminIDs, c.RequirePQKEM, c.RequireSigned = from.AdminIDs, from.RequirePQKEM, from.Evidence.RequireSigned
 	c.Federation, c.Clusters = federation(from.Federation), clusters(from)
 	c.Upstream = upstreamAuthority(from.Upstream)
+	c.OIDC = oidcDiscovery(from.OIDC)
+	for _, p := range from.JWTProfiles {
+		c.CA.JWTProfiles = append(c.CA.JWTProfiles, ca.JWTProfile(p))
+	}
 	orDefault(&c.Limits.MaxConnections, from.Limits.MaxConnections)
 	orDefault(&c.Limits.MaxPerSource, from.Limits.MaxPerSource)
 	orDefault(&c.Limits.AttestPerSecond, from.Limits.AttestPerSecond)

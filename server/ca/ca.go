@@ -111,6 +111,7 @@ type Config struct {
 	AgentTTL    time.Duration // of agents' SVIDs; default X509SVIDTTL
 	Subject     pkix.Name     // of X.509 authorities; default C=US, O=SPIFFE
 	JWTIssuer   string        // the iss claim; empty: none
+	JWTProfiles []JWTProfile  // other claims for certain audiences; the first that fits counts
 	Backdate    time.Duration // how far NotBefore lies in the past; default 10 s
 
 	// NewAuthorityOnLostKey is the operator's consent to a new authority where the private key of

@@ -36,12 +36,12 @@ type JWTParams struct {
 
 // claims are in the order they are written. Times are NumericDates (RFC 7519 2) in whole seconds.
 type claims struct {
-	Audience  []string `json:"aud"`
-	ExpiresAt int64    `json:"exp"`
-	IssuedAt  int64    `json:"iat"`
-	Issuer    string   `json:"iss,omitempty"`
-	ID        string   `json:"jti,omitempty"`
-	Subject   string   `json:"sub"`
+	Audience  audienceClaim `json:"aud"`
+	ExpiresAt int64         `json:"exp"`
+	IssuedAt  int64         `json:"iat"`
+	Issuer    string        `json:"iss,omitempty"`
+	ID        string        `json:"jti,omitempty"`
+	Subject   string        `json:"sub"`
 }
 
 // SignJWT signs a JWT-SVID. Whether the asker may have it was decided before. Of the result, ID,
@@ -77,11 +77,18 @@ func (c *CA) signJWT(ctx context.Context, p JWTParams) (*identity.JWTSVID, error
 	now := c.cfg.Now()
 	issued := now.Truncate(time.Second).UTC()
 	expires := earlier(now.Add(p.TTL), a.line.NotAfter).Truncate(time.Second).UTC()
+	profile := c.jwtProfile(p.ID, audience)
 	content := claims{
-		Audience: audience, Issuer: c.cfg.JWTIssuer, Subject: p.ID.String(),
+		Audience: audienceClaim{audience, profile.AudienceAsText}, Issuer: c.cfg.JWTIssuer, Subject: p.ID.String(),
 		IssuedAt: issued.Unix(), ExpiresAt: expires.Unix(),
 	}
-	if p.JTI {
+	switch {
+	case profile.SubjectIssues:
+		content.Issuer = content.Subject
+	case profile.Issuer != "":
+		content.Issuer = profile.Issuer
+	}
+	if p.JTI || profile.JTI {
 		content.ID = tokenID()
 	}
 	payload, err := json.Marshal(&content)

@@ -184,3 +184,47 @@ func TestSignJWT(t *testing.T) {
 		}
 	})
 }
+
+func TestJWTProfiles(t *testing.T) {
+	ctx := t.Context()
+	c, _ := open(t, Config{JWTIssuer: "https://own.example.org", JWTProfiles: []JWTProfile{
+		{Name: "login", Audiences: []string{"login", "login/token"}, IDs: []string{workload.String()}, SubjectIssues: true, JTI: true, AudienceAsText: true},
+		{Name: "below", Audiences: []string{"login"}, IDs: []string{"spiffe://" + workload.TrustDomain().Name() + "/batch/*"}, Issuer: "https://batch.example.org"},
+	}})
+	batch := spiffeid.RequireFromPath(workload.TrustDomain(), "/batch/one")
+	batches := spiffeid.RequireFromPath(workload.TrustDomain(), "/batches")
+	for _, test := range []struct {
+		what     string
+		id       spiffeid.ID
+		audience []string
+		issuer   string
+		jti      bool
+		aud      any
+	}{
+		{"its audience and ID", workload, []string{"login"}, workload.String(), true, "login"},
+		{"several of its audiences", workload, []string{"login", "login/token"}, workload.String(), true, []any{"login", "login/token"}},
+		{"not if it is for others too", workload, []string{"login", "api"}, "https://own.example.org", false, []any{"login", "api"}},
+		{"not for another audience", workload, []string{"api"}, "https://own.example.org", false, []any{"api"}},
+		{"all below a path", batch, []string{"login"}, "https://batch.example.org", false, []any{"login"}},
+		{"not beside it", batches, []string{"login"}, "https://own.example.org", false, []any{"login"}},
+	} {
+		t.Run("a profile is for "+test.what, func(t *testing.T) {
+			seen := map[any]bool{}
+			for range 2 {
+				svid, err := c.SignJWT(ctx, JWTParams{ID: test.id, Audience: test.audience})
+				if err != nil {
+					t.Fatal(err)
+				}
+				_, claims := parts(t, svid.Token)
+				id, has := claims["jti"]
+				if claims["iss"] != test.issuer || has != test.jti || has && seen[id] {
+					t.Errorf("it says %v", claims)
+				}
+				seen[id] = true
+				if diff := cmp.Diff(test.aud, claims["aud"]); diff != "" {
+					t.Error(diff)
+				}
+			}
+		})
+	}
+}

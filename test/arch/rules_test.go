@@ -72,6 +72,7 @@ var rules = []rule{
 	{pattern: "agent/uplink", floor: flows, also: []string{"agent/view"}, why: "feeds the picture"},
 	{pattern: "agent/view", floor: flows},
 	{pattern: "workloadapi/sds", floor: flows, also: []string{"workloadapi"}, why: "the same streams in Envoy's words"},
+	{pattern: "workloadapi/files", floor: flows, why: "a client of the Workload API, which needs nothing of the server's side of it"},
 	{pattern: "workloadapi/workloadapitest", floor: flows},
 	{pattern: "workloadapi", floor: flows},
 

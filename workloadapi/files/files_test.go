@@ -1,0 +1,650 @@
+package files
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+)
+
+// world is a trust domain and a Source that says what it is told to.
+type world struct {
+	t      *testing.T
+	ca     *x509.Certificate
+	key    *ecdsa.PrivateKey
+	serial int64
+
+	mu      sync.Mutex
+	changed chan struct{}
+	x509    *workload.X509SVIDResponse
+	bundles *workload.JWTBundlesResponse
+	tokens  []*workload.JWTSVID
+	err     error
+	asked   [][]string // audiences
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	w := &world{t: t, changed: make(chan struct{}), serial: 1}
+	w.newCA()
+	return w
+}
+
+func (w *world) newCA() {
+	w.t.Helper()
+	var err error
+	w.key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(w.t, err)
+	w.serial++
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(w.serial), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org"}}, SubjectKeyId: []byte{1, byte(w.serial)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, w.key.Public(), w.key)
+	must(w.t, err)
+	w.ca, err = x509.ParseCertificate(der)
+	must(w.t, err)
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (w *world) svid(path string) *workload.X509SVID {
+	w.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	must(w.t, err)
+	w.serial++
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(w.serial), NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: path}},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, w.ca, key.Public(), w.key)
+	must(w.t, err)
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(key)
+	must(w.t, err)
+	return &workload.X509SVID{SpiffeId: "spiffe://example.org" + path, X509Svid: der, X509SvidKey: pkcs8, Bundle: w.ca.Raw}
+}
+
+func (w *world) crl() []byte {
+	w.t.Helper()
+	der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour)}, w.ca, w.key)
+	must(w.t, err)
+	return der
+}
+
+func token(sub string, life time.Duration) string {
+	part := func(v any) string {
+		text, _ := json.Marshal(v)
+		return base64.RawURLEncoding.EncodeToString(text)
+	}
+	now := time.Now()
+	return part(map[string]string{"alg": "ES256"}) + "." + part(map[string]any{"sub": sub, "iat": now.Unix(), "exp": now.Add(life).Unix()}) + ".sig"
+}
+
+// say changes what the Source says.
+func (w *world) say(change func()) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	change()
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+func (w *world) X509(ctx context.Context, fn func(*workload.X509SVIDResponse) error) error {
+	return stream(ctx, w, func() *workload.X509SVIDResponse { return w.x509 }, fn)
+}
+
+func (w *world) JWTBundles(ctx context.Context, fn func(*workload.JWTBundlesResponse) error) error {
+	return stream(ctx, w, func() *workload.JWTBundlesResponse { return w.bundles }, fn)
+}
+
+func stream[T any](ctx context.Context, w *world, get func() *T, fn func(*T) error) error {
+	for {
+		w.mu.Lock()
+		m, changed, err := get(), w.changed, w.err
+		w.mu.Unlock()
+		if err == nil {
+			err = fn(m)
+		}
+		if err != nil {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (w *world) JWT(_ context.Context, audience []string) (*workload.JWTSVIDResponse, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.asked = append(w.asked, audience)
+	switch {
+	case w.err != nil:
+		return nil, w.err
+	case len(w.tokens) == 0:
+		return nil, ErrNoIdentity
+	}
+	return &workload.JWTSVIDResponse{Svids: w.tokens}, nil
+}
+
+// keep runs a Keeper until the test ends.
+func (w *world) keep(cfg Config) *Keeper {
+	w.t.Helper()
+	k := New(w, cfg)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- k.Run(ctx) }()
+	w.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			w.t.Error(err)
+		}
+	})
+	return k
+}
+
+// until waits for what comes soon.
+func until(t *testing.T, what string, good func() error) {
+	t.Helper()
+	deadline := time.After(time.Minute)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := good()
+		if err == nil {
+			return
+		}
+		select {
+		case <-deadline:
+			t.Fatalf("wait for %s: %v", what, err)
+		case <-tick.C:
+		}
+	}
+}
+
+func all(dir string) Config {
+	return Config{
+		Dir: dir, Cert: "svid.pem", Key: "key.pem", Bundle: "bundle.pem", CRL: "crl.pem", JWTBundle: "bundle.json", JWKS: "jwks.json",
+		JWTs: []JWT{{Audience: []string{"one", "two"}, File: "token"}},
+	}
+}
+
+func (w *world) everything() {
+	w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}, Crl: [][]byte{w.crl()}}
+	w.bundles = &workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://example.org": []byte(`{"keys":[]}`)}}
+	w.tokens = []*workload.JWTSVID{{SpiffeId: "spiffe://example.org/web", Svid: token("spiffe://example.org/web", time.Hour)}}
+}
+
+func leafOf(dir string) (*x509.Certificate, error) {
+	pair, err := tls.LoadX509KeyPair(filepath.Join(dir, "svid.pem"), filepath.Join(dir, "key.pem"))
+	return pair.Leaf, err
+}
+
+func TestFiles(t *testing.T) {
+	w := newWorld(t)
+	w.everything()
+	dir := filepath.Join(t.TempDir(), "a", "b")
+	k := w.keep(all(dir))
+	until(t, "the files", k.Ready)
+
+	t.Run("all are there, with their modes", func(t *testing.T) {
+		for name, mode := range map[string]os.FileMode{"svid.pem": 0o644, "key.pem": 0o600, "bundle.pem": 0o644, "crl.pem": 0o644, "bundle.json": 0o600, "jwks.json": 0o600, "token": 0o600} {
+			info, err := os.Stat(filepath.Join(dir, name))
+			must(t, err)
+			if info.Mode().Perm() != mode {
+				t.Errorf("%s has mode %o, want %o", name, info.Mode().Perm(), mode)
+			}
+		}
+		entries, err := os.ReadDir(dir)
+		must(t, err)
+		if len(entries) != 7 {
+			t.Errorf("there are %v", entries)
+		}
+	})
+	t.Run("certificate and key are a pair, and the bundle verifies it", func(t *testing.T) {
+		leaf, err := leafOf(dir)
+		must(t, err)
+		roots := x509.NewCertPool()
+		text, err := os.ReadFile(filepath.Join(dir, "bundle.pem"))
+		must(t, err)
+		roots.AppendCertsFromPEM(text)
+		if _, err := leaf.Verify(x509.VerifyOptions{Roots: roots, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("the keys are there as spiffe-helper writes them and as a plain JWK set", func(t *testing.T) {
+		text, err := os.ReadFile(filepath.Join(dir, "bundle.json"))
+		must(t, err)
+		if string(text) != `{"example.org":"eyJrZXlzIjpbXX0="}` {
+			t.Errorf("the helper's is %s", text)
+		}
+		if text, err = os.ReadFile(filepath.Join(dir, "jwks.json")); err != nil || string(text) != `{"keys":[]}` {
+			t.Errorf("the plain one is %s, %v", text, err)
+		}
+	})
+	t.Run("a new certificate takes the place of the old one", func(t *testing.T) {
+		before, err := leafOf(dir)
+		must(t, err)
+		w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}} })
+		until(t, "the new pair", func() error {
+			leaf, err := leafOf(dir)
+			if err == nil && leaf.SerialNumber.Cmp(before.SerialNumber) == 0 {
+				return errors.New("it is the old one")
+			}
+			return err
+		})
+		if _, err := os.Stat(filepath.Join(dir, "crl.pem")); err != nil {
+			t.Error("an answer without a list has taken the list away")
+		}
+	})
+	t.Run("what makes no sense changes nothing", func(t *testing.T) {
+		before, err := leafOf(dir)
+		must(t, err)
+		bad := w.svid("/web")
+		bad.X509SvidKey = w.svid("/web").GetX509SvidKey()
+		w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{bad}} })
+		until(t, "the mistake to be known", func() error {
+			if s := k.group(groupX509); s.err == nil || !strings.Contains(s.err.Error(), "it is not the certificate's") {
+				return fmt.Errorf("it is %w", s.err)
+			}
+			return nil
+		})
+		after, err := leafOf(dir)
+		must(t, err)
+		if after.SerialNumber.Cmp(before.SerialNumber) != 0 {
+			t.Error("the pair has changed")
+		}
+		if err := k.Live(); err != nil {
+			t.Errorf("the files are well, and it says %v", err)
+		}
+	})
+}
+
+func TestWithdrawal(t *testing.T) {
+	for _, how := range []string{Replace, Remove, Keep} {
+		t.Run(how, func(t *testing.T) {
+			w := newWorld(t)
+			w.everything()
+			dir := t.TempDir()
+			cfg := all(dir)
+			cfg.Withdrawn = how
+			k := w.keep(cfg)
+			until(t, "the files", k.Ready)
+			was, err := leafOf(dir)
+			must(t, err)
+
+			w.say(func() { w.x509, w.bundles, w.tokens = nil, nil, nil })
+			until(t, "the withdrawal", func() error {
+				if err := k.Ready(); !errors.Is(err, ErrNoIdentity) {
+					return fmt.Errorf("ready is %w", err)
+				}
+				_, err := os.Stat(filepath.Join(dir, "token"))
+				if gone := errors.Is(err, os.ErrNotExist); gone != (how != Keep) {
+					return fmt.Errorf("the token: %w", err)
+				}
+				return nil
+			})
+			leaf, err := leafOf(dir)
+			switch how {
+			case Replace:
+				must(t, err)
+				if leaf.Subject.CommonName != nobodyName || len(leaf.URIs) != 0 || time.Now().Before(leaf.NotAfter) {
+					t.Errorf("in its place is %v", leaf.Subject)
+				}
+			case Remove:
+				if !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("it is there: %v", err)
+				}
+			case Keep:
+				must(t, err)
+				if leaf.SerialNumber.Cmp(was.SerialNumber) != 0 {
+					t.Error("it was changed")
+				}
+			}
+			if _, err := os.Stat(filepath.Join(dir, "bundle.pem")); err != nil {
+				t.Error("what verifies others is gone too")
+			}
+			w.say(w.everything)
+			until(t, "the identity to be back", func() error {
+				leaf, err := leafOf(dir)
+				if err == nil && (leaf.Subject.CommonName == nobodyName || leaf.SerialNumber.Cmp(was.SerialNumber) == 0) {
+					return errors.New("it is not the new one")
+				}
+				if err == nil {
+					_, err = os.Stat(filepath.Join(dir, "token"))
+				}
+				return err
+			})
+		})
+	}
+	t.Run("what a run before has left is withdrawn too, and once only", func(t *testing.T) {
+		w := newWorld(t)
+		w.everything()
+		dir := t.TempDir()
+		must(t, New(w, all(dir)).Once(context.Background()))
+		w.say(func() { w.x509, w.bundles, w.tokens = nil, nil, nil })
+		for range 2 {
+			if err := New(w, all(dir)).Once(context.Background()); !errors.Is(err, ErrNoIdentity) {
+				t.Fatalf("it ends with %v", err)
+			}
+		}
+		first, err := leafOf(dir)
+		must(t, err)
+		if err := New(w, all(dir)).Once(context.Background()); !errors.Is(err, ErrNoIdentity) {
+			t.Fatalf("it ends with %v", err)
+		}
+		second, err := leafOf(dir)
+		must(t, err)
+		if first.Subject.CommonName != nobodyName || !first.Equal(second) {
+			t.Error("it was replaced again")
+		}
+	})
+	t.Run("an API that is away changes nothing", func(t *testing.T) {
+		w := newWorld(t)
+		w.everything()
+		dir := t.TempDir()
+		k := w.keep(all(dir))
+		until(t, "the files", k.Ready)
+		w.say(func() { w.err = errors.New("connection refused") })
+		until(t, "the error to be known", func() error {
+			if k.group(groupX509).err == nil {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		if err := k.Ready(); err != nil {
+			t.Errorf("what is there is good, and ready is %v", err)
+		}
+		if leaf, err := leafOf(dir); err != nil || leaf.Subject.CommonName == nobodyName {
+			t.Errorf("the pair is %v, %v", leaf, err)
+		}
+	})
+}
+
+func TestChoice(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.svid("/a"), w.svid("/b")
+	b.Hint = "internal"
+	w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{a, b}}
+	for _, c := range []struct {
+		id, hint, want string
+	}{
+		{"", "", "spiffe://example.org/a"},
+		{"spiffe://example.org/b", "", "spiffe://example.org/b"},
+		{"", "internal", "spiffe://example.org/b"},
+		{"spiffe://example.org/a", "internal", ""},
+		{"spiffe://example.org/c", "", ""},
+	} {
+		t.Run(fmt.Sprintf("%q and %q is %q", c.id, c.hint, c.want), func(t *testing.T) {
+			dir := t.TempDir()
+			err := New(w, Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", SPIFFEID: c.id, Hint: c.hint}).Once(context.Background())
+			if c.want == "" {
+				if _, there := leafOf(dir); there == nil {
+					t.Error("it wrote one")
+				}
+				return
+			}
+			must(t, err)
+			leaf, err := leafOf(dir)
+			must(t, err)
+			if leaf.URIs[0].String() != c.want {
+				t.Errorf("it is %s", leaf.URIs[0])
+			}
+		})
+	}
+}
+
+func TestTelling(t *testing.T) {
+	count := func(path string) int {
+		text, _ := os.ReadFile(path)
+		return strings.Count(string(text), "\n")
+	}
+	t.Run("a command runs at each change, knows which, and not when nothing has changed", func(t *testing.T) {
+		w := newWorld(t)
+		w.everything()
+		dir, out := t.TempDir(), filepath.Join(t.TempDir(), "out")
+		cfg := Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", Command: []string{"sh", "-c", `echo "$ASSAY_FILES_EVENT" >> "$0"`, out}}
+		k := w.keep(cfg)
+		said := func(want string) {
+			until(t, want, func() error {
+				if text, err := os.ReadFile(out); err != nil || string(text) != want {
+					return fmt.Errorf("it said %q, %v", text, err)
+				}
+				return nil
+			})
+		}
+		said("renewed\n")
+		w.say(func() {}) // the same again
+		w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}} })
+		said("renewed\nrenewed\n")
+		w.say(func() { w.x509 = nil })
+		said("renewed\nrenewed\nwithdrawn\n")
+		must(t, k.Live())
+	})
+	t.Run("a command that fails is run again, and health says so", func(t *testing.T) {
+		w := newWorld(t)
+		w.everything()
+		dir := t.TempDir()
+		flag, runs := filepath.Join(dir, "flag"), filepath.Join(dir, "runs")
+		k := w.keep(Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", Command: []string{"sh", "-c", `echo >> "$1"; test -e "$0"`, flag, runs}})
+		until(t, "it to fail", func() error {
+			if k.Live() == nil {
+				return errors.New("it is live")
+			}
+			return nil
+		})
+		must(t, os.WriteFile(flag, nil, 0o600))
+		until(t, "it to succeed", k.Live)
+		if count(runs) < 2 {
+			t.Errorf("it ran %d times", count(runs))
+		}
+	})
+	t.Run("the process in the pid file gets the signal", func(t *testing.T) {
+		w := newWorld(t)
+		w.everything()
+		dir := t.TempDir()
+		out := filepath.Join(dir, "out")
+		reader := background(t, "sh", "-c", `trap 'echo >> "$0"' USR1; echo ready > "$0.ready"; while :; do read -t 1 x || sleep 0.05; done`, out)
+		until(t, "the reader", func() error { _, err := os.Stat(out + ".ready"); return err })
+		pid := filepath.Join(dir, "pid")
+		must(t, os.WriteFile(pid, []byte(strconv.Itoa(reader)+"\n/var/lib/more\n"), 0o600))
+		w.keep(Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", PIDFile: pid, Signal: syscall.SIGUSR1})
+		until(t, "the signal", func() error {
+			if count(out) < 1 {
+				return errors.New("none")
+			}
+			return nil
+		})
+	})
+	for text, want := range map[string]string{"": "no process", "0\n": "no process", "-1\n": "no process", "1\n": "no process", "x": "no process"} {
+		t.Run(fmt.Sprintf("%q is nobody to signal", text), func(t *testing.T) {
+			pid := filepath.Join(t.TempDir(), "pid")
+			must(t, os.WriteFile(pid, []byte(text), 0o600))
+			k := New(newWorld(t), Config{Dir: t.TempDir(), PIDFile: pid})
+			if err := k.tell.signal(); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("it says %v", err)
+			}
+		})
+	}
+	t.Run("a process is started once the files are there, signalled, and ended", func(t *testing.T) {
+		w := newWorld(t)
+		dir := t.TempDir()
+		out := filepath.Join(dir, "out")
+		k := New(w, Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", Process: []string{
+			"sh", "-c", `trap 'echo HUP >> "$0"' HUP; trap 'echo TERM >> "$0"; exit' TERM; test -e "$1" && echo started >> "$0"; while :; do sleep 0.05; done`,
+			out, filepath.Join(dir, "svid.pem"),
+		}})
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		done := make(chan error, 1)
+		go func() { done <- k.Run(ctx) }()
+		said := func(want string) {
+			until(t, want, func() error {
+				if text, _ := os.ReadFile(out); string(text) != want {
+					return fmt.Errorf("it said %q", text)
+				}
+				return nil
+			})
+		}
+		w.say(w.everything)
+		said("started\n")
+		w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}} })
+		said("started\nHUP\n")
+		cancel()
+		must(t, <-done)
+		said("started\nHUP\nTERM\n")
+	})
+}
+
+func TestHostileDirectory(t *testing.T) {
+	outside := filepath.Join(t.TempDir(), "victim")
+	must(t, os.WriteFile(outside, []byte("mine"), 0o600))
+	for name, trap := range map[string]func(dir string) error{
+		"a link in place of the file":           func(dir string) error { return os.Symlink(outside, filepath.Join(dir, "key.pem")) },
+		"a link in place of the temporary file": func(dir string) error { return os.Symlink(outside, filepath.Join(dir, ".key.pem.new")) },
+	} {
+		t.Run(name+" is replaced and not followed", func(t *testing.T) {
+			w := newWorld(t)
+			w.everything()
+			dir := t.TempDir()
+			must(t, trap(dir))
+			must(t, New(w, Config{Dir: dir, Cert: "svid.pem", Key: "key.pem"}).Once(context.Background()))
+			if text, err := os.ReadFile(outside); err != nil || string(text) != "mine" {
+				t.Errorf("it was written through: %q, %v", text, err)
+			}
+			if info, err := os.Lstat(filepath.Join(dir, "key.pem")); err != nil || !info.Mode().IsRegular() {
+				t.Errorf("the key is %v, %v", info, err)
+			}
+		})
+	}
+	t.Run("a directory in place of a file is an error that health tells of", func(t *testing.T) {
+		w := newWorld(t)
+		w.everything()
+		dir := t.TempDir()
+		must(t, os.MkdirAll(filepath.Join(dir, "key.pem", "x"), 0o700))
+		k := w.keep(Config{Dir: dir, Cert: "svid.pem", Key: "key.pem"})
+		until(t, "the error", func() error {
+			if err := k.Live(); !errors.Is(err, errWrite) {
+				return fmt.Errorf("live is %v", err)
+			}
+			return nil
+		})
+	})
+}
+
+func TestTokens(t *testing.T) {
+	w := newWorld(t)
+	w.everything()
+	dir := t.TempDir()
+	k := w.keep(all(dir))
+	until(t, "the files", k.Ready)
+	t.Run("its audiences are asked for", func(t *testing.T) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if got := strings.Join(w.asked[0], " "); got != "one two" {
+			t.Errorf("they are %q", got)
+		}
+	})
+	t.Run("when keys change, it is fetched anew", func(t *testing.T) {
+		next := token("spiffe://example.org/web", 2*time.Hour)
+		w.say(func() {
+			w.tokens = []*workload.JWTSVID{{SpiffeId: "spiffe://example.org/web", Svid: next}}
+			w.bundles = &workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://example.org": []byte(`{"keys":[{}]}`)}}
+		})
+		until(t, "the new token", func() error {
+			if text, err := os.ReadFile(filepath.Join(dir, "token")); err != nil || string(text) != next {
+				return fmt.Errorf("it is %q, %v", text, err)
+			}
+			return nil
+		})
+	})
+	for _, bad := range []string{"", "a.b", "a.!.c", "a.e30.c", "a." + base64.RawURLEncoding.EncodeToString([]byte(`{"exp":"x"}`)) + ".c"} {
+		if _, _, err := times(bad); err == nil {
+			t.Errorf("%q is read as a token", bad)
+		}
+	}
+}
+
+func TestBundleFiles(t *testing.T) {
+	w := newWorld(t)
+	w.everything()
+	foreign := newWorld(t)
+	w.x509.FederatedBundles = map[string][]byte{"spiffe://other.example": foreign.ca.Raw}
+	w.bundles.Bundles["spiffe://other.example"] = []byte(`{"keys":[1]}`)
+	certs := func(dir string) (n int) {
+		text, err := os.ReadFile(filepath.Join(dir, "bundle.pem"))
+		must(t, err)
+		for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
+			n++
+		}
+		return n
+	}
+	t.Run("federated ones are left out unless they are asked for", func(t *testing.T) {
+		for federated, want := range map[bool]int{false: 1, true: 2} {
+			dir := t.TempDir()
+			cfg := all(dir)
+			cfg.Federated = federated
+			must(t, New(w, cfg).Once(context.Background()))
+			if certs(dir) != want {
+				t.Errorf("with %v there are %d", federated, certs(dir))
+			}
+			var sets map[string]string
+			text, err := os.ReadFile(filepath.Join(dir, "bundle.json"))
+			must(t, err)
+			must(t, json.Unmarshal(text, &sets))
+			if len(sets) != want {
+				t.Errorf("with %v there are %v", federated, sets)
+			}
+		}
+	})
+	t.Run("expired authorities are left out if that is asked for", func(t *testing.T) {
+		dir := t.TempDir()
+		cfg := all(dir)
+		cfg.Federated, cfg.OmitExpired = true, true
+		cfg.Now = func() time.Time { return time.Now().Add(2 * time.Hour) }
+		must(t, New(w, cfg).Once(context.Background()))
+		if certs(dir) != 0 {
+			t.Errorf("there are %d", certs(dir))
+		}
+	})
+}
+
+// background runs a program until the test ends and returns its number.
+func background(t *testing.T, name string, args ...string) int {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	must(t, cmd.Start())
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return cmd.Process.Pid
+}
