@@ -145,25 +145,33 @@ func deleteEntry(t *testing.T, client entryv1.EntryClient, id string) {
 	}
 }
 
-// onlyAgent returns the SPIFFE ID path of the one attested agent.
+// onlyAgent returns the SPIFFE ID path of the one attested agent, which serves before it is attested.
 func onlyAgent(t *testing.T, s *site.Site) string {
 	t.Helper()
-	out, err := s.ServerCLI(t.Context(), "agent", "list", "-output", "json")
-	if err != nil {
+	ctx := patiently(t)
+	var path string
+	if err := s.Server().WaitFor(ctx, "the agent to be attested", func() error {
+		out, err := s.ServerCLI(ctx, "agent", "list", "-output", "json")
+		if err != nil {
+			return err
+		}
+		var list struct {
+			Agents []struct {
+				ID struct {
+					Path string `json:"path"`
+				} `json:"id"`
+			} `json:"agents"`
+		}
+		unmarshal(t, out, &list)
+		if len(list.Agents) != 1 {
+			return fmt.Errorf("want one agent, have %s", out)
+		}
+		path = list.Agents[0].ID.Path
+		return nil
+	}); err != nil {
 		t.Fatal(err)
 	}
-	var list struct {
-		Agents []struct {
-			ID struct {
-				Path string `json:"path"`
-			} `json:"id"`
-		} `json:"agents"`
-	}
-	unmarshal(t, out, &list)
-	if len(list.Agents) != 1 {
-		t.Fatalf("want one agent, have %s", out)
-	}
-	return list.Agents[0].ID.Path
+	return path
 }
 
 // sight is one thing a workload saw on its X.509 stream.
