@@ -436,7 +436,7 @@ func TestTelling(t *testing.T) {
 		said := func(want string) {
 			until(t, want, func() error {
 				if text, err := os.ReadFile(out); err != nil || string(text) != want {
-					return fmt.Errorf("it said %q, %v", text, err)
+					return fmt.Errorf("it said %q, %w", text, err)
 				}
 				return nil
 			})
@@ -553,7 +553,7 @@ func TestHostileDirectory(t *testing.T) {
 		k := w.keep(Config{Dir: dir, Cert: "svid.pem", Key: "key.pem"})
 		until(t, "the error", func() error {
 			if err := k.Live(); !errors.Is(err, errWrite) {
-				return fmt.Errorf("live is %v", err)
+				return fmt.Errorf("live is %w", err)
 			}
 			return nil
 		})
@@ -581,7 +581,7 @@ func TestTokens(t *testing.T) {
 		})
 		until(t, "the new token", func() error {
 			if text, err := os.ReadFile(filepath.Join(dir, "token")); err != nil || string(text) != next {
-				return fmt.Errorf("it is %q, %v", text, err)
+				return fmt.Errorf("it is %q, %w", text, err)
 			}
 			return nil
 		})
