@@ -54,6 +54,17 @@ func onlyStatus(e *identity.Entry) bool {
 	return bad && !good && !strings.Contains(e.SPIFFEID.Path(), "quarantine") && !strings.Contains(e.Hint, "quarantine")
 }
 
+// selectorTypes are the types of the entry's selectors.
+func selectorTypes(e *identity.Entry) []string {
+	var types []string
+	for _, s := range e.Selectors.All() { // in order of types
+		if n := len(types); n == 0 || types[n-1] != s.Type {
+			types = append(types, s.Type)
+		}
+	}
+	return types
+}
+
 // lint refuses entries that rest on claims alone where that is asked for, and warns of what is probably
 // not meant.
 func (a *API) lint(e *identity.Entry) error {
@@ -66,7 +77,8 @@ func (a *API) lint(e *identity.Entry) error {
 			return errClaims
 		}
 		if log != nil {
-			log.WithField("selectors", e.Selectors.Strings()).Warn("The entry rests on claims alone: whoever starts or builds a container can have its identity")
+			// Their values may hold what was never meant to leave the container's environment.
+			log.WithField("selector_types", selectorTypes(e)).Warn("The entry rests on claims alone: whoever starts or builds a container can have its identity")
 		}
 	}
 	if onlyStatus(e) && log != nil {
