@@ -13,6 +13,7 @@ package attestor
 import (
 	"context"
 	"errors"
+	"iter"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -60,6 +61,20 @@ type Proof struct {
 	// CanReattest says that the node may prove itself again at any time, so that its agent
 	// re-attests where others renew.
 	CanReattest bool
+}
+
+// Follower is a Judge that learns by itself when what it proved of admitted nodes changes.
+type Follower interface {
+	// Follow keeps the selectors of the agents that its Judge admitted up to date. It returns when ctx ends.
+	Follow(ctx context.Context, agents Admitted) error
+}
+
+// Admitted are the agents that a Judge admitted.
+type Admitted interface {
+	// Each yields their paths, as in Proof, and selectors, but not of agents that are banned.
+	Each() iter.Seq2[string, Set]
+	// Update gives an agent other selectors. One that is gone or banned by now is left alone.
+	Update(ctx context.Context, path string, selectors []Selector) error
 }
 
 // Process is a workload as an attestor sees it: pinned by its caller, who checks after attestation

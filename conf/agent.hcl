@@ -112,6 +112,12 @@ node_attestor "join_token" {}
   #intermediates_path = "/etc/assay/node-ca.pem"
 #}
 
+# The token that Kubernetes projects into the agent's pod, in the cluster that the server has this name for.
+#node_attestor "k8s_psat" {
+  #cluster    = "production"
+  #token_path = "/var/run/secrets/tokens/spire-agent"
+#}
+
 # What the agent can prove about the processes that call it: a block for each way.
 
 # User, group, and the program's path and hash.

@@ -186,6 +186,21 @@ node_attestor "join_token" {}
   #jti    = true
   # A single audience as a text and not as a list of one.
   #audience_as_text = true
+# The service account token that the kubelet projects into the agent's pod, reviewed by the pod's cluster: a
+# block for each cluster that nodes come from.
+#node_attestor "k8s_psat" {
+  #cluster "production" {
+    # The service accounts that agents run under, as namespace:name, and whom their tokens are for.
+    #service_account_allow_list = ["assay:assay-agent"]
+    #audience                   = ["spire-server"]
+    # How to reach the cluster's API server; without it, as a pod of the cluster.
+    #kube_config_file = "/etc/assay/production.kubeconfig"
+    # Labels that become selectors, and stay up to date.
+    #allowed_node_label_keys = ["topology.kubernetes.io/zone"]
+    #allowed_pod_label_keys  = ["app"]
+    # Agents' IDs from their pods and not from their nodes.
+    #use_pod_uid_for_agent_id = false
+  #}
 #}
 
 # Where signing keys live: "disk", or "memory", with which a restart begins with new authorities.

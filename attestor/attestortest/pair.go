@@ -42,6 +42,9 @@ type Pair struct {
 	CanReattest bool
 	// OneTime says that the same evidence must be refused a second time.
 	OneTime bool
+	// Bearer says that whoever has the evidence may use it until it expires, as somebody else decided who
+	// made it: nothing in it is the server's to use up.
+	Bearer bool
 	// Foreign is well formed evidence that proves nothing here, by the reason why.
 	Foreign map[string][]byte
 	// README is the path of the attestor's README.md.
@@ -219,6 +222,15 @@ func (p Pair) replay(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatalf("the honest node is refused: %v", err)
+	}
+	if p.Bearer {
+		if answer != nil || p.OneTime {
+			t.Fatal("evidence that is used up, or answers challenges, is no bearer's")
+		}
+		if _, err := judge.Judge(t.Context(), payload, ask(answer)); err != nil {
+			t.Errorf("the honest node's second attestation: %v", err)
+		}
+		return
 	}
 	if answer == nil && !p.OneTime {
 		t.Fatal("evidence without a challenge must be good only once")

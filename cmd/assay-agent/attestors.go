@@ -5,6 +5,7 @@ import (
 	docker "github.com/assay-id/assay/attestor/docker/workload"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	k8s "github.com/assay-id/assay/attestor/k8s/workload"
+	k8spsat "github.com/assay-id/assay/attestor/k8spsat/node"
 	systemd "github.com/assay-id/assay/attestor/systemd/workload"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
@@ -14,6 +15,7 @@ import (
 func nodes() []attestor.NodeKind {
 	return []attestor.NodeKind{
 		jointoken.Kind(),
+		k8spsat.Kind(),
 		x509pop.Kind(),
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/assay-id/assay/attestor"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/server"
+	k8spsat "github.com/assay-id/assay/attestor/k8spsat/server"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/server"
 )
 
@@ -10,6 +11,7 @@ import (
 func judges() []attestor.JudgeKind {
 	return []attestor.JudgeKind{
 		jointoken.Kind(),
+		k8spsat.Kind(),
 		x509pop.Kind(),
 	}
 }

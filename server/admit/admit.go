@@ -330,6 +330,42 @@ func (d *Desk) Evict(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
 	return rev, nil
 }
 
+// Refresh gives an admitted agent the selectors that its judge finds now. An agent that is gone or banned is
+// left alone: it is not admitted by this.
+func (d *Desk) Refresh(ctx context.Context, kind, path string, list []attestor.Selector) error {
+	id, err := d.agentID(kind, path)
+	if err != nil {
+		return err
+	}
+	selectors, err := d.selectors(kind, list)
+	if err != nil {
+		return err
+	}
+	changed := false
+	_, rev, err := d.records.UpdateNode(ctx, id, func(n *records.Node, exists bool) error {
+		switch {
+		case !exists || n.Type != kind:
+			return records.ErrNotFound
+		case n.Banned:
+			return ErrBanned
+		}
+		changed = !n.Selectors.Equal(selectors)
+		n.Selectors = selectors
+		return nil
+	})
+	switch {
+	case errors.Is(err, records.ErrNotFound), errors.Is(err, ErrBanned):
+		return nil
+	case err != nil:
+		return fmt.Errorf("refresh selectors of agent: %w", err)
+	case changed:
+		d.cfg.Log.WithFields(logrus.Fields{
+			"agent_id": id.String(), "attestor": kind, "rev": uint64(rev),
+		}).Info("selectors of agent changed")
+	}
+	return nil
+}
+
 // Types returns the configured attestation types, sorted.
 func (d *Desk) Types() []string {
 	types := make([]string, 0, len(d.judges))

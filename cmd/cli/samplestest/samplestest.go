@@ -50,13 +50,30 @@ func Run(t *testing.T, sample, role string, kinds map[string]func() any) {
 			if diags := gohcl.DecodeBody(block.Body, nil, into); diags.HasErrors() {
 				t.Error(diags)
 			}
-			if diff := cmp.Diff(keys(into), inSample(block.Body), cmp.Transformer("nil", none)); diff != "" {
-				t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
-			}
+			compare(t, reflect.TypeOf(into).Elem(), block.Body)
 		})
 	}
 	if diff := cmp.Diff(slices.Sorted(maps.Keys(kinds)), slices.Sorted(maps.Keys(documented))); diff != "" {
 		t.Errorf("kinds of %s that the command links (-) and that %s documents (+):\n%s", role, sample, diff)
+	}
+}
+
+// compare holds the keys of a struct, and of the first block of each kind in it, to those of the sample.
+func compare(t *testing.T, config reflect.Type, body *hclsyntax.Body) {
+	t.Helper()
+	if diff := cmp.Diff(keys(config), inSample(body), cmp.Transformer("nil", none)); diff != "" {
+		t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
+	}
+	for field := range config.Fields() {
+		name, role, _ := strings.Cut(field.Tag.Get("hcl"), ",")
+		inner := field.Type
+		for inner.Kind() == reflect.Slice || inner.Kind() == reflect.Pointer {
+			inner = inner.Elem()
+		}
+		i := slices.IndexFunc(body.Blocks, func(b *hclsyntax.Block) bool { return b.Type == name })
+		if role == "block" && inner.Kind() == reflect.Struct && i >= 0 {
+			compare(t, inner, body.Blocks[i].Body)
+		}
 	}
 }
 
@@ -73,10 +90,10 @@ func inSample(body *hclsyntax.Body) []string {
 // none makes no keys and an absent list of keys the same.
 func none(list []string) string { return strings.Join(list, " ") }
 
-func keys(config any) []string {
+func keys(config reflect.Type) []string {
 	var out []string
-	for field := range reflect.TypeOf(config).Elem().Fields() {
-		if name, _, _ := strings.Cut(field.Tag.Get("hcl"), ","); name != "" {
+	for field := range config.Fields() {
+		if name, role, _ := strings.Cut(field.Tag.Get("hcl"), ","); name != "" && role != "label" {
 			out = append(out, name)
 		}
 	}

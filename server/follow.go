@@ -1,0 +1,57 @@
+package server
+
+import (
+	"context"
+	"iter"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/admit"
+	"github.com/assay-id/assay/server/view"
+)
+
+// followNodes lets the judges that can keep the selectors of the agents they admitted up to date, until ctx
+// ends.
+func followNodes(ctx context.Context, judges map[string]attestor.Judge, pictures *view.View, desk *admit.Desk) error {
+	select {
+	case <-pictures.Ready():
+	case <-ctx.Done():
+		return nil
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	for kind, judge := range judges {
+		if f, ok := judge.(attestor.Follower); ok {
+			group.Go(func() error { return f.Follow(ctx, &admitted{kind, pictures, desk}) })
+		}
+	}
+	return group.Wait()
+}
+
+// admitted are the agents that one judge admitted.
+type admitted struct {
+	kind     string
+	pictures *view.View
+	desk     *admit.Desk
+}
+
+// Each yields them as the picture shows them.
+func (a *admitted) Each() iter.Seq2[string, attestor.Set] {
+	return func(yield func(string, attestor.Set) bool) {
+		for _, n := range a.pictures.Nodes() {
+			path, ok := strings.CutPrefix(n.ID.Path(), "/spire/agent/")
+			if !ok || n.Type != a.kind || n.Banned {
+				continue
+			}
+			if !yield(path, n.Selectors) {
+				return
+			}
+		}
+	}
+}
+
+// Update commits other selectors, which the picture then shows.
+func (a *admitted) Update(ctx context.Context, path string, selectors []attestor.Selector) error {
+	return a.desk.Refresh(ctx, a.kind, path, selectors)
+}
