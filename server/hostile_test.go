@@ -276,7 +276,7 @@ func eventually(t *testing.T, ask func() error) {
 	}
 }
 
-func TestRefusedConnectionsAreCountedAndLinesLimited(t *testing.T) {
+func TestRefusedConnectionsAreCounted(t *testing.T) {
 	w := start(t, func(c *Config) { c.Limits.MaxHalfOpen = 100 })
 	for range 100 {
 		conn := w.raw(t, "127.0.0.1")
@@ -303,7 +303,7 @@ func TestRefusedConnectionsAreCountedAndLinesLimited(t *testing.T) {
 			lines++
 		}
 	}
-	if lines == 0 || lines == 200 {
+	if lines == 0 || lines > 200 { // how many there may be, TestBudgetOfLines knows
 		t.Errorf("%d audit lines of 200 refusals", lines)
 	}
 	w.unharmed()
