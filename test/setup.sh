@@ -2,7 +2,7 @@
 # Installs what the test suite needs beyond Go. On Debian as root it installs; elsewhere it says
 # what is missing and lets the tests decide (they skip loudly, or fail under REQUIRE_REAL=1).
 set -euo pipefail
-declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [dockerd]=docker.io [containerd]=containerd
+declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [jq]=jq [dockerd]=docker.io [containerd]=containerd
 	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux
 	[systemd-nspawn]=systemd-container [dbus-daemon]=dbus [rpm]=rpm
 	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman)

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -106,6 +108,9 @@ func printWhole(w io.Writer, s *evidencev1.ShowResponse) error {
 				cli.Count(int(d.GetFindings()), "finding", "findings"))
 		}
 		fmt.Fprintln(w)
+		for _, name := range slices.Sorted(maps.Keys(d.GetPushedWith())) {
+			fmt.Fprintf(w, "    pushed with %s %s\n", name, d.GetPushedWith()[name])
+		}
 		if d.GetSigner() != "" {
 			fmt.Fprintf(w, "    signed by %s %s\n", d.GetSigner(), d.GetIssuer())
 		}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -100,7 +101,12 @@ func (s *evidenceService) pusher(ctx context.Context, judge Evidence) (verdict.P
 	case err != nil:
 		return verdict.Pusher{}, fail("failed to authenticate", err)
 	}
-	ledgerOf(ctx).note(func(l *audit.Line) { l.Caller = push.Subject + " by " + push.Issuer })
+	ledgerOf(ctx).note(func(l *audit.Line) {
+		l.Caller = push.Subject + " by " + push.Issuer
+		for _, name := range slices.Sorted(maps.Keys(push.Fields)) {
+			l.Facts = append(l.Facts, "token:"+name+":"+cut(push.Fields[name]))
+		}
+	})
 	return verdict.Pusher{Name: push.Subject, Push: push}, nil
 }
 
@@ -139,7 +145,7 @@ func (s *evidenceService) Push(stream grpc.ClientStreamingServer[evidencev1.Push
 	}
 	l.note(func(line *audit.Line) {
 		line.Report = pushed.Hash
-		line.Facts = []string{"kind:" + pushed.Kind, "format:" + pushed.Format}
+		line.Facts = append(line.Facts, "kind:"+pushed.Kind, "format:"+pushed.Format)
 		for _, source := range pushed.Sources {
 			line.Facts = append(line.Facts, "source:"+source)
 		}

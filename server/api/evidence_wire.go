@@ -52,7 +52,7 @@ func wholeWire(w *verdict.Whole) *evidencev1.ShowResponse {
 			Kind: d.Kind, Format: d.Format, Source: d.Source, TrustPolicies: d.TrustPolicies, Repository: d.Repository, Hash: d.Hash, Form: d.Form,
 			Signer: d.Signer, Issuer: d.Issuer, PushedBy: d.PushedBy, ReceivedAt: unixSeconds(d.ReceivedAt), VerifiedAt: unixSeconds(d.VerifiedAt),
 			ScannedAt: unixSeconds(d.ScannedAt), DbAt: unixSeconds(d.DBAt), Scanner: d.Scanner, Match: d.Match,
-			Findings: clampInt32(d.Findings), Packages: clampInt32(d.Packages), Flaws: d.Flaws, Void: d.Void,
+			Findings: clampInt32(d.Findings), Packages: clampInt32(d.Packages), Flaws: d.Flaws, Void: d.Void, PushedWith: d.PushedWith,
 		})
 	}
 	for n := range w.Findings {

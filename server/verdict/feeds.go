@@ -143,12 +143,14 @@ func parseKEV(content []byte) (map[string]bool, time.Time, error) {
 	if err := json.Unmarshal(content, &file); err != nil {
 		return nil, time.Time{}, fmt.Errorf("read KEV catalogue: %w", err)
 	}
-	if len(file.Vulnerabilities) == 0 {
-		return nil, time.Time{}, errors.New("read KEV catalogue: it names no vulnerability, which cannot be")
-	}
 	kev := make(map[string]bool, len(file.Vulnerabilities))
 	for _, v := range file.Vulnerabilities {
-		kev[strings.ToUpper(strings.TrimSpace(v.ID))] = true
+		if id := strings.ToUpper(strings.TrimSpace(v.ID)); id != "" {
+			kev[id] = true
+		}
+	}
+	if len(kev) == 0 {
+		return nil, time.Time{}, errors.New("read KEV catalogue: it names no vulnerability, which cannot be")
 	}
 	at, _ := time.Parse(time.RFC3339, file.Released) // zero if it does not say
 	return kev, at, nil
@@ -186,10 +188,10 @@ func parseEPSS(content []byte) (map[string]float64, time.Time, error) {
 		id, rest, ok := strings.Cut(line, ",")
 		score, _, _ := strings.Cut(rest, ",")
 		p, err := strconv.ParseFloat(score, 64)
-		if !ok || err != nil || !(p >= 0 && p <= 1) {
+		if id = strings.ToUpper(strings.TrimSpace(id)); !ok || id == "" || err != nil || !(p >= 0 && p <= 1) {
 			return nil, time.Time{}, fmt.Errorf("read EPSS scores: line %d is not cve,epss,percentile", n)
 		}
-		epss[strings.ToUpper(id)] = p
+		epss[id] = p
 	}
 	if err := lines.Err(); err != nil {
 		return nil, time.Time{}, fmt.Errorf("read EPSS scores: %w", err)

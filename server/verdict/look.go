@@ -92,6 +92,8 @@ type Piece struct {
 	TrustPolicies, Flaws                                                                         []string
 	ReceivedAt, VerifiedAt, ScannedAt, DBAt                                                      time.Time
 	Findings, Packages                                                                           int
+	// PushedWith is what the pusher's token said of the run that pushed.
+	PushedWith map[string]string
 }
 
 // Gate is an entry that demands evidence.
@@ -201,7 +203,7 @@ func (s *Service) piece(d *document, i *image) Piece {
 	p := Piece{
 		Kind: d.GetKind(), Format: d.GetFormat(), Source: d.GetSource(), Repository: d.GetRepository(), Hash: d.GetHash(), Form: d.GetForm(),
 		Signer: d.GetSigner(), Issuer: d.GetIssuer(), PushedBy: d.GetPushedBy(), Void: d.GetVoid(), Match: cmp.Or(string(s.match(d, i)), "none"),
-		TrustPolicies: d.GetTrustPolicies(), ReceivedAt: timeOf(d.GetReceivedAt()), VerifiedAt: timeOf(d.GetVerifiedAt()),
+		TrustPolicies: d.GetTrustPolicies(), PushedWith: d.GetPushedWith(), ReceivedAt: timeOf(d.GetReceivedAt()), VerifiedAt: timeOf(d.GetVerifiedAt()),
 	}
 	if s.forgotten(d) {
 		p.Void = "newer evidence of this source was known once, before the store was restored"

@@ -254,8 +254,16 @@ func (s *Service) keep(ctx context.Context, in *incoming, d Document, names int)
 }
 
 func (in *incoming) stored(who Pusher, d Document, source string, body, raw *stored.EvidenceBlob) *stored.EvidenceDocument {
+	var with map[string]string
+	if who.Push != nil {
+		with = maps.Clone(who.Push.Fields)
+		for name, value := range with {
+			with[name] = clip(value)
+		}
+	}
 	return &stored.EvidenceDocument{
-		Kind: in.kind(), Format: string(in.read.Format), Source: source, TrustPolicies: in.proof.TrustPolicies, Repository: in.repository,
+		PushedWith: with,
+		Kind:       in.kind(), Format: string(in.read.Format), Source: source, TrustPolicies: in.proof.TrustPolicies, Repository: in.repository,
 		Hash: in.hash, Form: string(in.proof.Kind), Signer: clip(in.proof.Signer), Issuer: clip(in.proof.Issuer), PushedBy: clip(who.Name),
 		ReceivedAt: nanos(in.now), VerifiedAt: nanos(in.proof.VerifiedAt), Subjects: in.subjects(), Image: clip(d.Image), Wanted: in.wanted,
 		CallerPolicies: in.callers, Body: body, Raw: raw, Selectors: storedSelectors(in.proof.Selectors().All()),

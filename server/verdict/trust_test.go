@@ -341,6 +341,7 @@ evidence_source "ci" {
 	if err != nil {
 		t.Fatal(err)
 	}
+	push.Fields = map[string]string{trust.FieldRunInvocationURI: "https://ci.example.org/run/7"} // as a token's claims are
 	who := Pusher{Name: "ci", Push: push}
 	content := scan{image: image, at: w.now()}.json(t)
 	if _, err := w.Push(t.Context(), who, Document{Image: "reg/other@" + image, Content: content}); !errors.Is(err, ErrVouch) {
@@ -353,6 +354,16 @@ evidence_source "ci" {
 		t.Fatal(err)
 	}
 	w.wantGate(image, true)
+	t.Run("it is remembered which run has pushed, and that says nothing of the image", func(t *testing.T) {
+		w.restart()
+		whole, err := w.Show(image)
+		if err != nil || len(whole.Documents) != 1 || whole.Documents[0].PushedWith[trust.FieldRunInvocationURI] != "https://ci.example.org/run/7" {
+			t.Errorf("got %+v, %v", whole, err)
+		}
+		if strings.Contains(strings.Join(whole.Selectors, " "), "run/7") {
+			t.Errorf("its workloads are given %v", whole.Selectors)
+		}
+	})
 	t.Run("until the source is gone", func(t *testing.T) {
 		rules := w.rules
 		rules.Sources = nil

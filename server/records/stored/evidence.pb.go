@@ -60,7 +60,9 @@ type EvidenceDocument struct {
 	// Of the trust policies that verified it last.
 	Epoch string `protobuf:"bytes,20,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	// Why it does not count any more, empty if it does.
-	Void          string `protobuf:"bytes,21,opt,name=void,proto3" json:"void,omitempty"`
+	Void string `protobuf:"bytes,21,opt,name=void,proto3" json:"void,omitempty"`
+	// What the pusher's token said of the run that pushed, by the names that certificates have for it.
+	PushedWith    map[string]string `protobuf:"bytes,22,rep,name=pushed_with,json=pushedWith,proto3" json:"pushed_with,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -240,6 +242,13 @@ func (x *EvidenceDocument) GetVoid() string {
 		return x.Void
 	}
 	return ""
+}
+
+func (x *EvidenceDocument) GetPushedWith() map[string]string {
+	if x != nil {
+		return x.PushedWith
+	}
+	return nil
 }
 
 type EvidenceBlob struct {
@@ -1564,7 +1573,7 @@ var File_server_records_stored_evidence_proto protoreflect.FileDescriptor
 
 const file_server_records_stored_evidence_proto_rawDesc = "" +
 	"\n" +
-	"$server/records/stored/evidence.proto\x12\x0fassay.stored.v1\x1a\"server/records/stored/stored.proto\"\x8e\x05\n" +
+	"$server/records/stored/evidence.proto\x12\x0fassay.stored.v1\x1a\"server/records/stored/stored.proto\"\xa1\x06\n" +
 	"\x10EvidenceDocument\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\tR\x06format\x12\x16\n" +
@@ -1591,7 +1600,12 @@ const file_server_records_stored_evidence_proto_rawDesc = "" +
 	"\x03raw\x18\x12 \x01(\v2\x1d.assay.stored.v1.EvidenceBlobR\x03raw\x127\n" +
 	"\tselectors\x18\x13 \x03(\v2\x19.assay.stored.v1.SelectorR\tselectors\x12\x14\n" +
 	"\x05epoch\x18\x14 \x01(\tR\x05epoch\x12\x12\n" +
-	"\x04void\x18\x15 \x01(\tR\x04void\"6\n" +
+	"\x04void\x18\x15 \x01(\tR\x04void\x12R\n" +
+	"\vpushed_with\x18\x16 \x03(\v21.assay.stored.v1.EvidenceDocument.PushedWithEntryR\n" +
+	"pushedWith\x1a=\n" +
+	"\x0fPushedWithEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"6\n" +
 	"\fEvidenceBlob\x12\x12\n" +
 	"\x04hash\x18\x01 \x01(\tR\x04hash\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x03R\x04size\"\xbd\x01\n" +
@@ -1734,7 +1748,7 @@ func file_server_records_stored_evidence_proto_rawDescGZIP() []byte {
 	return file_server_records_stored_evidence_proto_rawDescData
 }
 
-var file_server_records_stored_evidence_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_server_records_stored_evidence_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_server_records_stored_evidence_proto_goTypes = []any{
 	(*EvidenceDocument)(nil),   // 0: assay.stored.v1.EvidenceDocument
 	(*EvidenceBlob)(nil),       // 1: assay.stored.v1.EvidenceBlob
@@ -1753,26 +1767,28 @@ var file_server_records_stored_evidence_proto_goTypes = []any{
 	(*EvidenceAlert)(nil),      // 14: assay.stored.v1.EvidenceAlert
 	(*EvidenceSerial)(nil),     // 15: assay.stored.v1.EvidenceSerial
 	(*EvidenceCRL)(nil),        // 16: assay.stored.v1.EvidenceCRL
-	nil,                        // 17: assay.stored.v1.EvidenceFirstSeen.AtEntry
-	(*Selector)(nil),           // 18: assay.stored.v1.Selector
+	nil,                        // 17: assay.stored.v1.EvidenceDocument.PushedWithEntry
+	nil,                        // 18: assay.stored.v1.EvidenceFirstSeen.AtEntry
+	(*Selector)(nil),           // 19: assay.stored.v1.Selector
 }
 var file_server_records_stored_evidence_proto_depIdxs = []int32{
 	1,  // 0: assay.stored.v1.EvidenceDocument.body:type_name -> assay.stored.v1.EvidenceBlob
 	1,  // 1: assay.stored.v1.EvidenceDocument.raw:type_name -> assay.stored.v1.EvidenceBlob
-	18, // 2: assay.stored.v1.EvidenceDocument.selectors:type_name -> assay.stored.v1.Selector
-	4,  // 3: assay.stored.v1.EvidenceImage.links:type_name -> assay.stored.v1.EvidenceLink
-	5,  // 4: assay.stored.v1.EvidenceImage.verdicts:type_name -> assay.stored.v1.EvidenceVerdict
-	1,  // 5: assay.stored.v1.EvidenceImage.first_seen:type_name -> assay.stored.v1.EvidenceBlob
-	18, // 6: assay.stored.v1.EvidenceVerdict.selectors:type_name -> assay.stored.v1.Selector
-	7,  // 7: assay.stored.v1.EvidenceReport.findings:type_name -> assay.stored.v1.EvidenceFinding
-	9,  // 8: assay.stored.v1.EvidenceVEX.statements:type_name -> assay.stored.v1.EvidenceStatement
-	17, // 9: assay.stored.v1.EvidenceFirstSeen.at:type_name -> assay.stored.v1.EvidenceFirstSeen.AtEntry
-	13, // 10: assay.stored.v1.EvidenceGuard.recent:type_name -> assay.stored.v1.EvidenceWithdrawal
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	19, // 2: assay.stored.v1.EvidenceDocument.selectors:type_name -> assay.stored.v1.Selector
+	17, // 3: assay.stored.v1.EvidenceDocument.pushed_with:type_name -> assay.stored.v1.EvidenceDocument.PushedWithEntry
+	4,  // 4: assay.stored.v1.EvidenceImage.links:type_name -> assay.stored.v1.EvidenceLink
+	5,  // 5: assay.stored.v1.EvidenceImage.verdicts:type_name -> assay.stored.v1.EvidenceVerdict
+	1,  // 6: assay.stored.v1.EvidenceImage.first_seen:type_name -> assay.stored.v1.EvidenceBlob
+	19, // 7: assay.stored.v1.EvidenceVerdict.selectors:type_name -> assay.stored.v1.Selector
+	7,  // 8: assay.stored.v1.EvidenceReport.findings:type_name -> assay.stored.v1.EvidenceFinding
+	9,  // 9: assay.stored.v1.EvidenceVEX.statements:type_name -> assay.stored.v1.EvidenceStatement
+	18, // 10: assay.stored.v1.EvidenceFirstSeen.at:type_name -> assay.stored.v1.EvidenceFirstSeen.AtEntry
+	13, // 11: assay.stored.v1.EvidenceGuard.recent:type_name -> assay.stored.v1.EvidenceWithdrawal
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_server_records_stored_evidence_proto_init() }
@@ -1787,7 +1803,7 @@ func file_server_records_stored_evidence_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_records_stored_evidence_proto_rawDesc), len(file_server_records_stored_evidence_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/assay-id/assay/test/lab"
 )
 
 // sharedData is a folder of documents that nobody of this project wrote: beside the repository, or where
@@ -101,7 +103,7 @@ func TestSharedReports(t *testing.T) {
 				t.Errorf("-generic JSON +read:\n%s", diff)
 			}
 			if jqErr != nil {
-				t.Skipf("NOT COMPARED WITH JQ: %v; counted as generic JSON instead", jqErr)
+				lab.Missing(t, "jq", jqErr)
 			}
 			query, ok := queries[d.Format]
 			if !ok {

@@ -27,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/assay-id/assay/server/verdict/trust"
+	"github.com/assay-id/assay/test/lab"
 )
 
 const (
@@ -176,7 +177,7 @@ var vulns = map[string]any{"scanner": map[string]any{"uri": "pkg:x"}}
 func TestKeysOfOpenSSL(t *testing.T) {
 	openssl, err := exec.LookPath("openssl")
 	if err != nil {
-		t.Skip("there is no openssl")
+		lab.Missing(t, "openssl", err)
 	}
 	dir := t.TempDir()
 	run := func(args ...string) {

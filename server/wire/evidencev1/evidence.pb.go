@@ -1062,7 +1062,10 @@ type Document struct {
 	Packages      int32                  `protobuf:"varint,18,opt,name=packages,proto3" json:"packages,omitempty"`
 	Flaws         []string               `protobuf:"bytes,19,rep,name=flaws,proto3" json:"flaws,omitempty"`
 	// Why it does not count at the moment, empty if it does.
-	Void          string `protobuf:"bytes,20,opt,name=void,proto3" json:"void,omitempty"`
+	Void string `protobuf:"bytes,20,opt,name=void,proto3" json:"void,omitempty"`
+	// What the pusher's token said of the run that pushed: source_repo_uri, run_invocation_uri, …. It is about
+	// the push, not about the image.
+	PushedWith    map[string]string `protobuf:"bytes,21,rep,name=pushed_with,json=pushedWith,proto3" json:"pushed_with,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1235,6 +1238,13 @@ func (x *Document) GetVoid() string {
 		return x.Void
 	}
 	return ""
+}
+
+func (x *Document) GetPushedWith() map[string]string {
+	if x != nil {
+		return x.PushedWith
+	}
+	return nil
 }
 
 type Finding struct {
@@ -2288,7 +2298,7 @@ const file_server_wire_evidencev1_evidence_proto_rawDesc = "" +
 	"\x04Link\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1a\n" +
-	"\bplatform\x18\x03 \x01(\tR\bplatform\"\x92\x04\n" +
+	"\bplatform\x18\x03 \x01(\tR\bplatform\"\x9f\x05\n" +
 	"\bDocument\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x16\n" +
 	"\x06format\x18\x02 \x01(\tR\x06format\x12\x16\n" +
@@ -2315,7 +2325,12 @@ const file_server_wire_evidencev1_evidence_proto_rawDesc = "" +
 	"\bfindings\x18\x11 \x01(\x05R\bfindings\x12\x1a\n" +
 	"\bpackages\x18\x12 \x01(\x05R\bpackages\x12\x14\n" +
 	"\x05flaws\x18\x13 \x03(\tR\x05flaws\x12\x12\n" +
-	"\x04void\x18\x14 \x01(\tR\x04void\"\xe2\x01\n" +
+	"\x04void\x18\x14 \x01(\tR\x04void\x12L\n" +
+	"\vpushed_with\x18\x15 \x03(\v2+.assay.evidence.v1.Document.PushedWithEntryR\n" +
+	"pushedWith\x1a=\n" +
+	"\x0fPushedWithEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xe2\x01\n" +
 	"\aFinding\x12\x16\n" +
 	"\x06policy\x18\x01 \x01(\tR\x06policy\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x18\n" +
@@ -2413,7 +2428,7 @@ func file_server_wire_evidencev1_evidence_proto_rawDescGZIP() []byte {
 	return file_server_wire_evidencev1_evidence_proto_rawDescData
 }
 
-var file_server_wire_evidencev1_evidence_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_server_wire_evidencev1_evidence_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_server_wire_evidencev1_evidence_proto_goTypes = []any{
 	(*PushRequest)(nil),             // 0: assay.evidence.v1.PushRequest
 	(*PushHeader)(nil),              // 1: assay.evidence.v1.PushHeader
@@ -2446,6 +2461,7 @@ var file_server_wire_evidencev1_evidence_proto_goTypes = []any{
 	(*ReleaseRequest)(nil),          // 28: assay.evidence.v1.ReleaseRequest
 	(*ReleaseResponse)(nil),         // 29: assay.evidence.v1.ReleaseResponse
 	(*AcceptRequest)(nil),           // 30: assay.evidence.v1.AcceptRequest
+	nil,                             // 31: assay.evidence.v1.Document.PushedWithEntry
 }
 var file_server_wire_evidencev1_evidence_proto_depIdxs = []int32{
 	1,  // 0: assay.evidence.v1.PushRequest.header:type_name -> assay.evidence.v1.PushHeader
@@ -2461,37 +2477,38 @@ var file_server_wire_evidencev1_evidence_proto_depIdxs = []int32{
 	15, // 10: assay.evidence.v1.ShowResponse.findings:type_name -> assay.evidence.v1.Finding
 	22, // 11: assay.evidence.v1.ShowResponse.exceptions:type_name -> assay.evidence.v1.Exception
 	16, // 12: assay.evidence.v1.ShowResponse.entries:type_name -> assay.evidence.v1.GatedEntry
-	21, // 13: assay.evidence.v1.SimulateResponse.differences:type_name -> assay.evidence.v1.Difference
-	8,  // 14: assay.evidence.v1.Difference.reasons:type_name -> assay.evidence.v1.Reason
-	22, // 15: assay.evidence.v1.PutExceptionRequest.exception:type_name -> assay.evidence.v1.Exception
-	22, // 16: assay.evidence.v1.ListExceptionsResponse.exceptions:type_name -> assay.evidence.v1.Exception
-	0,  // 17: assay.evidence.v1.Evidence.Push:input_type -> assay.evidence.v1.PushRequest
-	2,  // 18: assay.evidence.v1.Evidence.Collect:input_type -> assay.evidence.v1.CollectRequest
-	9,  // 19: assay.evidence.v1.Evidence.List:input_type -> assay.evidence.v1.ListRequest
-	11, // 20: assay.evidence.v1.Evidence.Show:input_type -> assay.evidence.v1.ShowRequest
-	17, // 21: assay.evidence.v1.Evidence.Explain:input_type -> assay.evidence.v1.ExplainRequest
-	19, // 22: assay.evidence.v1.Evidence.Simulate:input_type -> assay.evidence.v1.SimulateRequest
-	23, // 23: assay.evidence.v1.Evidence.PutException:input_type -> assay.evidence.v1.PutExceptionRequest
-	24, // 24: assay.evidence.v1.Evidence.ListExceptions:input_type -> assay.evidence.v1.ListExceptionsRequest
-	26, // 25: assay.evidence.v1.Evidence.DeleteException:input_type -> assay.evidence.v1.DeleteExceptionRequest
-	28, // 26: assay.evidence.v1.Evidence.Release:input_type -> assay.evidence.v1.ReleaseRequest
-	30, // 27: assay.evidence.v1.Evidence.Accept:input_type -> assay.evidence.v1.AcceptRequest
-	5,  // 28: assay.evidence.v1.Evidence.Push:output_type -> assay.evidence.v1.PushResponse
-	3,  // 29: assay.evidence.v1.Evidence.Collect:output_type -> assay.evidence.v1.CollectResponse
-	10, // 30: assay.evidence.v1.Evidence.List:output_type -> assay.evidence.v1.ListResponse
-	12, // 31: assay.evidence.v1.Evidence.Show:output_type -> assay.evidence.v1.ShowResponse
-	18, // 32: assay.evidence.v1.Evidence.Explain:output_type -> assay.evidence.v1.ExplainResponse
-	20, // 33: assay.evidence.v1.Evidence.Simulate:output_type -> assay.evidence.v1.SimulateResponse
-	22, // 34: assay.evidence.v1.Evidence.PutException:output_type -> assay.evidence.v1.Exception
-	25, // 35: assay.evidence.v1.Evidence.ListExceptions:output_type -> assay.evidence.v1.ListExceptionsResponse
-	27, // 36: assay.evidence.v1.Evidence.DeleteException:output_type -> assay.evidence.v1.DeleteExceptionResponse
-	29, // 37: assay.evidence.v1.Evidence.Release:output_type -> assay.evidence.v1.ReleaseResponse
-	5,  // 38: assay.evidence.v1.Evidence.Accept:output_type -> assay.evidence.v1.PushResponse
-	28, // [28:39] is the sub-list for method output_type
-	17, // [17:28] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	31, // 13: assay.evidence.v1.Document.pushed_with:type_name -> assay.evidence.v1.Document.PushedWithEntry
+	21, // 14: assay.evidence.v1.SimulateResponse.differences:type_name -> assay.evidence.v1.Difference
+	8,  // 15: assay.evidence.v1.Difference.reasons:type_name -> assay.evidence.v1.Reason
+	22, // 16: assay.evidence.v1.PutExceptionRequest.exception:type_name -> assay.evidence.v1.Exception
+	22, // 17: assay.evidence.v1.ListExceptionsResponse.exceptions:type_name -> assay.evidence.v1.Exception
+	0,  // 18: assay.evidence.v1.Evidence.Push:input_type -> assay.evidence.v1.PushRequest
+	2,  // 19: assay.evidence.v1.Evidence.Collect:input_type -> assay.evidence.v1.CollectRequest
+	9,  // 20: assay.evidence.v1.Evidence.List:input_type -> assay.evidence.v1.ListRequest
+	11, // 21: assay.evidence.v1.Evidence.Show:input_type -> assay.evidence.v1.ShowRequest
+	17, // 22: assay.evidence.v1.Evidence.Explain:input_type -> assay.evidence.v1.ExplainRequest
+	19, // 23: assay.evidence.v1.Evidence.Simulate:input_type -> assay.evidence.v1.SimulateRequest
+	23, // 24: assay.evidence.v1.Evidence.PutException:input_type -> assay.evidence.v1.PutExceptionRequest
+	24, // 25: assay.evidence.v1.Evidence.ListExceptions:input_type -> assay.evidence.v1.ListExceptionsRequest
+	26, // 26: assay.evidence.v1.Evidence.DeleteException:input_type -> assay.evidence.v1.DeleteExceptionRequest
+	28, // 27: assay.evidence.v1.Evidence.Release:input_type -> assay.evidence.v1.ReleaseRequest
+	30, // 28: assay.evidence.v1.Evidence.Accept:input_type -> assay.evidence.v1.AcceptRequest
+	5,  // 29: assay.evidence.v1.Evidence.Push:output_type -> assay.evidence.v1.PushResponse
+	3,  // 30: assay.evidence.v1.Evidence.Collect:output_type -> assay.evidence.v1.CollectResponse
+	10, // 31: assay.evidence.v1.Evidence.List:output_type -> assay.evidence.v1.ListResponse
+	12, // 32: assay.evidence.v1.Evidence.Show:output_type -> assay.evidence.v1.ShowResponse
+	18, // 33: assay.evidence.v1.Evidence.Explain:output_type -> assay.evidence.v1.ExplainResponse
+	20, // 34: assay.evidence.v1.Evidence.Simulate:output_type -> assay.evidence.v1.SimulateResponse
+	22, // 35: assay.evidence.v1.Evidence.PutException:output_type -> assay.evidence.v1.Exception
+	25, // 36: assay.evidence.v1.Evidence.ListExceptions:output_type -> assay.evidence.v1.ListExceptionsResponse
+	27, // 37: assay.evidence.v1.Evidence.DeleteException:output_type -> assay.evidence.v1.DeleteExceptionResponse
+	29, // 38: assay.evidence.v1.Evidence.Release:output_type -> assay.evidence.v1.ReleaseResponse
+	5,  // 39: assay.evidence.v1.Evidence.Accept:output_type -> assay.evidence.v1.PushResponse
+	29, // [29:40] is the sub-list for method output_type
+	18, // [18:29] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_server_wire_evidencev1_evidence_proto_init() }
@@ -2509,7 +2526,7 @@ func file_server_wire_evidencev1_evidence_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_server_wire_evidencev1_evidence_proto_rawDesc), len(file_server_wire_evidencev1_evidence_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
