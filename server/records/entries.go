@@ -187,21 +187,22 @@ func creation(e *identity.Entry) (kv.Txn, error) {
 	return t, nil
 }
 
-// distinct splits pieces into those whose keys are all different and those to try after them.
+// distinct splits pieces into those whose keys are all different and those to try after them. What comes
+// later in the list never overtakes what it has a key in common with: the first of two has precedence.
 func distinct(pieces []*piece) (round, later []*piece) {
 	seen := make(map[string]struct{}, 2*len(pieces))
-next:
 	for _, p := range pieces {
+		waits := false
 		for _, o := range p.txn.Ops {
-			if _, twice := seen[o.Key]; twice {
-				later = append(later, p)
-				continue next
-			}
-		}
-		for _, o := range p.txn.Ops {
+			_, twice := seen[o.Key]
+			waits = waits || twice
 			seen[o.Key] = struct{}{}
 		}
-		round = append(round, p)
+		if waits {
+			later = append(later, p)
+		} else {
+			round = append(round, p)
+		}
 	}
 	return round, later
 }

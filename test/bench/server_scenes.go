@@ -168,6 +168,12 @@ func signing(ctx context.Context, b *bench) error {
 		}
 		return nil
 	}
+	for err := sign(1); err != nil; err = sign(1) {
+		// A spire-server looks for new entries every few seconds.
+		if b.SPIRE.Server == "" || !sleep(ctx, 100*time.Millisecond) {
+			return err
+		}
+	}
 	for _, c := range []struct {
 		batch, calls int
 		figure
