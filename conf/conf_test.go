@@ -44,7 +44,16 @@ func write(t *testing.T, name, text string) string {
 	return path
 }
 
+// clustersConfig is the configuration of another, with blocks in it.
+type clustersConfig struct {
+	Clusters []struct {
+		Name string   `hcl:"name,label"`
+		Keys hcl.Body `hcl:",remain"`
+	} `hcl:"cluster,block"`
+}
+
 func TestServerSample(t *testing.T) {
+	judges := append(slices.Clone(judges), attestor.JudgeKind{Type: "k8s_psat", Config: func() any { return &clustersConfig{} }})
 	s, err := LoadServer("server.hcl", judges, Options{})
 	if err != nil {
 		t.Fatal(err)
@@ -74,7 +83,7 @@ func TestServerSample(t *testing.T) {
 		if diff := cmp.Diff(want, s.Limits); diff != "" {
 			t.Error(diff)
 		}
-		if s.Health.Address != "127.0.0.1:8080" || s.Metrics != "127.0.0.1:9988" || len(s.Judges) != 2 || s.CASubject.Country[0] != "US" {
+		if s.Health.Address != "127.0.0.1:8080" || s.Metrics != "127.0.0.1:9988" || len(s.Judges) != 3 || s.CASubject.Country[0] != "US" {
 			t.Errorf("the sample loads as %+v", s)
 		}
 	})

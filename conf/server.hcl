@@ -186,6 +186,8 @@ node_attestor "join_token" {}
   #jti    = true
   # A single audience as a text and not as a list of one.
   #audience_as_text = true
+#}
+
 # The service account token that the kubelet projects into the agent's pod, reviewed by the pod's cluster: a
 # block for each cluster that nodes come from.
 #node_attestor "k8s_psat" {

@@ -5,9 +5,8 @@ set -euo pipefail
 declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [jq]=jq [dockerd]=docker.io [containerd]=containerd
 	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux
 	[systemd-nspawn]=systemd-container [dbus-daemon]=dbus [rpm]=rpm
-	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman)
-PATH=$PATH:/usr/sbin:/sbin
-	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip)
+	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman
+	[etcd]=etcd-server [ip]=iproute2)
 # What keeps its identity in files.
 need+=([initdb]=postgresql [psql]=postgresql-client [redis-server]=redis-server [redis-cli]=redis-tools)
 PATH=$PATH:/usr/sbin:/sbin:$(echo /usr/lib/postgresql/*/bin | tr ' ' :)
@@ -15,6 +14,7 @@ missing=()
 for tool in "${!need[@]}"; do
 	command -v "$tool" >/dev/null 2>&1 || missing+=("${need[$tool]}")
 done
+[ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins) # in no path
 [ ${#missing[@]} -eq 0 ] && exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -49,7 +49,7 @@ func testMain(m *testing.M) int {
 	if raceDetector {
 		args = append(args, "-race")
 	}
-	build := exec.Command("go", append(args, "./cmd/assay-server", "./cmd/assay-agent", "./cmd/assay")...)
+	build := exec.Command("go", append(args, "./cmd/assay-server", "./cmd/assay-agent", "./cmd/assay", "./cmd/assay-csi")...)
 	build.Dir = filepath.Join("..", "..")
 	build.Stdout, build.Stderr = os.Stderr, os.Stderr
 	if err := build.Run(); err != nil {

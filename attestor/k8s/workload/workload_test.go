@@ -622,3 +622,21 @@ func otherCA(t *testing.T) string {
 	}
 	return path
 }
+
+// BenchmarkAttest attests processes of containers that are known, as eight callers at once do.
+func BenchmarkAttest(b *testing.B) {
+	c := kube.Start(b)
+	p := podA()
+	c.Put(p)
+	_, pid := c.Run(b, p, "main")
+	w, _ := open(b, config(c))
+	b.SetParallelism(8)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			if _, err := w.Attest(b.Context(), attestor.Process{PID: pid, Proc: c.Proc()}); err != nil {
+				b.Error(err)
+			}
+		}
+	})
+}

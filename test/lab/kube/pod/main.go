@@ -1,0 +1,61 @@
+// Command pod is what the pods of the private cluster run: "pause" waits for its end, as every pod's sandbox
+// does; "watch" keeps a stream of the Workload API open and prints a line of JSON at its start, and each time
+// it has another identity or none.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+func main() {
+	say("main", "", nil)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if len(os.Args) < 2 || os.Args[1] != "watch" || filepath.Base(os.Args[0]) == "pause" {
+		<-ctx.Done()
+		return
+	}
+	client, err := workloadapi.New(ctx, workloadapi.WithAddr(os.Args[2]), workloadapi.WithBackoffStrategy(often{}))
+	if err != nil {
+		say("error", "", err)
+		os.Exit(1)
+	}
+	defer client.Close()
+	_ = client.WatchX509Context(ctx, watcher{}) // it ends with ctx
+}
+
+type watcher struct{}
+
+// OnX509ContextUpdate says who this is now.
+func (watcher) OnX509ContextUpdate(c *workloadapi.X509Context) {
+	say("svid", c.DefaultSVID().ID.String(), nil)
+}
+
+// OnX509ContextWatchError says that there is no identity.
+func (watcher) OnX509ContextWatchError(err error) { say("none", "", err) }
+
+// often asks again soon: the times that are measured are not to be those of a client's patience.
+type often struct{}
+
+func (often) NewBackoff() workloadapi.Backoff { return often{} }
+func (often) Next() time.Duration             { return 20 * time.Millisecond }
+func (often) Reset()                          {}
+
+func say(what, id string, err error) {
+	line := map[string]any{"at": time.Now().UTC().Format(time.RFC3339Nano), "what": what}
+	if id != "" {
+		line["id"] = id
+	}
+	if err != nil {
+		line["error"] = err.Error()
+	}
+	_ = json.NewEncoder(os.Stdout).Encode(line) // nobody is left to be told
+}
