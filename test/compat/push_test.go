@@ -67,7 +67,7 @@ func TestEvidencePushWithAnSVID(t *testing.T) {
 	stranger := createEntry(t, client, newEntry(parent, "/dev/laptop"))
 	w.until(t, "an SVID that may not push", hasID("/dev/laptop"))
 	t.Run("one that no evidence_source names may not push", func(t *testing.T) {
-		refused(t, "registry.example.org/shop/app", "PermissionDenied")
+		refused(t, "registry.example.org/shop/app", "may not push evidence")
 	})
 	createEntry(t, client, newEntry(parent, "/ci/build"))
 	deleteEntry(t, client, stranger.GetId())
@@ -75,7 +75,7 @@ func TestEvidencePushWithAnSVID(t *testing.T) {
 		return s.x509 != nil && len(s.x509.SVIDs) == 1 && s.x509.DefaultSVID().ID.Path() == "/ci/build"
 	})
 	t.Run("nor for a repository that it may not push for", func(t *testing.T) {
-		refused(t, "registry.example.org/bank/app", "InvalidArgument")
+		refused(t, "registry.example.org/bank/app", "no evidence_source lets")
 	})
 	t.Run("one that may pushes with nothing else", func(t *testing.T) {
 		out, err := push("registry.example.org/shop/app")
