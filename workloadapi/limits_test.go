@@ -12,6 +12,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
@@ -93,6 +94,14 @@ func TestLimits(t *testing.T) {
 		workloadapitest.WantCode(t, err, codes.InvalidArgument)
 		_, err = api.FetchJWTSVID(ctx, &workload.JWTSVIDRequest{Audience: []string{string(make([]byte, 5000))}})
 		workloadapitest.WantCode(t, err, codes.InvalidArgument)
+	})
+	t.Run("a token for nobody is refused at once, even to who has no identity yet", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{Hold: time.Minute}, newFake(say("a:b")))
+		api, _ := workloadapitest.Dial(t, w.socket)
+		for _, audience := range [][]string{nil, {}, {""}, {"", ""}} {
+			_, err := api.FetchJWTSVID(workloadapitest.Header(t.Context()), &workload.JWTSVIDRequest{Audience: audience})
+			workloadapitest.WantCode(t, err, codes.InvalidArgument)
+		}
 	})
 	t.Run("foreign bytes on the socket harm nobody", func(t *testing.T) {
 		w := serve(t, workloadapi.Config{}, newFake(say("a:b")))
