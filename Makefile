@@ -12,7 +12,7 @@ TAGS    := grpcnotrace
 # Fuzz targets run this long each in `make fuzz`.
 FUZZTIME ?= 5s
 
-.PHONY: all build images demo demo-evidence check fmt vet lint arch unit script gen-check gen test packages lab lab-k8s k8s robust hostile compat fuzz bench bench-short clean tools setup help
+.PHONY: all build pkcs11 images demo demo-evidence check fmt vet lint arch unit script gen-check gen test packages lab lab-k8s k8s robust hostile compat fuzz bench bench-short clean tools setup help
 
 all: build
 
@@ -22,6 +22,10 @@ help: ## show this list
 build: ## build the binaries into bin/
 	@mkdir -p $(BIN)
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -tags '$(TAGS)' -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/assay-server ./cmd/assay-agent ./cmd/assay ./cmd/assay-csi
+
+pkcs11: ## build bin/assay-pkcs11, the helper for hardware security modules: it needs a C compiler
+	@mkdir -p $(BIN)
+	CGO_ENABLED=1 $(GO) build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/assay-pkcs11
 
 demo: build ## the main job, end to end, in under a minute
 	@CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)/demo/ ./test/demo ./test/demo/workload

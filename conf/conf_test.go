@@ -70,8 +70,9 @@ func TestServerSample(t *testing.T) {
 		all = regexp.MustCompile(`\n\s*(behind_proxy|listen_socket_path) .*`).ReplaceAllString(all, "")
 		// One authority is above, and keys live in one place; each alternative has its turn.
 		blocks := regexp.MustCompile(`(?ms)^(upstream_authority|key_manager) "[^"]*" \{.*?^\}`)
+		ways := regexp.MustCompile(`(?ms)^  (approle_auth|cert_auth|k8s_auth) \{.*?\}`)
 		for _, one := range append(blocks.FindAllString(all, -1), "") {
-			if _, err := LoadServer(write(t, "one.hcl", blocks.ReplaceAllString(all, "")+one), judges, Options{}); err != nil {
+			if _, err := LoadServer(write(t, "one.hcl", blocks.ReplaceAllString(all, "")+ways.ReplaceAllString(one, "")), judges, Options{}); err != nil {
 				t.Errorf("with %s: %v", one, err)
 			}
 		}
@@ -250,7 +251,19 @@ func TestServerMistakes(t *testing.T) {
 		{"a socket path that no socket can have", replace(goodServer, "}\nnode", "  socket_path = \"/"+strings.Repeat("x", 107)+"\"\n}\nnode"),
 			`F:4,17-127: Invalid socket path; "/` + strings.Repeat("x", 107) + `" is 108 bytes long, the system's limit is 107: choose a shorter directory.`},
 		{"an unknown key manager", goodServer + `key_manager "tape" {}`,
-			`F:6,1-19: Unknown key manager; This program has no key manager "tape"; there are "disk" and "memory".`},
+			`F:6,1-19: Unknown key manager; This program has no key manager "tape"; there are "aws_kms", "disk", "hashicorp_vault", "memory" and "pkcs11".`},
+		{"half an upstream authority", goodServer + "upstream_authority \"disk\" {\n  cert_file_path = \"/c\"\n}",
+			`F:6,1-26: Missing required argument; The argument "key_file_path" is required: it names the PEM file with that certificate's private key.`},
+		{"an upstream port that is none", goodServer + "upstream_authority \"spire\" {\n  server_address = \"a\"\n  server_port = 0\n  workload_api_socket = \"/s\"\n}",
+			`F:8,17-18: Invalid port; 0 is no TCP port: it must be from 1 to 65535.`},
+		{"a mistyped key of an upstream authority", goodServer + "upstream_authority \"spire\" {\n  server_adr = \"a\"\n  server_address = \"a\"\n  workload_api_socket = \"/s\"\n}",
+			`F:7,3-13: Unsupported argument; An argument named "server_adr" is not expected here.`},
+		{"two ways to log in to Vault", goodServer + "key_manager \"hashicorp_vault\" {\n  vault_addr = \"https://v\"\n  token_auth { token = \"t\" }\n  k8s_auth { k8s_auth_role_name = \"r\" }\n}",
+			`F:7,16-27: Unclear login; There must be exactly one of the blocks token_auth, approle_auth, cert_auth and k8s_auth; there are 2.`},
+		{"half a credential of AWS", goodServer + "key_manager \"aws_kms\" {\n  region = \"r\"\n  access_key_id = \"a\"\n}",
+			`F:8,19-22: Half a credential; Give both access_key_id and secret_access_key, or neither and let the environment say.`},
+		{"a PKCS #11 token without its PIN", goodServer + "key_manager \"pkcs11\" {\n  module_path = \"/m\"\n  token_label = \"t\"\n}",
+			`F:6,1-21: Missing required argument; The argument "pin_path" is required: it names the file with the PIN of the token's user.`},
 		{"two key managers", goodServer + "key_manager \"disk\" {}\nkey_manager \"memory\" {}",
 			`F:7,1-21: Duplicate key manager; There can be only one key_manager block: keys live in one place.`},
 		{"a key for a key manager that has none", goodServer + `key_manager "memory" { keys_path = "x" }`,

@@ -41,8 +41,10 @@ type Server struct {
 	RequirePQKEM bool
 	Limits       Limits
 
-	KeyManager string // "disk" or "memory"
+	KeyManager string // "disk", "memory", or what Keys has the configuration of
 	KeysPath   string // of "disk"; empty: keys.json in DataDir
+	KeysSeal   string // of "disk": the file with the secret that seals it; empty: it is not sealed
+	Keys       Chosen
 	Judges     []Judge
 
 	// Upstream signs this server's authorities.
@@ -142,6 +144,7 @@ type limitsBlock struct {
 // diskKeys is key_manager "disk" of the server.
 type diskKeys struct {
 	KeysPath string `hcl:"keys_path,optional"`
+	SealPath string `hcl:"seal_credential_path,optional"`
 }
 
 // LoadServer reads a server's file and checks all of it. judges are the node attestors that the
@@ -160,10 +163,11 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 		l.noBlock("server", "The file needs server { trust_domain = …, data_dir = … }.")
 	}
 	l.judges(s, f.NodeAttestors, judges)
-	kind, config := l.keyManager(f.KeyManagers, func() any { return new(diskKeys) })
-	s.KeyManager = kind
-	if disk, ok := config.(*diskKeys); ok {
+	s.Keys = l.keys(f.KeyManagers)
+	s.KeyManager = s.Keys.Kind
+	if disk, ok := s.Keys.Config.(*diskKeys); ok {
 		s.KeysPath = l.inFile("key_manager.disk.keys_path", disk.KeysPath)
+		s.KeysSeal = absolute(disk.SealPath)
 	}
 	s.Upstream = l.upstream(f.Upstreams)
 	s.Evidence = l.evidence(f.Evidence)

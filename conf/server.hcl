@@ -205,11 +205,59 @@ node_attestor "join_token" {}
   #}
 #}
 
-# Where signing keys live: "disk", or "memory", with which a restart begins with new authorities.
+# Where signing keys live: one of these.
 key_manager "disk" {
   # The default is keys.json in data_dir.
   #keys_path = "/var/lib/assay/server/keys.json"
+
+  # A file with a secret that seals the key file, so that the disk, a snapshot or a backup alone are of no
+  # use to anybody: as systemd's LoadCredential hands one over, of 16 bytes at least. It is read at the start.
+  # A key file that is not sealed yet is then; without the secret it is lost.
+  #seal_credential_path = "/run/credentials/assay-server.service/keys"
 }
+
+# In memory: a restart begins with new authorities.
+#key_manager "memory" {
+#}
+
+# In the transit engine of Vault or OpenBao.
+#key_manager "hashicorp_vault" {
+  #vault_addr          = "https://vault.example.org:8200"
+  #namespace           = "admin"
+  #ca_cert_path        = "/etc/assay/vault-ca.pem"
+  #transit_engine_path = "transit"
+  #key_prefix          = "assay-"
+  # One of these; what each takes is shown at upstream_authority "vault".
+  #token_auth {
+    #token_path = "/run/credentials/assay-server.service/vault-token"
+  #}
+  #approle_auth {
+  #}
+  #cert_auth {
+  #}
+  #k8s_auth {
+  #}
+#}
+
+# In AWS Key Management Service, with the credentials that the environment has unless they are here.
+#key_manager "aws_kms" {
+  #region            = "eu-central-1"
+  #endpoint          = "https://kms.eu-central-1.amazonaws.com"
+  #access_key_id     = "AKIA…"
+  #secret_access_key = "…"
+  # Aliases are alias/PREFIX-NAME: servers that share an account can have one each.
+  #key_prefix      = "assay"
+  #key_policy_file = "/etc/assay/kms-policy.json"
+#}
+
+# In a hardware security module, by a helper that is built with "make pkcs11".
+#key_manager "pkcs11" {
+  #helper_path = "/usr/libexec/assay/assay-pkcs11"
+  #module_path = "/usr/lib/softhsm/libsofthsm2.so"
+  #token_label = "assay"
+  #pin_path    = "/run/credentials/assay-server.service/pin"
+  #key_prefix  = "assay-"
+#}
 
 # What signs this server's X.509 authority. Without such a block it is its own root, and its certificate is
 # what everybody in the trust domain believes; with one, that is the root above. There can be one. A server
@@ -229,6 +277,54 @@ key_manager "disk" {
   #server_address      = "upper.example.org"
   #server_port         = 8081
   #workload_api_socket = "/run/assay/agent/api.sock"
+#}
+
+# The PKI engine of Vault or OpenBao.
+#upstream_authority "vault" {
+  #vault_addr      = "https://vault.example.org:8200"
+  #namespace       = "admin"
+  #ca_cert_path    = "/etc/assay/vault-ca.pem"
+  #pki_mount_point = "pki"
+  # How to log in: one of these. A secret is better in a file than here (token, approle_secret_id).
+  #token_auth {
+    #token_path = "/run/credentials/assay-server.service/vault-token"
+  #}
+  #approle_auth {
+    #approle_auth_mount_point = "approle"
+    #approle_id               = "3b1f…"
+    #approle_secret_id_path   = "/run/credentials/assay-server.service/vault-secret"
+  #}
+  #cert_auth {
+    #cert_auth_mount_point = "cert"
+    #cert_auth_role_name   = "assay"
+    #client_cert_path      = "/etc/assay/vault-client.pem"
+    #client_key_path       = "/etc/assay/vault-client.key"
+  #}
+  #k8s_auth {
+    #k8s_auth_mount_point = "kubernetes"
+    #k8s_auth_role_name   = "assay"
+    #token_path           = "/var/run/secrets/kubernetes.io/serviceaccount/token"
+  #}
+#}
+
+# A certificate authority of AWS Private CA, with the credentials that the environment has.
+#upstream_authority "aws_pca" {
+  #region                    = "eu-central-1"
+  #certificate_authority_arn = "arn:aws:acm-pca:eu-central-1:123456789012:certificate-authority/…"
+  #signing_algorithm         = "SHA256WITHECDSA"
+  #ca_signing_template_arn   = "arn:aws:acm-pca:::template/SubordinateCACertificate_PathLen0/V1"
+  #assume_role_arn           = "arn:aws:iam::123456789012:role/assay"
+  #supplemental_bundle_path  = "/etc/assay/more-roots.pem"
+  #endpoint                  = "https://acm-pca.eu-central-1.amazonaws.com"
+#}
+
+# An issuer of cert-manager. Without kube_config_file the server is a pod of the cluster.
+#upstream_authority "cert-manager" {
+  #namespace        = "trust"
+  #issuer_name      = "roots"
+  #issuer_kind      = "Issuer"
+  #issuer_group     = "cert-manager.io"
+  #kube_config_file = "/etc/assay/kubeconfig"
 #}
 
 # Image evidence: what scanners and CI systems say about images becomes a condition of identity. An entry

@@ -15,6 +15,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/kube"
 	"github.com/assay-id/assay/server/records"
@@ -42,8 +43,12 @@ type Config struct {
 	// Judges are the node attestation types this server accepts.
 	Judges []Judge
 
-	// KeyManager is where signing keys live: KeysMemory or KeysDisk.
+	// KeyManager is where signing keys live: KeysMemory or KeysDisk, or with Keys the name of something else.
 	KeyManager string
+	// Keys opens a key manager that is neither. Nil: it is one of the two.
+	Keys func(context.Context, Needs) (keys.Manager, error)
+	// KeysSeal is the file with the secret that seals KeysPath. Empty: it is not sealed.
+	KeysSeal string
 	// KeysPath is the file of the disk key manager. Empty: keys.json in DataDir.
 	KeysPath string
 
@@ -116,7 +121,6 @@ type Judge struct {
 // Needs are what the makers of parts get that the command chooses.
 type Needs struct {
 	TrustDomain spiffeid.TrustDomain
-	DataDir     string
 	Log         logrus.FieldLogger
 	Now         func() time.Time
 }
@@ -270,7 +274,7 @@ func (c *Config) Check() error {
 	say(c.Log == nil, "log is missing")
 	say(c.BindPort < 0 || c.BindPort > 65535, "bind port %d is out of range", c.BindPort)
 	say(c.BindAddress != "" && net.ParseIP(c.BindAddress) == nil, "bind address %q is no IP address", c.BindAddress)
-	say(c.KeyManager != KeysMemory && c.KeyManager != KeysDisk,
+	say(c.Keys == nil && c.KeyManager != KeysMemory && c.KeyManager != KeysDisk,
 		"key manager %q is unknown; there are %q and %q", c.KeyManager, KeysMemory, KeysDisk)
 	say(len(c.SocketPath) > maxSocketPath, "socket path is %d bytes long, the limit is %d", len(c.SocketPath), maxSocketPath)
 	for _, d := range []struct {

@@ -76,7 +76,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err != nil {
 		return backup.Explain(place(&cfg), err)
 	}
-	signers, err := openKeys(&cfg, component("keys"))
+	signers, err := openKeys(ctx, &cfg, component("keys"))
 	if err != nil {
 		return err
 	}
@@ -273,7 +273,7 @@ func closing(part io.Closer, err *error) {
 
 // place is where backup finds the server's state.
 func place(cfg *Config) backup.Place {
-	return backup.Place{DataDir: cfg.DataDir, KeysPath: cfg.KeysPath, KeysInMemory: cfg.KeyManager == KeysMemory}
+	return backup.Place{DataDir: cfg.DataDir, KeysPath: cfg.KeysPath, KeysSeal: cfg.KeysSeal, KeysInMemory: cfg.Keys == nil && cfg.KeyManager == KeysMemory, KeysElsewhere: cfg.Keys != nil}
 }
 
 // openStore opens the store, and never makes a new one where there must have been one.
@@ -304,22 +304,37 @@ func openAudit(cfg *Config, log logrus.FieldLogger) (*audit.Log, error) {
 	return audit.Open(cfg.AuditPath, c)
 }
 
-func openKeys(cfg *Config, log logrus.FieldLogger) (keys.Manager, error) {
+func openKeys(ctx context.Context, cfg *Config, log logrus.FieldLogger) (keys.Manager, error) {
+	if cfg.Keys != nil {
+		km, err := cfg.Keys(ctx, cfg.needs(log))
+		if err != nil {
+			return nil, fmt.Errorf("open key manager %q: %w", cfg.KeyManager, err)
+		}
+		return km, nil
+	}
 	if cfg.KeyManager == KeysMemory {
 		return keys.Memory(), nil
 	}
-	disk, err := keys.OpenDisk(cfg.KeysPath, log)
+	secret, err := keys.ReadSecret(cfg.KeysSeal)
+	if err != nil {
+		return nil, fmt.Errorf("open keys: %w", err)
+	}
+	disk, err := keys.OpenSealed(cfg.KeysPath, secret, log)
 	if err != nil {
 		return nil, fmt.Errorf("open keys: %w", err)
 	}
 	return disk, nil
 }
 
+func (c *Config) needs(log logrus.FieldLogger) Needs {
+	return Needs{TrustDomain: c.TrustDomain, Log: log, Now: c.Now}
+}
+
 func openUpstream(cfg *Config, log logrus.FieldLogger) (upstream.Authority, error) {
 	if cfg.Upstream == nil {
 		return nil, nil
 	}
-	above, err := cfg.Upstream(Needs{TrustDomain: cfg.TrustDomain, DataDir: cfg.DataDir, Log: log, Now: cfg.Now})
+	above, err := cfg.Upstream(cfg.needs(log))
 	if err != nil {
 		return nil, fmt.Errorf("open upstream authority: %w", err)
 	}

@@ -14,4 +14,5 @@ func TestSample(t *testing.T) {
 	}
 	samplestest.Run(t, "../../conf/server.hcl", "node_attestor", kinds)
 	samplestest.Run(t, "../../conf/server.hcl", "upstream_authority", conf.UpstreamKinds())
+	samplestest.Run(t, "../../conf/server.hcl", "key_manager", conf.KeyManagerKinds())
 }

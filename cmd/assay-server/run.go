@@ -108,7 +108,8 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 	c.BindAddress, c.BindPort = from.BindAddress, from.BindPort
 	c.SocketPath, c.DataDir, c.AuditPath = from.SocketPath, from.DataDir, from.AuditFile
 	c.SnapshotInterval, c.SnapshotKeep = from.SnapshotInterval, from.SnapshotKeep
-	c.KeyManager, c.KeysPath = from.KeyManager, from.KeysPath
+	c.KeyManager, c.KeysPath, c.KeysSeal = from.KeyManager, from.KeysPath, from.KeysSeal
+	c.Keys = keyManager(from.Keys)
 	c.CA = server.CA{
 		TTL: from.CATTL, KeyType: from.CAKeyType, JWTKeyType: from.JWTKeyType, Subject: from.CASubject,
 		X509SVIDTTL: from.X509SVIDTTL, JWTSVIDTTL: from.JWTSVIDTTL, AgentTTL: from.AgentTTL,

@@ -52,7 +52,7 @@ func (o *offline) find() (backup.Place, spiffeid.TrustDomain, error) {
 	if err != nil {
 		return backup.Place{}, spiffeid.TrustDomain{}, fmt.Errorf("%w\nName the data directory itself with -dataDir", cli.Invalid("Assay server", err))
 	}
-	p := backup.Place{DataDir: c.DataDir, KeysPath: c.KeysPath, KeysInMemory: c.KeyManager == "memory"}
+	p := backup.Place{DataDir: c.DataDir, KeysPath: c.KeysPath, KeysSeal: c.KeysSeal, KeysInMemory: c.KeyManager == "memory", KeysElsewhere: keyManager(c.Keys) != nil}
 	if o.keysPath != "" {
 		p.KeysPath = o.keysPath
 	}

@@ -20,8 +20,11 @@ type Place struct {
 	DataDir string
 	// KeysPath is the key file of the disk key manager. Empty: keys.json in DataDir.
 	KeysPath string
-	// KeysInMemory says that there is no key file.
-	KeysInMemory bool
+	// KeysSeal is the file with the secret that seals the key file. Empty: it is not sealed.
+	KeysSeal string
+	// KeysInMemory says that there is no key file, KeysElsewhere that keys are where they cannot be looked at
+	// from here.
+	KeysInMemory, KeysElsewhere bool
 }
 
 func (p Place) store() string { return filepath.Join(p.DataDir, StoreFile) }
@@ -135,8 +138,19 @@ func (r *Report) inside(ctx context.Context, p Place, now time.Time, pages Part,
 func checkKeys(ctx context.Context, p Place, c *records.Checked, now time.Time) Part {
 	part := Part{Name: "authorities", State: fmt.Sprintf("%d in the journal, each with what it needs", len(c.Journal))}
 	var km keys.Manager = keys.Memory()
-	if !p.KeysInMemory {
-		read, note, err := keys.ReadDisk(p.keys())
+	switch {
+	case p.KeysElsewhere:
+		km = nil
+		part.State = fmt.Sprintf("%d in the journal, each with its place in the bundle; their keys are elsewhere and were not looked at", len(c.Journal))
+	case !p.KeysInMemory:
+		secret, err := keys.ReadSecret(p.KeysSeal)
+		if err != nil {
+			part.Wrong = append(part.Wrong, err.Error())
+			part.Advice = "name the file with the secret in seal_credential_path"
+			km = nil
+			break
+		}
+		read, note, err := keys.ReadDisk(p.keys(), secret)
 		switch {
 		case err != nil && len(c.Journal) == 0 && errors.Is(err, fs.ErrNotExist):
 		case err != nil:
@@ -164,7 +178,7 @@ func Missing(p Place) error {
 	left := ""
 	if all, err := List(p.snapshots()); err == nil && len(all) > 0 {
 		left = p.snapshots()
-	} else if _, err := os.Lstat(p.keys()); err == nil && !p.KeysInMemory {
+	} else if _, err := os.Lstat(p.keys()); err == nil && !p.KeysInMemory && !p.KeysElsewhere {
 		left = p.keys()
 	}
 	if left == "" {

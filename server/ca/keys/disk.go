@@ -36,6 +36,7 @@ type OnDisk struct {
 	path string
 	log  logrus.FieldLogger
 	lock *os.File
+	seal *seal
 
 	mu     sync.Mutex         // held while writing
 	keys   map[string]*signer // guarded by mu
@@ -48,7 +49,13 @@ var _ Manager = (*OnDisk)(nil)
 // that others may read. A file that is damaged or gone is replaced, with an error in the log, by what
 // <path>.prev holds, and refused if that is damaged too: keys are never thrown away in silence.
 func OpenDisk(path string, log logrus.FieldLogger) (*OnDisk, error) {
-	d := &OnDisk{path: path, log: log}
+	return OpenSealed(path, nil, log)
+}
+
+// OpenSealed is OpenDisk for a file that is sealed with a secret; see seal.go. A file that is not sealed yet
+// is, at once. Without a secret it is OpenDisk, and a sealed file is refused.
+func OpenSealed(path string, secret []byte, log logrus.FieldLogger) (*OnDisk, error) {
+	d := &OnDisk{path: path, log: log, seal: newSeal(secret)}
 	var err error
 	if d.lock, err = lockFile(path + ".lock"); err != nil {
 		return nil, err
@@ -134,6 +141,9 @@ func (d *OnDisk) write(next map[string]*signer) error {
 	if err != nil {
 		return err
 	}
+	if text, err = d.seal.close(text); err != nil {
+		return err
+	}
 	for _, path := range []string{d.path + ".prev", d.path} {
 		if err := replaceFile(path, text); err != nil {
 			return err
@@ -148,16 +158,23 @@ func (d *OnDisk) write(next map[string]*signer) error {
 // the two at the very first write.
 func (d *OnDisk) load() error {
 	var err error
-	d.keys, err = readKeys(d.path)
+	var open bool
+	d.keys, open, err = readKeys(d.path, d.seal)
 	var damaged *damageError
 	gone := errors.Is(err, fs.ErrNotExist)
 	switch {
+	case err == nil && open && d.seal.there():
+		if err := d.write(d.keys); err != nil {
+			return fmt.Errorf("seal key file: %w", err)
+		}
+		d.log.WithField("path", d.path).Info("Key file is sealed now; copies that were made before are not")
+		return nil
 	case err == nil:
 		return nil
 	case !gone && !errors.As(err, &damaged):
 		return err
 	}
-	previous, prevErr := readKeys(d.path + ".prev")
+	previous, _, prevErr := readKeys(d.path+".prev", d.seal)
 	if gone && errors.Is(prevErr, fs.ErrNotExist) {
 		d.keys = map[string]*signer{}
 		return nil
@@ -187,11 +204,12 @@ func (d *OnDisk) load() error {
 // ReadDisk returns the keys of the file at path, as OpenDisk would have them, without changing or
 // locking anything. What is generated or deleted in the Manager stays in memory. note says, if it is
 // not empty, what OpenDisk would say loudly.
-func ReadDisk(path string) (m Manager, note string, err error) {
-	held, err := readKeys(path)
+func ReadDisk(path string, secret []byte) (m Manager, note string, err error) {
+	seal := newSeal(secret)
+	held, _, err := readKeys(path, seal)
 	var damaged *damageError
 	if errors.Is(err, fs.ErrNotExist) || errors.As(err, &damaged) {
-		previous, prevErr := readKeys(path + ".prev")
+		previous, _, prevErr := readKeys(path+".prev", seal)
 		switch {
 		case prevErr == nil:
 			held, note, err = previous, fmt.Sprintf("%v; the copy in %s.prev is whole and takes its place at the next start", err, path), nil
@@ -293,7 +311,27 @@ func decode(text []byte) (map[string]*signer, error) {
 	return keys, nil
 }
 
-func readKeys(path string) (map[string]*signer, error) {
+// readKeys returns the keys of a file, and whether it is not sealed.
+func readKeys(path string, seal *seal) (keys map[string]*signer, open bool, err error) {
+	text, err := readFile(path)
+	if err != nil {
+		return nil, false, err
+	}
+	text, open, err = seal.open(text)
+	var other *otherSealError
+	switch {
+	case errors.As(err, &other):
+		return nil, false, fmt.Errorf("key file %s %w", path, err)
+	case err != nil:
+		return nil, false, &damageError{path, err}
+	}
+	if keys, err = decode(text); err != nil {
+		return nil, false, &damageError{path, err}
+	}
+	return keys, open, nil
+}
+
+func readFile(path string) ([]byte, error) {
 	// O_NONBLOCK: a pipe in the file's place is an error below, not a hang here.
 	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
@@ -316,11 +354,7 @@ func readKeys(path string) (map[string]*signer, error) {
 	if len(text) > maxFile {
 		return nil, &damageError{path, fmt.Errorf("over %d bytes", maxFile)}
 	}
-	keys, err := decode(text)
-	if err != nil {
-		return nil, &damageError{path, err}
-	}
-	return keys, nil
+	return text, nil
 }
 
 // replaceFile writes the file so that after a crash at any moment there is the old text or the new.

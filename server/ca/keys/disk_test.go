@@ -94,7 +94,7 @@ func TestDisk(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, p := range []string{path, path + ".prev"} {
-			if keys, err := readKeys(p); err != nil || len(keys) != 1 || keys["b"] == nil {
+			if keys, err := readOpen(p); err != nil || len(keys) != 1 || keys["b"] == nil {
 				t.Errorf("%s holds %v, %v", p, keys, err)
 			}
 		}
@@ -131,7 +131,7 @@ func TestDisk(t *testing.T) {
 			if _, err := os.Stat(path + ".damaged"); err != nil {
 				t.Errorf("the damaged file was thrown away: %v", err)
 			}
-			if keys, err := readKeys(path); err != nil || len(keys) != 2 {
+			if keys, err := readOpen(path); err != nil || len(keys) != 2 {
 				t.Errorf("file was not restored: %v", err)
 			}
 		})
@@ -182,7 +182,7 @@ func TestDisk(t *testing.T) {
 		if !strings.Contains(out.String(), "level=error") || !strings.Contains(out.String(), "missing") {
 			t.Errorf("logged %q", out.String())
 		}
-		if keys, err := readKeys(path); err != nil || len(keys) != 2 {
+		if keys, err := readOpen(path); err != nil || len(keys) != 2 {
 			t.Errorf("file was not restored: %v", err)
 		}
 	})
@@ -230,7 +230,7 @@ func TestDisk(t *testing.T) {
 				defer d.Close()
 				c.harm(t, path)
 				before := folder(t, filepath.Dir(path))
-				m, note, err := ReadDisk(path)
+				m, note, err := ReadDisk(path, nil)
 				if after := folder(t, filepath.Dir(path)); after != before {
 					t.Errorf("was:\n%s\nis:\n%s", before, after)
 				}
@@ -292,7 +292,7 @@ func TestDisk(t *testing.T) {
 		if names, _ := d.List(ctx); strings.Join(names, " ") != "a b" {
 			t.Errorf("keys %v", names)
 		}
-		if keys, err := readKeys(path); err != nil || len(keys) != 2 {
+		if keys, err := readOpen(path); err != nil || len(keys) != 2 {
 			t.Errorf("file: %v", err)
 		}
 		if err := os.RemoveAll(path + ".tmp"); err != nil {
@@ -440,6 +440,88 @@ func FuzzDecode(f *testing.F) {
 		}
 		if other, err := decode(again); err != nil || len(other) != len(keys) {
 			t.Fatalf("round trip: %d of %d keys, %v", len(other), len(keys), err)
+		}
+	})
+}
+
+func readOpen(path string) (map[string]*signer, error) {
+	keys, _, err := readKeys(path, newSeal(nil))
+	return keys, err
+}
+
+func TestSeal(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keys.json")
+	d := openDisk(t, path)
+	if _, err := d.Generate(t.Context(), "a", EC256); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	open := func(secret string) (*OnDisk, error) {
+		d, err := OpenSealed(path, []byte(secret), quiet())
+		if err == nil {
+			t.Cleanup(func() { _ = d.Close() })
+		}
+		return d, err
+	}
+	t.Run("a file that was open is sealed at once, with its twin", func(t *testing.T) {
+		d, err := open("secret")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range []string{path, path + ".prev"} {
+			text, err := os.ReadFile(p)
+			if err != nil || strings.Contains(string(text), "pkcs8") || !strings.Contains(string(text), "sealed") {
+				t.Errorf("%s, %v", text, err)
+			}
+		}
+		if _, err := d.Get(t.Context(), "a"); err != nil {
+			t.Error(err)
+		}
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for secret, want := range map[string]string{"": "name the file with its secret in seal_credential_path", "other": "sealed with another secret"} {
+		t.Run("with the secret "+secret+" it is refused, and not taken for damaged", func(t *testing.T) {
+			if _, err := open(secret); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %q", err, want)
+			}
+			if _, _, err := ReadDisk(path, []byte(secret)); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("read: got %v, want %q", err, want)
+			}
+			if after, err := os.ReadFile(path); err != nil || string(after) != string(before) {
+				t.Errorf("it was changed: %v", err)
+			}
+		})
+	}
+	t.Run("a file that was changed is damaged, and its twin stands in", func(t *testing.T) {
+		var f sealed
+		if err := json.Unmarshal(before, &f); err != nil {
+			t.Fatal(err)
+		}
+		f.Text[3] ^= 1
+		text, err := json.Marshal(&f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		d, err := open("secret")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := d.Get(t.Context(), "a"); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(path + ".damaged"); err != nil {
+			t.Error(err)
 		}
 	})
 }

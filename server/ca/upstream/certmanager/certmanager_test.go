@@ -1,0 +1,110 @@
+package certmanager
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/assay-id/assay/server/ca/upstream"
+	"github.com/assay-id/assay/server/ca/upstream/upstreamtest"
+	fake "github.com/assay-id/assay/test/fake/certmanager"
+)
+
+func open(t *testing.T, s *fake.Server, token string) *Authority {
+	t.Helper()
+	a, err := Open(Config{Namespace: s.Namespace, Name: s.Issuer, KubeConfig: s.KubeConfig(t, token)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+func TestSuite(t *testing.T) {
+	s := fake.New(t)
+	upstreamtest.Run(t, open(t, s, s.Token), upstreamtest.Options{})
+	if n := s.Left(); n != 0 {
+		t.Errorf("%d requests are left", n)
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	ask := func(t *testing.T, a *Authority) error {
+		t.Helper()
+		_, signer := upstreamtest.Root(t, "x", time.Hour)
+		_, err := a.Sign(t.Context(), upstream.Request{CSR: upstreamtest.CSR(t, signer), TTL: time.Hour, Now: time.Now()})
+		return err
+	}
+	for _, condition := range []string{"Denied", "InvalidRequest"} {
+		t.Run("a request that ends with "+condition+" is an error at once, and deleted", func(t *testing.T) {
+			s := fake.New(t)
+			s.Condition, s.Message = condition, "no authorities for you"
+			if err := ask(t, open(t, s, s.Token)); err == nil || !strings.Contains(err.Error(), "no authorities for you") {
+				t.Errorf("got %v", err)
+			}
+			if n := s.Left(); n != 0 {
+				t.Errorf("%d requests are left", n)
+			}
+		})
+	}
+	t.Run("another's token is refused, and not told", func(t *testing.T) {
+		s := fake.New(t)
+		if err := ask(t, open(t, s, "hunter2")); err == nil || !strings.Contains(err.Error(), "401") || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("got %v", err)
+		}
+	})
+	for name, c := range map[string]struct{ answer, want string }{
+		"a huge answer": {`{"x":"` + strings.Repeat("a", 2<<20) + `"}`, "is over 1048576 bytes long"},
+		"no JSON":       {"<html>", "is not understood"},
+	} {
+		t.Run(name+" is refused", func(t *testing.T) {
+			s := fake.New(t)
+			s.Answer = func(w http.ResponseWriter, _ *http.Request) bool { _, _ = w.Write([]byte(c.answer)); return true }
+			if err := ask(t, open(t, s, s.Token)); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+	t.Run("an issuer that never answers ends with the call", func(t *testing.T) {
+		s := fake.New(t)
+		s.Answer = func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Method != http.MethodGet {
+				return false
+			}
+			_, _ = w.Write([]byte(`{"status":{"conditions":[{"type":"Ready","status":"False","reason":"Pending","message":"waiting for a human"}]}}`))
+			return true
+		}
+		_, signer := upstreamtest.Root(t, "x", time.Hour)
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		_, err := open(t, s, s.Token).Sign(ctx, upstream.Request{CSR: upstreamtest.CSR(t, signer), TTL: time.Hour, Now: time.Now()})
+		if !errors.Is(err, context.DeadlineExceeded) || s.Left() != 0 {
+			t.Errorf("got %v; %d requests are left", err, s.Left())
+		}
+	})
+}
+
+func TestKubeConfig(t *testing.T) {
+	for name, c := range map[string]struct{ text, want string }{
+		"no YAML":           {"\t:", "is not understood"},
+		"no context":        {"current-context: x", `has no context "x"`},
+		"no cluster":        {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]", `no cluster "c"`},
+		"no user":           {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]", `no user "u"`},
+		"a user by nothing": {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {exec: {command: sh}}}]", "neither a token nor a client certificate"},
+		"plain http":        {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'http://h'}}]\nusers: [{name: u, user: {token: t}}]", "is no https URL"},
+	} {
+		t.Run(name+" is refused", func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "config")
+			if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Open(Config{KubeConfig: path}); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+}
