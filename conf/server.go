@@ -55,6 +55,9 @@ type Server struct {
 	OIDC        *OIDCDiscovery // nil: none
 	JWTProfiles []JWTProfile
 
+	WIT       bool
+	WITIssuer string
+
 	Evidence Evidence
 	// Named are the blocks that Options.Named decoded, by type in the order of the file.
 	Named []Named
@@ -113,6 +116,8 @@ type serverBlock struct {
 	JWTSVIDTTL  string        `hcl:"default_jwt_svid_ttl,optional"`
 	AgentTTL    string        `hcl:"agent_ttl,optional"`
 	DisableJWT  bool          `hcl:"disable_jwt_svids,optional"`
+	WIT         bool          `hcl:"wit_svids,optional"`
+	WITIssuer   string        `hcl:"wit_issuer,optional"`
 	NewOnLost   bool          `hcl:"new_authority_on_lost_key,optional"`
 
 	AdminIDs     []string        `hcl:"admin_ids,optional"`
@@ -210,6 +215,8 @@ func (l *loader) server(b *serverBlock) *Server {
 		JWTSVIDTTL:   l.duration("server.default_jwt_svid_ttl", b.JWTSVIDTTL, 5*time.Minute, time.Second),
 		AgentTTL:     l.duration("server.agent_ttl", b.AgentTTL, 0, time.Second),
 		DisableJWT:   b.DisableJWT,
+		WIT:          b.WIT,
+		WITIssuer:    b.WITIssuer,
 		AdminIDs:     l.ids("server.admin_ids", b.AdminIDs),
 		RequirePQKEM: b.RequirePQKEM,
 

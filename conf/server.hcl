@@ -65,6 +65,11 @@ server {
   #jwt_issuer        = "https://oidc.example.org"
   #disable_jwt_svids = false
 
+  # WIT-SVIDs (IETF WIMSE): tokens that are worth something only to who proves that it has the key they name.
+  # They are as old as X509-SVIDs get. SPIFFE has them as an experiment; SPIRE's agents do not serve them.
+  #wit_svids  = false
+  #wit_issuer = ""
+
   # Who may administer the server over the network, with an X509-SVID, beside those who have an
   # entry with admin set.
   #admin_ids = ["spiffe://example.org/admin"]

@@ -142,6 +142,9 @@ type CA struct {
 	AgentTTL time.Duration
 	// JWTIssuer is the iss claim of JWT-SVIDs. Empty: none.
 	JWTIssuer string
+	// WIT lets WIT-SVIDs be signed, with WITIssuer as iss claim, or none if it is empty.
+	WIT       bool
+	WITIssuer string
 	// JWTProfiles give JWT-SVIDs for certain audiences other claims. The first that fits counts.
 	JWTProfiles []ca.JWTProfile
 	// NewAuthorityOnLostKey is the operator's consent to a new authority where the private key of

@@ -138,7 +138,7 @@ func Run(ctx context.Context, config Config) (err error) {
 		Snapshots: snapshots, Authorities: authority, Feed: feeds,
 		Federations: rec, Refresher: abroad.fetcher,
 	}, api.Config{
-		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT, RequireSigned: cfg.RequireSigned,
+		TrustDomain: cfg.TrustDomain, DisableJWT: cfg.CA.DisableJWT, WIT: cfg.CA.WIT, RequireSigned: cfg.RequireSigned,
 		AttestPerSecond: cfg.Limits.AttestPerSecond, AttestBurst: cfg.Limits.AttestBurst,
 		SignPerSecond: cfg.Limits.SignPerSecond, PostPerSecond: cfg.Limits.PostPerSecond,
 		AttestDuration: cfg.Limits.AttestDuration,
@@ -353,7 +353,7 @@ func openCA(ctx context.Context, cfg *Config, km keys.Manager, above upstream.Au
 	return ca.Open(ctx, km, store, cfg.TrustDomain, ca.Config{
 		CATTL: cfg.CA.TTL, KeyType: kind, JWTKeyType: jwtKind,
 		X509SVIDTTL: cfg.CA.X509SVIDTTL, JWTSVIDTTL: cfg.CA.JWTSVIDTTL, AgentTTL: cfg.CA.AgentTTL,
-		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, JWTProfiles: cfg.CA.JWTProfiles, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
+		Subject: cfg.CA.Subject, JWTIssuer: cfg.CA.JWTIssuer, JWTProfiles: cfg.CA.JWTProfiles, WIT: cfg.CA.WIT, WITIssuer: cfg.CA.WITIssuer, NewAuthorityOnLostKey: cfg.CA.NewAuthorityOnLostKey,
 		RevocationLists: cfg.Evidence != nil,
 		Upstream:        above, Behind: behind, Now: cfg.Now, Log: log, Metrics: cfg.Metrics,
 	})

@@ -53,6 +53,8 @@ func (s *Server) toStatus(ctx context.Context, method string, err error) error {
 		return status.Error(codes.Unavailable, errStopping.Error())
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
+	case errors.Is(err, identity.ErrUnsupported):
+		return status.Error(codes.Unimplemented, identity.ErrUnsupported.Error())
 	case errors.Is(err, identity.ErrUnavailable),
 		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded): // the agent's own
 		return status.Error(codes.Unavailable, identity.ErrUnavailable.Error())

@@ -64,6 +64,9 @@ type Source interface {
 	// zero, and a channel that is closed when a different set of entries may match. Errors are as
 	// X509's.
 	JWT(ctx context.Context, facts attestor.Set, audience []string, id spiffeid.ID) ([]*identity.JWTSVID, <-chan struct{}, error)
+	// WIT returns a WIT-SVID as JWT does, and its channel is closed too when one of them is replaced. The
+	// error wraps identity.ErrUnsupported if the server signs none.
+	WIT(ctx context.Context, facts attestor.Set, id spiffeid.ID) ([]*identity.WITSVID, <-chan struct{}, error)
 }
 
 // Defaults of Config.
@@ -150,6 +153,8 @@ type Server struct {
 	x509        *Feed
 	x509Bundles *Feed
 	jwtBundles  *Feed
+	wits        *Feed
+	witBundles  *Feed
 	further     []further // added before Run
 
 	stopping chan struct{} // closed when Run is asked to end
@@ -199,6 +204,8 @@ func New(src Source, attest *Attestation, cfg Config) *Server {
 	s.x509 = &Feed{server: s, event: eventX509, hub: newHub(s.makeX509)}
 	s.x509Bundles = &Feed{server: s, event: eventX509Bundles, hub: newHub(s.makeX509Bundles)}
 	s.jwtBundles = &Feed{server: s, event: eventJWTBundles, hub: newHub(s.makeJWTBundles)}
+	s.wits = &Feed{server: s, event: eventWIT, hub: newHub(s.makeWIT)}
+	s.witBundles = &Feed{server: s, event: eventWITBundles, hub: newHub(s.makeWITBundles)}
 	return s
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 
 	"github.com/assay-id/assay/attestor"
@@ -24,14 +25,15 @@ const (
 	eventJWTBundles  = "jwt_bundles"
 	eventValidate    = "jwt_validate"
 	eventOther       = "other"
+	eventWIT         = "wit_svid"
+	eventWITBundles  = "wit_bundles"
 )
 
 // events are those of the service's methods.
 var events = map[string]string{
 	"FetchX509SVID": eventX509, "FetchX509Bundles": eventX509Bundles,
 	"FetchJWTSVID": eventJWT, "FetchJWTBundles": eventJWTBundles, "ValidateJWTSVID": eventValidate,
-	// These are not served, but may be asked for.
-	"FetchWITSVID": eventOther, "FetchWITBundles": eventOther,
+	"FetchWITSVID": eventWIT, "FetchWITBundles": eventWITBundles,
 }
 
 // FetchX509SVID streams the caller's X509-SVIDs with their keys and bundles, and again whenever any
@@ -167,15 +169,17 @@ func certificates(b *identity.Bundle) []byte {
 
 // keySet returns a bundle's JWT keys as a plain JWK set in a fixed order. The "use" of SPIFFE bundle
 // documents is left out: the Workload API hands out standard JWK sets.
-func keySet(b *identity.Bundle) ([]byte, error) {
-	set := jose.JSONWebKeySet{Keys: make([]jose.JSONWebKey, 0, len(b.JWT))}
-	for _, a := range b.JWT {
+func keySet(b *identity.Bundle) ([]byte, error) { return jwks(b.TrustDomain, b.JWT) }
+
+func jwks(td spiffeid.TrustDomain, list []identity.JWTAuthority) ([]byte, error) {
+	set := jose.JSONWebKeySet{Keys: make([]jose.JSONWebKey, 0, len(list))}
+	for _, a := range list {
 		set.Keys = append(set.Keys, jose.JSONWebKey{Key: a.Key, KeyID: a.KeyID})
 	}
 	slices.SortFunc(set.Keys, func(x, y jose.JSONWebKey) int { return strings.Compare(x.KeyID, y.KeyID) })
 	text, err := json.Marshal(set)
 	if err != nil {
-		return nil, fmt.Errorf("encode JWT keys of %s: %w", b.TrustDomain, err)
+		return nil, fmt.Errorf("encode keys of %s: %w", td, err)
 	}
 	return text, nil
 }

@@ -31,7 +31,7 @@ func (r *revoked) see(was, is *identity.Bundle, now time.Time) {
 	}
 	r.certs = slices.DeleteFunc(r.certs, func(c *x509.Certificate) bool { return is.HasX509(c) || !now.Before(c.NotAfter) })
 	r.certs = r.certs[max(0, len(r.certs)-maxRevoked):]
-	for _, a := range was.JWT {
+	for _, a := range slices.Concat(was.JWT, was.WIT) {
 		if a.ExpiresAt.IsZero() || now.Before(a.ExpiresAt) {
 			if r.keys == nil || len(r.keys) >= maxRevoked {
 				r.keys = map[string]struct{}{}
@@ -39,7 +39,7 @@ func (r *revoked) see(was, is *identity.Bundle, now time.Time) {
 			r.keys[a.KeyID] = struct{}{}
 		}
 	}
-	for _, a := range is.JWT {
+	for _, a := range slices.Concat(is.JWT, is.WIT) {
 		delete(r.keys, a.KeyID)
 	}
 }
@@ -79,7 +79,7 @@ func (i *Issuer) distrusted(keyID string) bool {
 		return true
 	}
 	own := i.own()
-	return own != nil && slices.ContainsFunc(own.JWT, func(a identity.JWTAuthority) bool { return a.Tainted && a.KeyID == keyID })
+	return own != nil && slices.ContainsFunc(slices.Concat(own.JWT, own.WIT), func(a identity.JWTAuthority) bool { return a.Tainted && a.KeyID == keyID })
 }
 
 // Held is how many SVIDs are held that an authority signed.

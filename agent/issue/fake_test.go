@@ -156,6 +156,10 @@ func (s *fakeSigner) SignJWT(ctx context.Context, asked identity.Asked, audience
 	}, nil
 }
 
+func (s *fakeSigner) SignWIT(ctx context.Context, asked identity.Asked, _ []byte, _ string) (*identity.JWTSVID, error) {
+	return s.SignJWT(ctx, asked, nil)
+}
+
 // memory is a Store in memory.
 type memory struct {
 	mu  sync.Mutex

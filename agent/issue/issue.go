@@ -46,6 +46,9 @@ type Signer interface {
 	SignX509(ctx context.Context, asked []identity.Asked, csrs [][]byte) (chains [][][]byte, errs []error)
 	// SignJWT has a JWT-SVID signed.
 	SignJWT(ctx context.Context, asked identity.Asked, audience []string) (*identity.JWTSVID, error)
+	// SignWIT has a WIT-SVID signed for a key (PKIX) that will prove with the algorithm. The error wraps
+	// identity.ErrUnsupported if the server signs none.
+	SignWIT(ctx context.Context, asked identity.Asked, key []byte, algorithm string) (*identity.JWTSVID, error)
 }
 
 // Store keeps SVIDs over restarts; *keep.Keep is one.

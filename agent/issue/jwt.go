@@ -3,6 +3,8 @@ package issue
 import (
 	"container/list"
 	"context"
+	"crypto"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -18,9 +20,12 @@ import (
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
-// jwtSlot holds the JWT-SVID of an entry for an audience. Issuer.mu guards it.
+// jwtSlot holds the JWT-SVID of an entry for an audience, or its WIT-SVID. Issuer.mu guards it.
 type jwtSlot struct {
-	key      string
+	key string
+	// wit is that it is a WIT-SVID, and private the key that this one names.
+	wit      bool
+	private  crypto.Signer
 	entry    *identity.Entry
 	audience []string
 	svid     *identity.JWTSVID // nil: none
@@ -63,17 +68,20 @@ func newJWTCache(size int) jwtCache {
 // get returns the slot for the entry and audience, making it if need be. A token with a jti is
 // for one use, so its slot is not in the cache. Whether there will be one the entry says, or, where the
 // server has a profile for the audience, the token itself.
-func (c *jwtCache) get(e *identity.Entry, audience []string) *jwtSlot {
-	if e.JTI {
+func (c *jwtCache) get(e *identity.Entry, audience []string, wit bool) *jwtSlot {
+	if e.JTI && !wit {
 		return &jwtSlot{entry: e, audience: audience}
 	}
 	key := jwtKey(e.ID, audience)
+	if wit {
+		key = "wit " + e.ID
+	}
 	if _, once := c.once[key]; once {
 		return &jwtSlot{key: key, entry: e, audience: audience}
 	}
 	sl := c.slots[key]
 	if sl == nil {
-		sl = &jwtSlot{key: key, entry: e, audience: audience}
+		sl = &jwtSlot{key: key, entry: e, audience: audience, wit: wit}
 		sl.place = c.order.PushFront(sl)
 		c.slots[key] = sl
 		for len(c.slots) > c.size {
@@ -137,6 +145,25 @@ func (i *Issuer) JWT(ctx context.Context, facts attestor.Set, audience []string,
 }
 
 func (i *Issuer) jwt(ctx context.Context, facts attestor.Set, delegated bool, audience []string, id spiffeid.ID) ([]*identity.JWTSVID, <-chan struct{}, error) {
+	var svids []*identity.JWTSVID
+	changed, err := i.tokens(ctx, facts, delegated, audience, id, false, func(sl *jwtSlot, svid *identity.JWTSVID) { svids = append(svids, svid) })
+	return svids, changed, err
+}
+
+// WIT does the same with WIT-SVIDs, which have no audience. The channel is closed too when one of them is
+// replaced. The error wraps identity.ErrUnsupported if the server signs none.
+func (i *Issuer) WIT(ctx context.Context, facts attestor.Set, id spiffeid.ID) ([]*identity.WITSVID, <-chan struct{}, error) {
+	var svids []*identity.WITSVID
+	changed, err := i.tokens(ctx, facts, false, nil, id, true, func(sl *jwtSlot, svid *identity.JWTSVID) {
+		svids = append(svids, &identity.WITSVID{JWTSVID: *svid, Key: sl.private})
+	})
+	return svids, changed, err
+}
+
+// tokens gives each token to give, in order, with mu held.
+func (i *Issuer) tokens(ctx context.Context, facts attestor.Set, delegated bool, audience []string, id spiffeid.ID, wit bool,
+	give func(*jwtSlot, *identity.JWTSVID),
+) (<-chan struct{}, error) {
 	i.mu.Lock()
 	now := i.now()
 	s := i.ask(facts, delegated, now)
@@ -149,7 +176,7 @@ func (i *Issuer) jwt(ctx context.Context, facts attestor.Set, delegated bool, au
 		if !id.IsZero() && e.SPIFFEID != id {
 			continue
 		}
-		sl := i.jwts.get(e, audience)
+		sl := i.jwts.get(e, audience, wit)
 		slots = append(slots, sl)
 		if sl.fresh(now) {
 			sl.used = true
@@ -165,7 +192,7 @@ func (i *Issuer) jwt(ctx context.Context, facts attestor.Set, delegated bool, au
 	}
 	i.mu.Unlock()
 	if len(slots) == 0 {
-		return nil, changed, nil
+		return changed, nil
 	}
 	var late <-chan time.Time
 	if some {
@@ -174,7 +201,7 @@ func (i *Issuer) jwt(ctx context.Context, facts attestor.Set, delegated bool, au
 		late = timer.C
 	}
 	if _, err := await(ctx, calls, late); err != nil {
-		return nil, changed, err
+		return changed, err
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -182,28 +209,28 @@ func (i *Issuer) jwt(ctx context.Context, facts attestor.Set, delegated bool, au
 	// What was asked for may have been taken away while it was signed.
 	s = i.ask(facts, delegated, now)
 	changed = s.changed
-	var svids []*identity.JWTSVID
 	var failed error
-	matched := false
+	matched, given := false, false
 	for n, sl := range slots {
 		if !slices.ContainsFunc(s.entries, func(e *identity.Entry) bool { return e.ID == sl.entry.ID }) {
 			continue
 		}
 		matched = true
 		switch {
-		case fresh[n] != nil:
-			svids = append(svids, fresh[n])
+		case fresh[n] != nil && !wit: // a WIT-SVID goes with the key that the slot has now
+			given = true
+			give(sl, fresh[n])
 		case sl.usable(now):
-			sl.used = true
-			svids = append(svids, sl.svid)
+			sl.used, given = true, true
+			give(sl, sl.svid)
 		case failed == nil:
 			failed = sl.err
 		}
 	}
-	if len(svids) == 0 && matched {
-		return nil, changed, unavailable(failed)
+	if !given && matched {
+		return changed, unavailable(failed)
 	}
-	return svids, changed, nil
+	return changed, nil
 }
 
 // requestJWT has the slot's token signed and returns what to wait for, or nil if it has failed
@@ -226,10 +253,13 @@ func (i *Issuer) requestJWT(sl *jwtSlot, now time.Time) *call {
 }
 
 func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
-	began := time.Now()
-	svid, err := i.signTrusted(ctx, sl)
-	i.metrics.latency.WithLabelValues("jwt").Observe(time.Since(began).Seconds())
-	i.metrics.count("jwt", err)
+	began, kind := time.Now(), "jwt"
+	if sl.wit {
+		kind = "wit"
+	}
+	svid, private, err := i.signTrusted(ctx, sl)
+	i.metrics.latency.WithLabelValues(kind).Observe(time.Since(began).Seconds())
+	i.metrics.count(kind, err)
 	if err == nil && svid.ID != sl.entry.SPIFFEID {
 		// The entry was changed, and the picture that says so is on its way.
 		err = errors.New("server signed for another ID")
@@ -257,14 +287,19 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 		return
 	}
 	hinted := *svid
-	hinted.Hint = sl.entry.Hint
+	hinted.EntryID, hinted.Hint = sl.entry.ID, sl.entry.Hint
+	replaced := sl.svid != nil
+	sl.private = private
 	sl.svid, sl.keyID, sl.used = &hinted, keyID(svid.Token), false // who waits for it says that it is used
 	sl.err, sl.failures, sl.retryAt = nil, 0, time.Time{}
-	if !i.distrusted(sl.keyID) {
+	if !i.distrusted(sl.keyID) && !sl.wit {
 		i.latest[1] = sl.keyID
 	}
+	if sl.wit && replaced {
+		i.tellWIT(sl, now)
+	}
 	switch {
-	case hasID(svid.Token) && !sl.entry.JTI:
+	case !sl.wit && hasID(svid.Token) && !sl.entry.JTI:
 		i.jwts.single(sl)
 	case i.distrusted(sl.keyID):
 		i.jwts.drop(sl) // only for those who wait for it
@@ -276,21 +311,47 @@ func (i *Issuer) signJWT(ctx context.Context, sl *jwtSlot) {
 	}
 }
 
+// tellWIT wakes those who follow the slot's entry: its WIT-SVID has been replaced. mu is held.
+func (i *Issuer) tellWIT(sl *jwtSlot, now time.Time) {
+	for _, s := range i.subjects {
+		if slices.Contains(s.entries, sl.entry) {
+			s.wake(now)
+		}
+	}
+}
+
 // signTrusted has a token signed, once more if its key was tainted or revoked, as it may have been while
-// the token was on its way.
-func (i *Issuer) signTrusted(ctx context.Context, sl *jwtSlot) (*identity.JWTSVID, error) {
+// the token was on its way. With a WIT-SVID comes the key that it names.
+func (i *Issuer) signTrusted(ctx context.Context, sl *jwtSlot) (*identity.JWTSVID, crypto.Signer, error) {
 	for again := false; ; again = true {
-		svid, err := i.signer.SignJWT(ctx, i.asked(sl.entry), sl.audience)
+		svid, private, err := i.signToken(ctx, sl)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		i.mu.Lock()
 		bad := i.distrusted(keyID(svid.Token))
 		i.mu.Unlock()
 		if !bad || again {
-			return svid, nil
+			return svid, private, nil
 		}
 	}
+}
+
+func (i *Issuer) signToken(ctx context.Context, sl *jwtSlot) (*identity.JWTSVID, crypto.Signer, error) {
+	if !sl.wit {
+		svid, err := i.signer.SignJWT(ctx, i.asked(sl.entry), sl.audience)
+		return svid, nil, err
+	}
+	private, err := i.pool.take()
+	if err != nil {
+		return nil, nil, err
+	}
+	public, err := x509.MarshalPKIXPublicKey(private.Public())
+	if err != nil {
+		return nil, nil, err
+	}
+	svid, err := i.signer.SignWIT(ctx, i.asked(sl.entry), public, identity.TokenAlgorithm(private.Public()))
+	return svid, private, err
 }
 
 // scanJWT renews the tokens that are used, and drops those that have expired. mu is held.

@@ -132,10 +132,10 @@ func (i *Issuer) bundleChanged(was, is *identity.Bundle, now time.Time) {
 		i.withdrawn(cert)
 	}
 	bad := map[string]bool{}
-	for _, a := range was.JWT {
+	for _, a := range slices.Concat(was.JWT, was.WIT) {
 		bad[a.KeyID] = true // gone, unless it is in the new one
 	}
-	for _, a := range is.JWT {
+	for _, a := range slices.Concat(is.JWT, is.WIT) {
 		bad[a.KeyID] = a.Tainted
 	}
 	i.jwts.dropKeys(bad)

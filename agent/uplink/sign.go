@@ -8,6 +8,7 @@ import (
 	"time"
 
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -142,19 +143,63 @@ func (u *Uplink) SignJWT(ctx context.Context, asked identity.Asked, audience []s
 	if err != nil {
 		return nil, fmt.Errorf("sign JWT-SVID: %w", err)
 	}
-	svid := resp.GetSvid()
+	return tokenFromWire("JWT-SVID", asked.EntryID, resp.GetSvid())
+}
+
+// SignWIT asks the server to sign a WIT-SVID for the entry and the key (PKIX), which will prove with the
+// algorithm. Its errors are as SignX509's, or wrap identity.ErrUnsupported: the server signs none.
+func (u *Uplink) SignWIT(ctx context.Context, asked identity.Asked, key []byte, algorithm string) (*identity.JWTSVID, error) {
+	var resp *svidv1.BatchNewWITSVIDResponse
+	err := u.call(ctx, func(ctx context.Context, conn *grpc.ClientConn) (err error) {
+		resp, err = svidv1.NewSVIDClient(conn).BatchNewWITSVID(terms.With(ctx, termsOf(asked)...), &svidv1.BatchNewWITSVIDRequest{
+			Params: []*svidv1.NewWITSVIDParams{{EntryId: asked.EntryID, PublicKey: key, SigningAlgorithm: algorithm}},
+		})
+		return err
+	})
+	if codeOf(err) == codes.Unimplemented {
+		return nil, fmt.Errorf("sign WIT-SVID: %w: %w", identity.ErrUnsupported, err)
+	}
+	if err == nil && len(resp.GetResults()) != 1 {
+		err = fmt.Errorf("server answered %d requests of 1", len(resp.GetResults()))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("sign WIT-SVID: %w", err)
+	}
+	r := resp.GetResults()[0]
+	switch code := codes.Code(r.GetStatus().GetCode()); code { //nolint:gosec // unknown codes stay unknown
+	case codes.OK:
+	case codes.NotFound:
+		return nil, identity.ErrUnknownEntry
+	case codes.FailedPrecondition:
+		return nil, fmt.Errorf("%w: %s", identity.ErrUnknownEntry, r.GetStatus().GetMessage())
+	default:
+		return nil, fmt.Errorf("sign WIT-SVID: %w", status.Error(code, r.GetStatus().GetMessage()))
+	}
+	return tokenFromWire("WIT-SVID", asked.EntryID, r.GetSvid())
+}
+
+// wireToken is a JWT-SVID or a WIT-SVID in its public form.
+type wireToken interface {
+	GetToken() string
+	GetId() *types.SPIFFEID
+	GetHint() string
+	GetIssuedAt() int64
+	GetExpiresAt() int64
+}
+
+func tokenFromWire(kind, entryID string, svid wireToken) (*identity.JWTSVID, error) {
 	id, err := identity.IDFromWire(svid.GetId())
 	if err != nil {
-		return nil, fmt.Errorf("sign JWT-SVID: server sent: %w", err)
+		return nil, fmt.Errorf("sign %s: server sent: %w", kind, err)
 	}
 	switch {
 	case svid.GetToken() == "":
-		return nil, errors.New("sign JWT-SVID: server sent no token")
+		return nil, fmt.Errorf("sign %s: server sent no token", kind)
 	case svid.GetIssuedAt() <= 0 || svid.GetExpiresAt() <= 0 || svid.GetIssuedAt() > svid.GetExpiresAt():
-		return nil, errors.New("sign JWT-SVID: server sent times that cannot be")
+		return nil, fmt.Errorf("sign %s: server sent times that cannot be", kind)
 	}
 	return &identity.JWTSVID{
-		EntryID: asked.EntryID, ID: id, Token: svid.GetToken(), Hint: svid.GetHint(),
+		EntryID: entryID, ID: id, Token: svid.GetToken(), Hint: svid.GetHint(),
 		IssuedAt: time.Unix(svid.GetIssuedAt(), 0), ExpiresAt: time.Unix(svid.GetExpiresAt(), 0),
 	}, nil
 }

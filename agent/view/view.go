@@ -421,8 +421,8 @@ func (p *Picture) same(o *Picture) bool {
 			slices.EqualFunc(a.X509, b.X509, func(x, y identity.X509Authority) bool {
 				return x.Tainted == y.Tainted && x.Certificate.Equal(y.Certificate)
 			}) &&
-			slices.EqualFunc(a.JWT, b.JWT, func(x, y identity.JWTAuthority) bool {
-				return x.Tainted == y.Tainted && x.KeyID == y.KeyID
-			})
+			slices.EqualFunc(a.JWT, b.JWT, sameKey) && slices.EqualFunc(a.WIT, b.WIT, sameKey)
 	})
 }
+
+func sameKey(x, y identity.JWTAuthority) bool { return x.Tainted == y.Tainted && x.KeyID == y.KeyID }

@@ -26,7 +26,7 @@ import (
 
 func apiFetch() *cobra.Command {
 	c := fetchX509("fetch")
-	c.AddCommand(fetchX509("x509"), fetchJWT())
+	c.AddCommand(fetchX509("x509"), fetchJWT(), fetchWIT())
 	return c
 }
 
@@ -217,6 +217,44 @@ func fetchJWT() *cobra.Command {
 		return nil
 	})
 	r.Flags().StringArrayVar(&audiences, "audience", nil, "Who the SVID is for; several are separated by commas")
+	r.Flags().StringVar(&spiffeID, "spiffeID", "", "Only this SPIFFE ID; without it one SVID for each identity")
+	return r.Command
+}
+
+func fetchWIT() *cobra.Command {
+	var spiffeID string
+	r := newWorkload("wit", "Fetches WIT-SVIDs", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+		client := workload.NewSpiffeWorkloadAPIClient(conn)
+		stream, err := client.FetchWITSVID(ctx, &workload.WITSVIDRequest{SpiffeId: spiffeID})
+		if err != nil {
+			return denied(err)
+		}
+		svids, err := stream.Recv()
+		if err != nil {
+			return denied(err)
+		}
+		keys, err := client.FetchWITBundles(ctx, &workload.WITBundlesRequest{})
+		if err != nil {
+			return denied(err)
+		}
+		bundles, err := keys.Recv()
+		if err != nil {
+			return denied(err)
+		}
+		return r.output.Print(r.Command, func(w io.Writer) error {
+			for _, s := range svids.GetSvids() {
+				fmt.Fprintf(w, "token(%s):\n\t%s\n", s.GetSpiffeId(), s.GetWitSvid())
+				if s.GetHint() != "" {
+					fmt.Fprintf(w, "hint(%s):\n\t%s\n", s.GetSpiffeId(), s.GetHint())
+				}
+				fmt.Fprintf(w, "key(%s):\n\t%s\n", s.GetSpiffeId(), s.GetWitSvidKey())
+			}
+			for _, id := range slices.Sorted(maps.Keys(bundles.GetBundles())) {
+				fmt.Fprintf(w, "bundle(%s):\n\t%s\n", id, bundles.GetBundles()[id])
+			}
+			return nil
+		}, svids, bundles)
+	})
 	r.Flags().StringVar(&spiffeID, "spiffeID", "", "Only this SPIFFE ID; without it one SVID for each identity")
 	return r.Command
 }

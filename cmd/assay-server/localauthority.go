@@ -79,10 +79,34 @@ var authorityJWT = authorityKind{
 	},
 }
 
+var authorityWIT = authorityKind{
+	word: "wit", name: "WIT",
+	show: func(ctx context.Context, c localauthorityv1.LocalAuthorityClient) (proto.Message, authorityStates, error) {
+		r, err := c.GetWITAuthorityState(ctx, &localauthorityv1.GetWITAuthorityStateRequest{})
+		return r, authorityStates{r.GetActive(), r.GetPrepared(), r.GetOld()}, err
+	},
+	prepare: func(ctx context.Context, c localauthorityv1.LocalAuthorityClient, _ string) (proto.Message, *localauthorityv1.AuthorityState, error) {
+		r, err := c.PrepareWITAuthority(ctx, &localauthorityv1.PrepareWITAuthorityRequest{})
+		return r, r.GetPreparedAuthority(), err
+	},
+	activate: func(ctx context.Context, c localauthorityv1.LocalAuthorityClient, id string) (proto.Message, *localauthorityv1.AuthorityState, error) {
+		r, err := c.ActivateWITAuthority(ctx, &localauthorityv1.ActivateWITAuthorityRequest{AuthorityId: id})
+		return r, r.GetActivatedAuthority(), err
+	},
+	taint: func(ctx context.Context, c localauthorityv1.LocalAuthorityClient, id string) (proto.Message, *localauthorityv1.AuthorityState, error) {
+		r, err := c.TaintWITAuthority(ctx, &localauthorityv1.TaintWITAuthorityRequest{AuthorityId: id})
+		return r, r.GetTaintedAuthority(), err
+	},
+	revoke: func(ctx context.Context, c localauthorityv1.LocalAuthorityClient, id string) (proto.Message, *localauthorityv1.AuthorityState, error) {
+		r, err := c.RevokeWITAuthority(ctx, &localauthorityv1.RevokeWITAuthorityRequest{AuthorityId: id})
+		return r, r.GetRevokedAuthority(), err
+	},
+}
+
 // localAuthorityCommands is "localauthority" with a group for each kind.
 func localAuthorityCommands() *cobra.Command {
 	return cli.Group("localauthority", "Looks after the server's own authorities, and replaces one at once",
-		authorityX509.commands(), authorityJWT.commands())
+		authorityX509.commands(), authorityJWT.commands(), authorityWIT.commands())
 }
 
 func (k authorityKind) commands() *cobra.Command {

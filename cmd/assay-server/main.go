@@ -26,6 +26,7 @@ func root() *cobra.Command {
 		cli.Group("bundle", "Shows and keeps trust bundles", bundleShow(), bundleCount(), bundleList(), bundleSet(), bundleDelete()),
 		cli.Group("federation", "Keeps the bundles of other trust domains", federationCreate(), federationUpdate(), federationDelete(), federationList(), federationShow(), federationRefresh()),
 		cli.Group("x509", "Signs X509-SVIDs without an entry", x509Mint()),
+		cli.Group("wit", "Signs WIT-SVIDs without an entry", witMint()),
 		cli.Group("jwt", "Signs JWT-SVIDs without an entry", jwtMint()),
 		localAuthorityCommands(), upstreamAuthorityCommands(),
 		evidenceCommands(), auditCommands(),

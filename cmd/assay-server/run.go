@@ -119,6 +119,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 	c.Federation, c.Clusters = federation(from.Federation), clusters(from)
 	c.Upstream = upstreamAuthority(from.Upstream)
 	c.OIDC = oidcDiscovery(from.OIDC)
+	c.CA.WIT, c.CA.WITIssuer = from.WIT, from.WITIssuer
 	for _, p := range from.JWTProfiles {
 		c.CA.JWTProfiles = append(c.CA.JWTProfiles, ca.JWTProfile(p))
 	}

@@ -78,6 +78,7 @@ type CA interface {
 	SignWorkload(ctx context.Context, p ca.WorkloadParams) ([]*x509.Certificate, error)
 	SignMint(ctx context.Context, p ca.MintParams) ([]*x509.Certificate, error)
 	SignJWT(ctx context.Context, p ca.JWTParams) (*identity.JWTSVID, error)
+	SignWIT(ctx context.Context, p ca.WITParams) (*identity.WITSVID, error)
 	SignDownstream(ctx context.Context, key crypto.PublicKey, ttl time.Duration) ([]*x509.Certificate, error)
 }
 
@@ -127,6 +128,8 @@ type Config struct {
 	RequireSigned bool
 	// DisableJWT makes every JWT-SVID call answer Unimplemented.
 	DisableJWT bool
+	// WIT lets WIT-SVIDs be signed.
+	WIT bool
 	// AttestPerSecond and AttestBurst limit AttestAgent, SignPerSecond what signs (a batch counts
 	// as many), PostPerSecond PostStatus, each per source address. 0 or less: no limit.
 	AttestPerSecond float64

@@ -242,6 +242,9 @@ func (s *bundleService) write(ctx context.Context, w *types.Bundle, when write, 
 		if in == nil || in.GetJwtAuthorities() {
 			b.JWT = given.JWT
 		}
+		if in == nil || in.GetWitAuthorities() {
+			b.WIT = given.WIT
+		}
 		if in == nil || in.GetRefreshHint() {
 			b.RefreshHint = given.RefreshHint
 		}
@@ -378,6 +381,9 @@ func maskBundle(b *identity.Bundle, mask *types.BundleMask) (*types.Bundle, erro
 	}
 	if !mask.GetX509Authorities() {
 		w.X509Authorities = nil
+	}
+	if !mask.GetWitAuthorities() {
+		w.WitAuthorities = nil
 	}
 	if !mask.GetJwtAuthorities() {
 		w.JwtAuthorities = nil

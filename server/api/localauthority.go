@@ -45,10 +45,10 @@ type authorityService struct {
 }
 
 // names of the kinds, as messages spell them.
-var kindNames = map[string]string{ca.KindX509: "X.509", ca.KindJWT: "JWT"}
+var kindNames = map[string]string{ca.KindX509: "X.509", ca.KindJWT: "JWT", ca.KindWIT: "WIT"}
 
 var (
-	errNoWIT      = refusal(codes.Unimplemented, "WIT-SVID functionality is not yet implemented")
+	errNoWIT      = refusal(codes.Unimplemented, "WIT-SVIDs are not enabled: set wit_svids in the server's configuration")
 	errNoUpstream = refusal(codes.FailedPrecondition, "upstream authority is not configured")
 	// Whoever hangs on an upstream authority verifies by its root, not by what is below.
 	errTaintLocal  = refusal(codes.FailedPrecondition, "local authority can't be tainted if there is an upstream authority")
@@ -64,6 +64,8 @@ func (s *authorityService) open(kind string) error {
 		return refusal(codes.Unimplemented, "this server's authorities are not its own")
 	case kind == ca.KindJWT && s.api.cfg.DisableJWT:
 		return refusal(codes.Unimplemented, "JWT functionality is disabled")
+	case kind == ca.KindWIT && !s.api.cfg.WIT:
+		return errNoWIT
 	}
 	return nil
 }
@@ -190,7 +192,7 @@ func (s *authorityService) taint(ctx context.Context, kind, id string) (*localau
 			return records.Journal{}, 0, refusal(codes.InvalidArgument, "no authority ID provided")
 		}
 		what := "root CA"
-		if kind == ca.KindJWT {
+		if kind != ca.KindX509 {
 			what = "key"
 		}
 		done, rev, err := s.api.Authorities.TaintAuthority(ctx, kind, id)
@@ -229,8 +231,8 @@ func (s *authorityService) revoke(ctx context.Context, kind, id string) (*locala
 
 func refusedRevoke(kind string, err error) error {
 	unknown, prepared, what := "only Old local authority can be revoked", "only Old local authority can be revoked", "root CA"
-	if kind == ca.KindJWT {
-		unknown, prepared, what = "no JWT authority found with provided authority ID", "unable to use a prepared key", "key"
+	if kind != ca.KindX509 {
+		unknown, prepared, what = "no "+kindNames[kind]+" authority found with provided authority ID", "unable to use a prepared key", "key"
 	}
 	switch {
 	case errors.Is(err, ca.ErrActive):
@@ -326,21 +328,41 @@ func (s *authorityService) RevokeJWTAuthority(ctx context.Context, req *localaut
 }
 
 func (s *authorityService) GetWITAuthorityState(context.Context, *localauthorityv1.GetWITAuthorityStateRequest) (*localauthorityv1.GetWITAuthorityStateResponse, error) {
-	return nil, errNoWIT
+	active, prepared, old, err := s.get(ca.KindWIT)
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.GetWITAuthorityStateResponse{Active: active, Prepared: prepared, Old: old}, nil
 }
 
-func (s *authorityService) PrepareWITAuthority(context.Context, *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (s *authorityService) PrepareWITAuthority(ctx context.Context, _ *localauthorityv1.PrepareWITAuthorityRequest) (*localauthorityv1.PrepareWITAuthorityResponse, error) {
+	done, err := s.prepare(ctx, ca.KindWIT)
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.PrepareWITAuthorityResponse{PreparedAuthority: done}, nil
 }
 
-func (s *authorityService) ActivateWITAuthority(context.Context, *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (s *authorityService) ActivateWITAuthority(ctx context.Context, req *localauthorityv1.ActivateWITAuthorityRequest) (*localauthorityv1.ActivateWITAuthorityResponse, error) {
+	done, err := s.activate(ctx, ca.KindWIT, req.GetAuthorityId())
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.ActivateWITAuthorityResponse{ActivatedAuthority: done}, nil
 }
 
-func (s *authorityService) TaintWITAuthority(context.Context, *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (s *authorityService) TaintWITAuthority(ctx context.Context, req *localauthorityv1.TaintWITAuthorityRequest) (*localauthorityv1.TaintWITAuthorityResponse, error) {
+	done, err := s.taint(ctx, ca.KindWIT, req.GetAuthorityId())
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.TaintWITAuthorityResponse{TaintedAuthority: done}, nil
 }
 
-func (s *authorityService) RevokeWITAuthority(context.Context, *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
-	return nil, errNoWIT
+func (s *authorityService) RevokeWITAuthority(ctx context.Context, req *localauthorityv1.RevokeWITAuthorityRequest) (*localauthorityv1.RevokeWITAuthorityResponse, error) {
+	done, err := s.revoke(ctx, ca.KindWIT, req.GetAuthorityId())
+	if err != nil {
+		return nil, err
+	}
+	return &localauthorityv1.RevokeWITAuthorityResponse{RevokedAuthority: done}, nil
 }

@@ -53,6 +53,10 @@ func (f *fleet) SignWorkload(_ context.Context, p ca.WorkloadParams) ([]*x509.Ce
 	return []*x509.Certificate{{SerialNumber: big.NewInt(7)}}, nil
 }
 
+func (f *fleet) SignWIT(context.Context, ca.WITParams) (*identity.WITSVID, error) {
+	return nil, ca.ErrNoWIT
+}
+
 func (f *fleet) SignJWT(_ context.Context, p ca.JWTParams) (*identity.JWTSVID, error) {
 	f.note(p.ID)
 	return &identity.JWTSVID{ID: p.ID, Token: "token"}, nil

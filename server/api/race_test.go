@@ -44,6 +44,10 @@ func (r *racing) SignWorkload(_ context.Context, p ca.WorkloadParams) ([]*x509.C
 	return []*x509.Certificate{{SerialNumber: big.NewInt(7)}}, nil
 }
 
+func (r *racing) SignWIT(context.Context, ca.WITParams) (*identity.WITSVID, error) {
+	return nil, ca.ErrNoWIT
+}
+
 func (r *racing) SignJWT(_ context.Context, p ca.JWTParams) (*identity.JWTSVID, error) {
 	r.token, r.now = p, r.then
 	return &identity.JWTSVID{ID: p.ID, Token: "token"}, nil

@@ -30,8 +30,8 @@ func (s *adminService) RotationStatus(req *adminv1.RotationStatusRequest, stream
 	if s.api.Authorities == nil || s.api.Feed == nil {
 		return refusal(codes.Unimplemented, "this server's authorities are not its own")
 	}
-	if req.GetKind() != ca.KindX509 && req.GetKind() != ca.KindJWT {
-		return refusal(codes.InvalidArgument, `kind must be "x509" or "jwt"`)
+	if kindNames[req.GetKind()] == "" {
+		return refusal(codes.InvalidArgument, `kind must be "x509", "jwt" or "wit"`)
 	}
 	first, agents := s.rotation(req.GetKind(), req.GetAll())
 	if err := stream.Send(first); err != nil {
@@ -98,7 +98,7 @@ func following(a *adminv1.RotatingAgent, st feed.StreamStatus, kind, active stri
 	}
 	for _, h := range st.Held {
 		n := h.X509
-		if kind == ca.KindJWT {
+		if kind != ca.KindX509 {
 			n = h.JWT
 		}
 		// Authorities that nobody here knows are downstream servers'.

@@ -29,6 +29,7 @@ import (
 const (
 	KindX509 = "x509"
 	KindJWT  = "jwt"
+	KindWIT  = "wit"
 )
 
 // States of an authority, as the journal spells them. They follow each other in this order; most
@@ -126,7 +127,7 @@ type made struct {
 func (c *CA) makeAuthority(ctx context.Context, kind string) (*made, error) {
 	// The key is named before the authority, whose ID may be a digest of the key.
 	name, keyType := "ca-"+kind+"-"+randomID(), c.cfg.KeyType
-	if kind == KindJWT {
+	if isToken(kind) {
 		keyType = c.cfg.JWTKeyType
 	}
 	signer, err := c.keys.Generate(ctx, name, keyType)
@@ -159,7 +160,7 @@ func (c *CA) certify(ctx context.Context, kind, name string, signer crypto.Signe
 		return nil, err
 	}
 	switch {
-	case kind == KindJWT:
+	case isToken(kind):
 		line.AuthorityID = randomID()
 	case c.cfg.Upstream != nil:
 		if err := c.signAbove(ctx, a, now); err != nil {
@@ -234,7 +235,7 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 		if signer != nil {
 			a.lister = signer
 		}
-	case KindJWT:
+	case KindJWT, KindWIT:
 		if line.AuthorityID == "" {
 			return broken("no key ID")
 		}
@@ -252,7 +253,10 @@ func decode(line records.Journal, signer crypto.Signer, td spiffeid.TrustDomain)
 	return a, nil
 }
 
-// prepareJWT fills in what all tokens of the authority have in common (RFC 7515 4.1, JWT-SVID 2).
+// isToken says that authorities of the kind sign tokens, and not certificates.
+func isToken(kind string) bool { return kind == KindJWT || kind == KindWIT }
+
+// prepareJWT fills in what all tokens of the authority have in common (RFC 7515 4.1, JWT-SVID 2, WIT-SVID 2).
 func (a *authority) prepareJWT() error {
 	var alg string
 	switch key := a.public.(type) {
@@ -272,7 +276,7 @@ func (a *authority) prepareJWT() error {
 		Algorithm string `json:"alg"`
 		KeyID     string `json:"kid"`
 		Type      string `json:"typ"`
-	}{alg, a.line.AuthorityID, "JWT"})
+	}{alg, a.line.AuthorityID, map[string]string{KindJWT: "JWT", KindWIT: "wit+jwt"}[a.line.Kind]})
 	if err != nil {
 		return err
 	}

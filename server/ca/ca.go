@@ -47,6 +47,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -111,6 +112,8 @@ type Config struct {
 	AgentTTL    time.Duration // of agents' SVIDs; default X509SVIDTTL
 	Subject     pkix.Name     // of X.509 authorities; default C=US, O=SPIFFE
 	JWTIssuer   string        // the iss claim; empty: none
+	WIT         bool          // WIT-SVIDs are signed, and their authorities published
+	WITIssuer   string        // the iss claim of WIT-SVIDs; empty: none
 	JWTProfiles []JWTProfile  // other claims for certain audiences; the first that fits counts
 	Backdate    time.Duration // how far NotBefore lies in the past; default 10 s
 
@@ -144,7 +147,7 @@ type CA struct {
 	metrics *metrics
 
 	// The authorities that sign. Written with mu held, read by every signature.
-	x509, jwt atomic.Pointer[authority]
+	x509, jwt, wit atomic.Pointer[authority]
 	// Those that sign lists of revoked certificates, likewise.
 	listers atomic.Pointer[listers]
 
@@ -212,7 +215,7 @@ func (c *CA) start(ctx context.Context) error {
 	if err := errors.Join(early, c.turn(ctx)); err != nil {
 		// A successor that cannot be made now is no reason not to start: a disk that is full does
 		// not take the identities of a whole trust domain with it.
-		if c.current(KindX509) == nil || c.current(KindJWT) == nil {
+		if slices.ContainsFunc(c.kinds(), func(kind string) bool { return c.current(kind) == nil }) {
 			// A server that is started over and over does not fill the key file.
 			c.dropPending(context.WithoutCancel(ctx), kinds...)
 			return fmt.Errorf("open CA: %w", err)

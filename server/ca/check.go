@@ -97,5 +97,9 @@ func inBundle(b *identity.Bundle, a *authority) bool {
 	case a.line.Kind == KindX509:
 		return b.HasX509(a.cert)
 	}
-	return slices.ContainsFunc(b.JWT, func(j identity.JWTAuthority) bool { return j.KeyID == a.line.AuthorityID })
+	list := b.JWT
+	if a.line.Kind == KindWIT {
+		list = b.WIT
+	}
+	return slices.ContainsFunc(list, func(j identity.JWTAuthority) bool { return j.KeyID == a.line.AuthorityID })
 }

@@ -20,7 +20,15 @@ import (
 )
 
 // kinds is the order in which authorities are looked after.
-var kinds = []string{KindX509, KindJWT}
+var kinds = []string{KindX509, KindJWT, KindWIT}
+
+// kinds are those that this server signs with. Others may be in the journal, and verify what they signed.
+func (c *CA) kinds() []string {
+	if c.cfg.WIT {
+		return kinds
+	}
+	return kinds[:2]
+}
 
 // maxGrace is how long an authority that was prepared late is given to reach the verifiers before
 // it takes over from one that is still valid. SPIRE's agents ask for the bundle every 5 seconds.
@@ -76,7 +84,7 @@ func (c *CA) checkEmptyJournal(ctx context.Context) error {
 			valid++
 		}
 	}
-	for _, a := range b.JWT {
+	for _, a := range slices.Concat(b.JWT, b.WIT) {
 		if now.Before(a.ExpiresAt) {
 			valid++
 		}
@@ -142,7 +150,7 @@ func (c *CA) retire(ctx context.Context) error {
 // take long, so mu is not held meanwhile; turn finds what it made.
 func (c *CA) ahead(ctx context.Context) error {
 	var errs []error
-	for _, kind := range kinds {
+	for _, kind := range c.kinds() {
 		c.mu.Lock()
 		err := c.absorb(ctx, c.cfg.Now())
 		due := err == nil && c.due(kind, c.cfg.Now()) && c.usable(kind, c.cfg.Now()) == nil
@@ -194,13 +202,13 @@ func (c *CA) usable(kind string, now time.Time) *made {
 func (c *CA) turn(ctx context.Context) error {
 	now := c.cfg.Now()
 	errs := []error{c.absorb(ctx, now)}
-	for _, kind := range kinds {
+	for _, kind := range c.kinds() {
 		errs = append(errs, c.resume(ctx, kind, now), c.prepare(ctx, kind, now))
 	}
 	if err := c.publish(ctx, now); err != nil {
 		return errors.Join(append(errs, err)...) // nothing takes over that is not published
 	}
-	for _, kind := range kinds {
+	for _, kind := range c.kinds() {
 		errs = append(errs, c.activate(ctx, kind, now))
 	}
 	errs = append(errs, c.prune(ctx, now))
@@ -384,40 +392,48 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 		}
 		x509s = append(x509s, a)
 	}
-	jwts := make([]identity.JWTAuthority, 0, len(b.JWT)+1)
-	for _, a := range b.JWT {
-		if !a.ExpiresAt.IsZero() && !a.ExpiresAt.After(limit) || c.revokedJWT(a.KeyID) {
-			changed = true
-			continue
+	keep := func(list []identity.JWTAuthority, kind string) []identity.JWTAuthority {
+		kept := make([]identity.JWTAuthority, 0, len(list)+1)
+		for _, a := range list {
+			if !a.ExpiresAt.IsZero() && !a.ExpiresAt.After(limit) || c.revokedKey(kind, a.KeyID) {
+				changed = true
+				continue
+			}
+			kept = append(kept, a)
 		}
-		jwts = append(jwts, a)
+		return kept
 	}
+	jwts, wits := keep(b.JWT, KindJWT), keep(b.WIT, KindWIT)
 	for _, a := range c.sorted() {
 		if a.prunable(now) || a.line.State == StateRevoked || isAbove(a.line.Kind) || a.line.UpstreamID != "" {
 			continue // what another one signed is verified by that one's root
 		}
 		var entryChanged bool
-		if a.line.Kind == KindX509 {
+		switch a.line.Kind {
+		case KindX509:
 			x509s, entryChanged = addX509(x509s, a)
-		} else {
+		case KindWIT:
+			wits, entryChanged = addJWT(wits, a)
+		default:
 			jwts, entryChanged = addJWT(jwts, a)
 		}
 		changed = changed || entryChanged
 	}
+	b.WIT = wits
 	var aboveChanged bool
 	b.X509, b.JWT, aboveChanged = c.mergeAbove(x509s, jwts, now)
 	return changed || aboveChanged
 }
 
-// revokedX509 and revokedJWT say of an authority in a bundle that it was revoked, whoever put it there.
+// revokedX509 and revokedKey say of an authority in a bundle that it was revoked, whoever put it there.
 func (c *CA) revokedX509(cert *x509.Certificate) bool {
 	a := c.lines[hex.EncodeToString(cert.SubjectKeyId)]
 	return a != nil && a.line.State == StateRevoked && samePublic(a.public, cert.PublicKey)
 }
 
-func (c *CA) revokedJWT(keyID string) bool {
+func (c *CA) revokedKey(kind, keyID string) bool {
 	a := c.lines[keyID]
-	return a != nil && a.line.State == StateRevoked && a.line.Kind == KindJWT
+	return a != nil && a.line.State == StateRevoked && a.line.Kind == kind
 }
 
 func addX509(list []identity.X509Authority, a *authority) ([]identity.X509Authority, bool) {
@@ -532,8 +548,11 @@ func (c *CA) find(kind, state string) *authority {
 }
 
 func (c *CA) slot(kind string) *atomic.Pointer[authority] {
-	if kind == KindX509 {
+	switch kind {
+	case KindX509:
 		return &c.x509
+	case KindWIT:
+		return &c.wit
 	}
 	return &c.jwt
 }

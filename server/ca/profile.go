@@ -45,6 +45,7 @@ const (
 	profileAuthority  = "authority"
 	profileDownstream = "downstream"
 	profileJWT        = "jwt"
+	profileWIT        = "wit"
 )
 
 // Reserved paths (SPIRE's convention).

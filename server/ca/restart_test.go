@@ -200,7 +200,7 @@ func (brokenKeys) Get(context.Context, string) (crypto.Signer, error) { return n
 func TestBrokenJournal(t *testing.T) {
 	for name, breakIt := range map[string]func(line *records.Journal, other records.Journal){
 		"an unknown state":                  func(l *records.Journal, _ records.Journal) { l.State = "resting" },
-		"an unknown kind":                   func(l *records.Journal, _ records.Journal) { l.Kind = "wit" },
+		"an unknown kind":                   func(l *records.Journal, _ records.Journal) { l.Kind = "other" },
 		"no certificate":                    func(l *records.Journal, _ records.Journal) { l.Certificate = nil },
 		"half a certificate":                func(l *records.Journal, _ records.Journal) { l.Certificate = l.Certificate[:100] },
 		"another's certificate":             func(l *records.Journal, o records.Journal) { l.Certificate = o.Certificate },

@@ -192,12 +192,12 @@ func encodeBundle(b *identity.Bundle) ([]byte, error) {
 	for _, a := range b.X509 {
 		m.X509 = append(m.X509, &stored.X509Authority{Certificate: a.Certificate.Raw, Tainted: a.Tainted})
 	}
-	for _, a := range b.JWT {
-		key, err := x509.MarshalPKIXPublicKey(a.Key)
-		if err != nil {
-			return nil, fmt.Errorf("encode JWT authority %q: %w", a.KeyID, err)
-		}
-		m.Jwt = append(m.Jwt, &stored.JWTAuthority{KeyId: a.KeyID, PublicKey: key, ExpiresAt: unix(a.ExpiresAt), Tainted: a.Tainted})
+	var err error
+	if m.Jwt, err = encodeKeys(b.JWT); err != nil {
+		return nil, fmt.Errorf("encode JWT %w", err)
+	}
+	if m.Wit, err = encodeKeys(b.WIT); err != nil {
+		return nil, fmt.Errorf("encode WIT %w", err)
 	}
 	return encode(m)
 }
@@ -221,14 +221,38 @@ func decodeBundle(td spiffeid.TrustDomain, b []byte) (*identity.Bundle, error) {
 		}
 		bundle.X509 = append(bundle.X509, identity.X509Authority{Certificate: cert, Tainted: a.GetTainted()})
 	}
-	for _, a := range m.GetJwt() {
-		key, err := x509.ParsePKIXPublicKey(a.GetPublicKey())
-		if err != nil {
-			return nil, fmt.Errorf("JWT authority %q: %w", a.GetKeyId(), err)
-		}
-		bundle.JWT = append(bundle.JWT, identity.JWTAuthority{KeyID: a.GetKeyId(), Key: key, ExpiresAt: timeOf(a.GetExpiresAt()), Tainted: a.GetTainted()})
+	var err error
+	if bundle.JWT, err = decodeKeys(m.GetJwt()); err != nil {
+		return nil, fmt.Errorf("JWT %w", err)
+	}
+	if bundle.WIT, err = decodeKeys(m.GetWit()); err != nil {
+		return nil, fmt.Errorf("WIT %w", err)
 	}
 	return bundle, nil
+}
+
+func encodeKeys(list []identity.JWTAuthority) ([]*stored.JWTAuthority, error) {
+	var out []*stored.JWTAuthority
+	for _, a := range list {
+		key, err := x509.MarshalPKIXPublicKey(a.Key)
+		if err != nil {
+			return nil, fmt.Errorf("authority %q: %w", a.KeyID, err)
+		}
+		out = append(out, &stored.JWTAuthority{KeyId: a.KeyID, PublicKey: key, ExpiresAt: unix(a.ExpiresAt), Tainted: a.Tainted})
+	}
+	return out, nil
+}
+
+func decodeKeys(list []*stored.JWTAuthority) ([]identity.JWTAuthority, error) {
+	var out []identity.JWTAuthority
+	for _, a := range list {
+		key, err := x509.ParsePKIXPublicKey(a.GetPublicKey())
+		if err != nil {
+			return nil, fmt.Errorf("authority %q: %w", a.GetKeyId(), err)
+		}
+		out = append(out, identity.JWTAuthority{KeyID: a.GetKeyId(), Key: key, ExpiresAt: timeOf(a.GetExpiresAt()), Tainted: a.GetTainted()})
+	}
+	return out, nil
 }
 
 func encodeFederation(f *Federation) ([]byte, error) {

@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"crypto"
 	"encoding/json"
 	"maps"
 	"slices"
@@ -39,8 +40,8 @@ func parse(td spiffeid.TrustDomain, text []byte) (*identity.Bundle, error) {
 	if numbers.Hint != nil && *numbers.Hint > 0 {
 		b.RefreshHint = min(time.Duration(min(*numbers.Hint, int64(maxHint/time.Second)))*time.Second, maxHint)
 	}
-	certs, keys := doc.X509Authorities(), doc.JWTAuthorities()
-	switch n := max(len(certs), len(keys)); {
+	certs, keys, wits := doc.X509Authorities(), doc.JWTAuthorities(), doc.WITAuthorities()
+	switch n := max(len(certs), len(keys), len(wits)); {
 	case n == 0:
 		return nil, refuse("it has no authorities")
 	case n > identity.MaxAuthorities:
@@ -59,16 +60,27 @@ func parse(td spiffeid.TrustDomain, text []byte) (*identity.Bundle, error) {
 			b.X509 = append(b.X509, identity.X509Authority{Certificate: cert})
 		}
 	}
+	if b.JWT, err = checkedKeys("JWT", keys); err != nil {
+		return nil, err
+	}
+	if b.WIT, err = checkedKeys("WIT", wits); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+func checkedKeys(kind string, keys map[string]crypto.PublicKey) ([]identity.JWTAuthority, error) {
+	var list []identity.JWTAuthority
 	for _, id := range slices.Sorted(maps.Keys(keys)) {
 		switch err := identity.CheckKey(keys[id]); {
 		case err != nil:
-			return nil, refuse("JWT authority %q: %s", clip(id), err)
+			return nil, refuse("%s authority %q: %s", kind, clip(id), err)
 		case id == "" || len(id) > identity.MaxKeyID:
-			return nil, refuse("a JWT authority has a key ID of %d bytes", len(id))
+			return nil, refuse("a %s authority has a key ID of %d bytes", kind, len(id))
 		}
-		b.JWT = append(b.JWT, identity.JWTAuthority{KeyID: id, Key: keys[id]})
+		list = append(list, identity.JWTAuthority{KeyID: id, Key: keys[id]})
 	}
-	return b, nil
+	return list, nil
 }
 
 // clip keeps a stranger's text from filling a message.

@@ -143,7 +143,7 @@ func (f *Fetcher) exchange(ctx context.Context, federation *records.Federation, 
 			return err
 		}
 		changed = !same(b, given)
-		b.X509, b.JWT, b.RefreshHint, b.Origin = given.X509, given.JWT, given.RefreshHint, given.Origin
+		b.X509, b.JWT, b.WIT, b.RefreshHint, b.Origin = given.X509, given.JWT, given.WIT, given.RefreshHint, given.Origin
 		return nil
 	})
 	if err != nil {
@@ -164,7 +164,7 @@ func newer(given *identity.Bundle, seen uint64) error {
 
 // same reports whether two bundles say the same, in whatever order.
 func same(a, b *identity.Bundle) bool {
-	if a.RefreshHint != b.RefreshHint || len(a.X509) != len(b.X509) || len(a.JWT) != len(b.JWT) {
+	if a.RefreshHint != b.RefreshHint || len(a.X509) != len(b.X509) || len(a.JWT) != len(b.JWT) || len(a.WIT) != len(b.WIT) {
 		return false
 	}
 	for _, authority := range a.X509 {
@@ -172,8 +172,12 @@ func same(a, b *identity.Bundle) bool {
 			return false
 		}
 	}
-	for _, key := range a.JWT {
-		if !slices.ContainsFunc(b.JWT, func(other identity.JWTAuthority) bool {
+	return sameKeys(a.JWT, b.JWT) && sameKeys(a.WIT, b.WIT)
+}
+
+func sameKeys(a, b []identity.JWTAuthority) bool {
+	for _, key := range a {
+		if !slices.ContainsFunc(b, func(other identity.JWTAuthority) bool {
 			known, ok := other.Key.(interface{ Equal(crypto.PublicKey) bool })
 			return other.KeyID == key.KeyID && ok && known.Equal(key.Key)
 		}) {

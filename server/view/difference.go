@@ -94,11 +94,12 @@ func sameBundle(a, b *identity.Bundle) bool {
 		slices.EqualFunc(a.X509, b.X509, func(a, b identity.X509Authority) bool {
 			return a.Tainted == b.Tainted && bytes.Equal(a.Certificate.Raw, b.Certificate.Raw)
 		}) &&
-		slices.EqualFunc(a.JWT, b.JWT, func(a, b identity.JWTAuthority) bool {
-			key, ok := a.Key.(interface{ Equal(crypto.PublicKey) bool })
-			return a.KeyID == b.KeyID && a.Tainted == b.Tainted && a.ExpiresAt.Equal(b.ExpiresAt) &&
-				ok && key.Equal(b.Key)
-		})
+		slices.EqualFunc(a.JWT, b.JWT, sameKey) && slices.EqualFunc(a.WIT, b.WIT, sameKey)
+}
+
+func sameKey(a, b identity.JWTAuthority) bool {
+	key, ok := a.Key.(interface{ Equal(crypto.PublicKey) bool })
+	return a.KeyID == b.KeyID && a.Tainted == b.Tainted && a.ExpiresAt.Equal(b.ExpiresAt) && ok && key.Equal(b.Key)
 }
 
 func sameVerdict(a, b *records.Verdict) bool {

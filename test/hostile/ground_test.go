@@ -81,6 +81,7 @@ func serverConfig(dir string) server.Config {
 	cfg.SocketPath, cfg.DataDir = filepath.Join(dir, "private", "api.sock"), filepath.Join(dir, "data")
 	cfg.Judges = []server.Judge{{Kind: jointokenserver.Kind()}, {Kind: honestKind()}}
 	cfg.AdminIDs = []spiffeid.ID{spiffeid.RequireFromPath(trustDomain, adminPath)}
+	cfg.CA.WIT = true
 	cfg.Limits.AttestPerSecond, cfg.Limits.SignPerSecond, cfg.Limits.PostPerSecond = -1, -1, -1
 	return cfg
 }

@@ -1,6 +1,7 @@
 package hostile
 
 import (
+	"crypto"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -151,14 +152,16 @@ var samples = map[string]sample{
 
 	"/spire.api.server.svid.v1.SVID/MintX509SVID": call("admin", fixed(&svidv1.MintX509SVIDRequest{Csr: newCSR(aKey, "spiffe://example.org/minted"), Ttl: 60})),
 	"/spire.api.server.svid.v1.SVID/MintJWTSVID":  call("admin", fixed(&svidv1.MintJWTSVIDRequest{Id: wireID("/minted"), Audience: []string{"a"}, Ttl: 60})),
-	"/spire.api.server.svid.v1.SVID/MintWITSVID":  notYet("admin", &svidv1.MintWITSVIDRequest{Id: wireID("/minted")}),
+	"/spire.api.server.svid.v1.SVID/MintWITSVID":  call("admin", fixed(&svidv1.MintWITSVIDRequest{Id: wireID("/minted"), PublicKey: aPublicKey, SigningAlgorithm: "ES256", Ttl: 60})),
 	"/spire.api.server.svid.v1.SVID/BatchNewX509SVID": call("agent", func(g *ground, _ []byte) proto.Message {
 		return &svidv1.BatchNewX509SVIDRequest{Params: []*svidv1.NewX509SVIDParams{{EntryId: g.entry, Csr: aCSR}}}
 	}),
 	"/spire.api.server.svid.v1.SVID/NewJWTSVID": call("agent", func(g *ground, _ []byte) proto.Message {
 		return &svidv1.NewJWTSVIDRequest{EntryId: g.entry, Audience: []string{"a"}}
 	}),
-	"/spire.api.server.svid.v1.SVID/BatchNewWITSVID":     notYet("agent", &svidv1.BatchNewWITSVIDRequest{Params: []*svidv1.NewWITSVIDParams{{EntryId: "x"}}}),
+	"/spire.api.server.svid.v1.SVID/BatchNewWITSVID": call("agent", func(g *ground, _ []byte) proto.Message {
+		return &svidv1.BatchNewWITSVIDRequest{Params: []*svidv1.NewWITSVIDParams{{EntryId: g.entry, PublicKey: aPublicKey, SigningAlgorithm: "ES256"}}}
+	}),
 	"/spire.api.server.svid.v1.SVID/NewDownstreamX509CA": call("downstream", fixed(&svidv1.NewDownstreamX509CARequest{Csr: aCSR, PreferredTtl: 60})),
 
 	"/spire.api.server.trustdomain.v1.TrustDomain/ListFederationRelationships": call("admin", fixed(&trustdomainv1.ListFederationRelationshipsRequest{PageSize: 2})),
@@ -201,11 +204,17 @@ var samples = map[string]sample{
 		return &localauthorityv1.RevokeX509AuthorityRequest{AuthorityId: g.tainted("x509")}
 	}),
 	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeX509UpstreamAuthority": {as: "admin", code: codes.FailedPrecondition, messages: []message{fixed(&localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: "aa"})}},
-	"/spire.api.server.localauthority.v1.LocalAuthority/GetWITAuthorityState":        notYet("admin", &localauthorityv1.GetWITAuthorityStateRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareWITAuthority":         notYet("admin", &localauthorityv1.PrepareWITAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/ActivateWITAuthority":        notYet("admin", &localauthorityv1.ActivateWITAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/TaintWITAuthority":           notYet("admin", &localauthorityv1.TaintWITAuthorityRequest{}),
-	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeWITAuthority":          notYet("admin", &localauthorityv1.RevokeWITAuthorityRequest{}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/GetWITAuthorityState":        call("admin", fixed(&localauthorityv1.GetWITAuthorityStateRequest{})),
+	"/spire.api.server.localauthority.v1.LocalAuthority/PrepareWITAuthority":         call("admin", fixed(&localauthorityv1.PrepareWITAuthorityRequest{})),
+	"/spire.api.server.localauthority.v1.LocalAuthority/ActivateWITAuthority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.ActivateWITAuthorityRequest{AuthorityId: g.prepared("wit")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/TaintWITAuthority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.TaintWITAuthorityRequest{AuthorityId: g.old("wit")}
+	}),
+	"/spire.api.server.localauthority.v1.LocalAuthority/RevokeWITAuthority": call("admin", func(g *ground, _ []byte) proto.Message {
+		return &localauthorityv1.RevokeWITAuthorityRequest{AuthorityId: g.tainted("wit")}
+	}),
 
 	"/assay.admin.v1.Admin/Backup":         call("", fixed(&adminv1.BackupRequest{})),
 	"/assay.admin.v1.Admin/TakeSnapshot":   call("", fixed(&adminv1.TakeSnapshotRequest{})),
@@ -242,8 +251,8 @@ var samples = map[string]sample{
 	"/SpiffeWorkloadAPI/ValidateJWTSVID": call("workload", func(g *ground, _ []byte) proto.Message {
 		return &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: g.token()}
 	}),
-	"/SpiffeWorkloadAPI/FetchWITSVID":    notYet("workload", &workload.WITSVIDRequest{}),
-	"/SpiffeWorkloadAPI/FetchWITBundles": notYet("workload", &workload.WITBundlesRequest{}),
+	"/SpiffeWorkloadAPI/FetchWITSVID":    call("workload", fixed(&workload.WITSVIDRequest{})).endlessly(),
+	"/SpiffeWorkloadAPI/FetchWITBundles": call("workload", fixed(&workload.WITBundlesRequest{})).endlessly(),
 
 	"/envoy.service.secret.v3.SecretDiscoveryService/StreamSecrets": call("workload", fixed(&discoveryv3.DiscoveryRequest{ResourceNames: []string{"default"}})).endlessly(),
 	"/envoy.service.secret.v3.SecretDiscoveryService/DeltaSecrets":  call("workload", fixed(&discoveryv3.DeltaDiscoveryRequest{ResourceNamesSubscribe: []string{"default"}})).endlessly(),
@@ -301,8 +310,9 @@ var lenient = map[string]string{
 
 // A key and a CSR by it that stand for any.
 var (
-	aKey = newKey()
-	aCSR = newCSR(aKey)
+	aKey       = newKey()
+	aPublicKey = publicKey(aKey)
+	aCSR       = newCSR(aKey)
 )
 
 // goodEntry is one that can be created; every field that can be set is.
@@ -394,4 +404,12 @@ func (g *ground) token() string {
 		g.t.Fatal(err)
 	}
 	return resp.GetSvid().GetToken()
+}
+
+func publicKey(key crypto.Signer) []byte {
+	der, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		panic(err)
+	}
+	return der
 }

@@ -28,8 +28,9 @@ type Bundle struct {
 	TrustDomain spiffeid.TrustDomain
 	X509        []X509Authority
 	JWT         []JWTAuthority
-	RefreshHint time.Duration // whole seconds; 0: none
-	Sequence    uint64        // grows by one with each change
+	WIT         []JWTAuthority // verify WIT-SVIDs, and nothing else
+	RefreshHint time.Duration  // whole seconds; 0: none
+	Sequence    uint64         // grows by one with each change
 	// Origin is the sequence number that another trust domain's bundle endpoint gave its document. 0: it
 	// gave none, or the bundle came from elsewhere. It stays inside the server.
 	Origin uint64
@@ -59,6 +60,7 @@ func (b *Bundle) Clone() *Bundle {
 	c := *b
 	c.X509 = slices.Clone(b.X509)
 	c.JWT = slices.Clone(b.JWT)
+	c.WIT = slices.Clone(b.WIT)
 	c.CRLs = slices.Clone(b.CRLs)
 	return &c
 }
@@ -70,14 +72,17 @@ func (b *Bundle) X509Bundle() *x509bundle.Bundle {
 
 // JWTBundle returns the JWT authorities, tainted ones included, for go-spiffe's verifiers.
 func (b *Bundle) JWTBundle() *jwtbundle.Bundle {
-	return jwtbundle.FromJWTAuthorities(b.TrustDomain, b.keys())
+	return jwtbundle.FromJWTAuthorities(b.TrustDomain, keys(b.JWT))
 }
 
 // SPIFFEBundle returns the bundle as the SPIFFE bundle document that bundle endpoints and files hold.
 func (b *Bundle) SPIFFEBundle() *spiffebundle.Bundle {
 	out := spiffebundle.New(b.TrustDomain)
 	out.SetX509Authorities(b.certificates())
-	out.SetJWTAuthorities(b.keys())
+	out.SetJWTAuthorities(keys(b.JWT))
+	if len(b.WIT) > 0 {
+		out.SetWITAuthorities(keys(b.WIT))
+	}
 	out.SetSequenceNumber(b.Sequence)
 	if b.RefreshHint > 0 {
 		out.SetRefreshHint(b.RefreshHint)
@@ -93,16 +98,16 @@ func (b *Bundle) certificates() []*x509.Certificate {
 	return certs
 }
 
-func (b *Bundle) keys() map[string]crypto.PublicKey {
-	keys := make(map[string]crypto.PublicKey, len(b.JWT))
-	for _, a := range b.JWT {
-		keys[a.KeyID] = a.Key
+func keys(list []JWTAuthority) map[string]crypto.PublicKey {
+	out := make(map[string]crypto.PublicKey, len(list))
+	for _, a := range list {
+		out[a.KeyID] = a.Key
 	}
-	return keys
+	return out
 }
 
 // BundleFromWire parses a bundle. Authorities must be CA certificates, keys strong, and key IDs
-// unique. WIT keys are dropped: nothing here verifies with them yet.
+// unique.
 func BundleFromWire(w *types.Bundle) (*Bundle, error) {
 	if w == nil {
 		return nil, errors.New("missing bundle")
@@ -115,7 +120,7 @@ func BundleFromWire(w *types.Bundle) (*Bundle, error) {
 	if err != nil {
 		return nil, fmt.Errorf("invalid refresh hint: %w", err)
 	}
-	if n := max(len(w.GetX509Authorities()), len(w.GetJwtAuthorities())); n > MaxAuthorities {
+	if n := max(len(w.GetX509Authorities()), len(w.GetJwtAuthorities()), len(w.GetWitAuthorities())); n > MaxAuthorities {
 		return nil, fmt.Errorf("invalid bundle: %d authorities, the limit is %d", n, MaxAuthorities)
 	}
 	b := &Bundle{TrustDomain: td, RefreshHint: hint, Sequence: w.GetSequenceNumber()}
@@ -131,28 +136,47 @@ func BundleFromWire(w *types.Bundle) (*Bundle, error) {
 			b.X509 = append(b.X509, X509Authority{Certificate: cert, Tainted: a.GetTainted()})
 		}
 	}
-	for _, k := range w.GetJwtAuthorities() {
+	if b.JWT, err = keysFromWire("JWT", w.GetJwtAuthorities()); err != nil {
+		return nil, err
+	}
+	if b.WIT, err = keysFromWire("WIT", w.GetWitAuthorities()); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// wireKey is a JWT or a WIT authority in its public form.
+type wireKey interface {
+	GetPublicKey() []byte
+	GetKeyId() string
+	GetExpiresAt() int64
+	GetTainted() bool
+}
+
+func keysFromWire[K wireKey](kind string, list []K) ([]JWTAuthority, error) {
+	var out []JWTAuthority
+	for _, k := range list {
 		key, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
 		if err != nil {
-			return nil, fmt.Errorf("invalid JWT authority: %w", err)
+			return nil, fmt.Errorf("invalid %s authority: %w", kind, err)
 		}
 		expires, err := unixTime(k.GetExpiresAt())
 		weak := CheckKey(key)
 		switch {
 		case weak != nil:
-			return nil, fmt.Errorf("invalid JWT authority: %w", weak)
+			return nil, fmt.Errorf("invalid %s authority: %w", kind, weak)
 		case err != nil:
-			return nil, fmt.Errorf("invalid JWT authority: expiry: %w", err)
+			return nil, fmt.Errorf("invalid %s authority: expiry: %w", kind, err)
 		case k.GetKeyId() == "":
-			return nil, errors.New("invalid JWT authority: key ID is missing")
+			return nil, fmt.Errorf("invalid %s authority: key ID is missing", kind)
 		case len(k.GetKeyId()) > MaxKeyID:
-			return nil, fmt.Errorf("invalid JWT authority: key ID is %d bytes long, the limit is %d", len(k.GetKeyId()), MaxKeyID)
-		case slices.ContainsFunc(b.JWT, func(a JWTAuthority) bool { return a.KeyID == k.GetKeyId() }):
-			return nil, fmt.Errorf("invalid JWT authority: key ID %q is there twice", k.GetKeyId())
+			return nil, fmt.Errorf("invalid %s authority: key ID is %d bytes long, the limit is %d", kind, len(k.GetKeyId()), MaxKeyID)
+		case slices.ContainsFunc(out, func(a JWTAuthority) bool { return a.KeyID == k.GetKeyId() }):
+			return nil, fmt.Errorf("invalid %s authority: key ID %q is there twice", kind, k.GetKeyId())
 		}
-		b.JWT = append(b.JWT, JWTAuthority{KeyID: k.GetKeyId(), Key: key, ExpiresAt: expires, Tainted: k.GetTainted()})
+		out = append(out, JWTAuthority{KeyID: k.GetKeyId(), Key: key, ExpiresAt: expires, Tainted: k.GetTainted()})
 	}
-	return b, nil
+	return out, nil
 }
 
 // HasX509 reports whether the certificate is one of the bundle's authorities.
@@ -178,6 +202,15 @@ func (b *Bundle) Wire() (*types.Bundle, error) {
 			return nil, fmt.Errorf("marshal JWT authority %q: %w", k.KeyID, err)
 		}
 		w.JwtAuthorities = append(w.JwtAuthorities, &types.JWTKey{
+			PublicKey: der, KeyId: k.KeyID, ExpiresAt: unixSeconds(k.ExpiresAt), Tainted: k.Tainted,
+		})
+	}
+	for _, k := range b.WIT {
+		der, err := x509.MarshalPKIXPublicKey(k.Key)
+		if err != nil {
+			return nil, fmt.Errorf("marshal WIT authority %q: %w", k.KeyID, err)
+		}
+		w.WitAuthorities = append(w.WitAuthorities, &types.WITKey{
 			PublicKey: der, KeyId: k.KeyID, ExpiresAt: unixSeconds(k.ExpiresAt), Tainted: k.Tainted,
 		})
 	}

@@ -6,6 +6,9 @@ import "errors"
 // reached and nothing that is still valid is held.
 var ErrUnavailable = errors.New("identity is not available at the moment")
 
+// ErrUnsupported says that the server does not sign what is asked for, to nobody.
+var ErrUnsupported = errors.New("the server does not issue this kind of SVID")
+
 // ErrUnknownEntry says that the server does not grant an entry to the agent that asked: it was deleted,
 // or the server has not heard of it yet. The next picture says which.
 var ErrUnknownEntry = errors.New("entry is not known to the server")

@@ -40,6 +40,13 @@ type JWTSVID struct {
 	ExpiresAt time.Time
 }
 
+// WITSVID is a signed token that is worth something only to who has the key that it names.
+type WITSVID struct {
+	JWTSVID
+	// Key is the private key.
+	Key crypto.Signer
+}
+
 // Checksum returns a digest of what an agent holds: the entries by ID, revision and creation time,
 // and the bundles by trust domain and sequence number. Server and agent compute it independently of
 // each other after each picture, so that an agent that drifted is found out and starts afresh.

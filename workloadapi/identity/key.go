@@ -93,3 +93,15 @@ func clip(s string) string {
 	}
 	return s
 }
+
+// TokenAlgorithm is what a key signs tokens with if nobody asks for another (RFC 7518 section 3.1), empty
+// for a key of a kind that is not accepted.
+func TokenAlgorithm(key crypto.PublicKey) string {
+	switch key := key.(type) {
+	case *rsa.PublicKey:
+		return "RS256"
+	case *ecdsa.PublicKey:
+		return map[int]string{256: "ES256", 384: "ES384", 521: "ES512"}[key.Curve.Params().BitSize]
+	}
+	return ""
+}

@@ -97,10 +97,12 @@ func (a *Authority) X509(e *identity.Entry) (*identity.X509SVID, error) {
 }
 
 // JWT signs any claims.
-func (a *Authority) JWT(claims map[string]any) (string, error) {
+func (a *Authority) JWT(claims map[string]any) (string, error) { return a.token("JWT", claims) }
+
+func (a *Authority) token(kind string, claims map[string]any) (string, error) {
 	signer, err := jose.NewSigner(
 		jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.key, KeyID: a.KeyID}},
-		(&jose.SignerOptions{}).WithType("JWT"))
+		(&jose.SignerOptions{}).WithType(jose.ContentType(kind)))
 	if err != nil {
 		return "", err
 	}
@@ -265,6 +267,36 @@ func (s *Source) JWT(_ context.Context, facts attestor.Set, audience []string, i
 		var err error
 		svid.Token, err = s.Authority.JWT(map[string]any{
 			"sub": e.SPIFFEID.String(), "aud": audience, "iat": now.Unix(), "exp": svid.ExpiresAt.Unix(),
+		})
+		if err != nil {
+			return nil, nil, fmt.Errorf("sign token: %w", err)
+		}
+		out = append(out, svid)
+	}
+	return out, s.changed, nil
+}
+
+// WIT implements workloadapi.Source, with keys that JWT-SVIDs are verified with too.
+func (s *Source) WIT(_ context.Context, facts attestor.Set, id spiffeid.ID) ([]*identity.WITSVID, <-chan struct{}, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return nil, s.changed, s.err
+	}
+	var out []*identity.WITSVID
+	now := time.Now()
+	for _, e := range s.match(facts) {
+		if !id.IsZero() && e.SPIFFEID != id {
+			continue
+		}
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			return nil, nil, fmt.Errorf("make key: %w", err)
+		}
+		svid := &identity.WITSVID{Key: key, JWTSVID: identity.JWTSVID{EntryID: e.ID, ID: e.SPIFFEID, Hint: e.Hint, IssuedAt: now, ExpiresAt: now.Add(time.Hour)}}
+		svid.Token, err = s.Authority.token("wit+jwt", map[string]any{
+			"sub": e.SPIFFEID.String(), "iat": now.Unix(), "exp": svid.ExpiresAt.Unix(),
+			"cnf": map[string]any{"jwk": jose.JSONWebKey{Key: key.Public(), Algorithm: "ES256"}},
 		})
 		if err != nil {
 			return nil, nil, fmt.Errorf("sign token: %w", err)

@@ -49,7 +49,7 @@ func Run(t *testing.T, open func(t *testing.T) Target) {
 		{"wrong requests for JWT-SVIDs get the code for it", wrongJWT},
 		{"bundles are those that the SVIDs verify with", bundles},
 		{"requests need the security header, once and true", header},
-		{"WIT-SVIDs are not implemented", wit},
+		{"WIT-SVIDs are for callers with an identity", wit},
 		{"health and reflection answer without the header", services},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -299,6 +299,14 @@ func header(t *testing.T, ctx context.Context, x Target) {
 				s, err := api.FetchJWTBundles(c.ctx, &workload.JWTBundlesRequest{})
 				return recv(s, err)
 			},
+			"FetchWITSVID": func() error {
+				s, err := api.FetchWITSVID(c.ctx, &workload.WITSVIDRequest{})
+				return recv(s, err)
+			},
+			"FetchWITBundles": func() error {
+				s, err := api.FetchWITBundles(c.ctx, &workload.WITBundlesRequest{})
+				return recv(s, err)
+			},
 			"FetchJWTSVID": func() error {
 				_, err := api.FetchJWTSVID(c.ctx, &workload.JWTSVIDRequest{Audience: []string{"a"}})
 				return err
@@ -332,9 +340,11 @@ func recv[M any](s grpc.ServerStreamingClient[M], err error) error {
 func wit(t *testing.T, ctx context.Context, x Target) {
 	api, _ := Dial(t, x.Socket)
 	s, err := api.FetchWITSVID(Header(ctx), &workload.WITSVIDRequest{})
-	WantCode(t, recv(s, err), codes.Unimplemented)
+	WantCode(t, recv(s, err), codes.PermissionDenied)
 	b, err := api.FetchWITBundles(Header(ctx), &workload.WITBundlesRequest{})
-	WantCode(t, recv(b, err), codes.Unimplemented)
+	WantCode(t, recv(b, err), codes.PermissionDenied)
+	w, err := api.FetchWITSVID(Header(ctx), &workload.WITSVIDRequest{SpiffeId: "no ID"})
+	WantCode(t, recv(w, err), codes.InvalidArgument)
 }
 
 func services(t *testing.T, ctx context.Context, x Target) {

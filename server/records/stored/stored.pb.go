@@ -429,7 +429,9 @@ type Bundle struct {
 	// The number that the other trust domain's own document had; 0: it had none, or was put here by hand.
 	Origin uint64 `protobuf:"varint,5,opt,name=origin,proto3" json:"origin,omitempty"`
 	// The lists of revoked certificates, DER, one of each authority; none: nothing is revoked.
-	Crls          [][]byte `protobuf:"bytes,6,rep,name=crls,proto3" json:"crls,omitempty"`
+	Crls [][]byte `protobuf:"bytes,6,rep,name=crls,proto3" json:"crls,omitempty"`
+	// Keys that verify WIT-SVIDs.
+	Wit           []*JWTAuthority `protobuf:"bytes,7,rep,name=wit,proto3" json:"wit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -502,6 +504,13 @@ func (x *Bundle) GetOrigin() uint64 {
 func (x *Bundle) GetCrls() [][]byte {
 	if x != nil {
 		return x.Crls
+	}
+	return nil
+}
+
+func (x *Bundle) GetWit() []*JWTAuthority {
+	if x != nil {
+		return x.Wit
 	}
 	return nil
 }
@@ -1080,14 +1089,15 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\ragent_version\x18\t \x01(\tR\fagentVersion\x12\x1f\n" +
 	"\vattested_at\x18\n" +
 	" \x01(\x03R\n" +
-	"attestedAt\"\xd8\x01\n" +
+	"attestedAt\"\x89\x02\n" +
 	"\x06Bundle\x122\n" +
 	"\x04x509\x18\x01 \x03(\v2\x1e.assay.stored.v1.X509AuthorityR\x04x509\x12/\n" +
 	"\x03jwt\x18\x02 \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03jwt\x12!\n" +
 	"\frefresh_hint\x18\x03 \x01(\x03R\vrefreshHint\x12\x1a\n" +
 	"\bsequence\x18\x04 \x01(\x04R\bsequence\x12\x16\n" +
 	"\x06origin\x18\x05 \x01(\x04R\x06origin\x12\x12\n" +
-	"\x04crls\x18\x06 \x03(\fR\x04crls\"?\n" +
+	"\x04crls\x18\x06 \x03(\fR\x04crls\x12/\n" +
+	"\x03wit\x18\a \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03wit\"?\n" +
 	"\n" +
 	"Federation\x12\x10\n" +
 	"\x03url\x18\x01 \x01(\tR\x03url\x12\x1f\n" +
@@ -1172,13 +1182,14 @@ var file_server_records_stored_stored_proto_depIdxs = []int32{
 	2, // 1: assay.stored.v1.Node.selectors:type_name -> assay.stored.v1.Selector
 	6, // 2: assay.stored.v1.Bundle.x509:type_name -> assay.stored.v1.X509Authority
 	7, // 3: assay.stored.v1.Bundle.jwt:type_name -> assay.stored.v1.JWTAuthority
-	2, // 4: assay.stored.v1.Verdict.selectors:type_name -> assay.stored.v1.Selector
-	9, // 5: assay.stored.v1.Verdict.policies:type_name -> assay.stored.v1.PolicyVerdict
-	6, // [6:6] is the sub-list for method output_type
-	6, // [6:6] is the sub-list for method input_type
-	6, // [6:6] is the sub-list for extension type_name
-	6, // [6:6] is the sub-list for extension extendee
-	0, // [0:6] is the sub-list for field type_name
+	7, // 4: assay.stored.v1.Bundle.wit:type_name -> assay.stored.v1.JWTAuthority
+	2, // 5: assay.stored.v1.Verdict.selectors:type_name -> assay.stored.v1.Selector
+	9, // 6: assay.stored.v1.Verdict.policies:type_name -> assay.stored.v1.PolicyVerdict
+	7, // [7:7] is the sub-list for method output_type
+	7, // [7:7] is the sub-list for method input_type
+	7, // [7:7] is the sub-list for extension type_name
+	7, // [7:7] is the sub-list for extension extendee
+	0, // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_server_records_stored_stored_proto_init() }
