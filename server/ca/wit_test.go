@@ -51,7 +51,7 @@ func TestSignWIT(t *testing.T) {
 			}
 		}
 	})
-	small, err := rsa.GenerateKey(rand.Reader, 1024) //nolint:gosec // it is to be refused
+	small, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
 		t.Fatal(err)
 	}

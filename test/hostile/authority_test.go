@@ -16,15 +16,16 @@ func (g *ground) prepared(kind string) string {
 	g.t.Helper()
 	var state *localauthorityv1.AuthorityState
 	var err error
-	if kind == "wit" {
+	switch kind {
+	case "wit":
 		var r *localauthorityv1.PrepareWITAuthorityResponse
 		r, err = g.authorities().PrepareWITAuthority(g.context(), &localauthorityv1.PrepareWITAuthorityRequest{})
 		state = r.GetPreparedAuthority()
-	} else if kind == "x509" {
+	case "x509":
 		var r *localauthorityv1.PrepareX509AuthorityResponse
 		r, err = g.authorities().PrepareX509Authority(g.context(), &localauthorityv1.PrepareX509AuthorityRequest{})
 		state = r.GetPreparedAuthority()
-	} else {
+	default:
 		var r *localauthorityv1.PrepareJWTAuthorityResponse
 		r, err = g.authorities().PrepareJWTAuthority(g.context(), &localauthorityv1.PrepareJWTAuthorityRequest{})
 		state = r.GetPreparedAuthority()
@@ -42,11 +43,12 @@ func (g *ground) old(kind string) string {
 	for n := range 2 {
 		id := g.prepared(kind)
 		var err error
-		if kind == "wit" {
+		switch kind {
+		case "wit":
 			_, err = g.authorities().ActivateWITAuthority(g.context(), &localauthorityv1.ActivateWITAuthorityRequest{AuthorityId: id})
-		} else if kind == "x509" {
+		case "x509":
 			_, err = g.authorities().ActivateX509Authority(g.context(), &localauthorityv1.ActivateX509AuthorityRequest{AuthorityId: id})
-		} else {
+		default:
 			_, err = g.authorities().ActivateJWTAuthority(g.context(), &localauthorityv1.ActivateJWTAuthorityRequest{AuthorityId: id})
 		}
 		if err != nil {
@@ -64,11 +66,12 @@ func (g *ground) tainted(kind string) string {
 	g.t.Helper()
 	id := g.old(kind)
 	var err error
-	if kind == "wit" {
+	switch kind {
+	case "wit":
 		_, err = g.authorities().TaintWITAuthority(g.context(), &localauthorityv1.TaintWITAuthorityRequest{AuthorityId: id})
-	} else if kind == "x509" {
+	case "x509":
 		_, err = g.authorities().TaintX509Authority(g.context(), &localauthorityv1.TaintX509AuthorityRequest{AuthorityId: id})
-	} else {
+	default:
 		_, err = g.authorities().TaintJWTAuthority(g.context(), &localauthorityv1.TaintJWTAuthorityRequest{AuthorityId: id})
 	}
 	if err != nil {
