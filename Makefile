@@ -105,7 +105,7 @@ hostile: build ## every field of every RPC, and the transport below
 	$(TEST) -count=1 ./test/hostile
 
 compat: build ## public SPIFFE clients and tools, the real spire-agent among them
-	$(TEST) -count=1 ./test/compat/...
+	$(TEST) -count=1 -timeout 30m ./test/compat/...
 
 fuzz: ## every fuzz target for FUZZTIME
 	FUZZTIME=$(FUZZTIME) ./test/fuzz.sh
