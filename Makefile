@@ -82,7 +82,7 @@ test: setup ## the whole suite: check, fuzz, real Docker, real SPIRE agent, the 
 	./test/all.sh
 
 lab: build $(BIN)/k8s/kube-apiserver packages ## real Docker, real systemd, Kubernetes' API server
-	$(TEST) -count=1 ./test/lab/... ./attestor/docker/... ./attestor/systemd/...
+	$(TEST) -count=1 ./test/lab/... ./attestor/docker/... ./attestor/systemd/... ./attestor/tpm
 
 # Kubernetes is built from source in a module of its own: the API server takes 15 minutes of processor time
 # when the build cache is cold, the other three 6 more, and all of them seconds when it is warm.

@@ -75,6 +75,9 @@ type Admitted interface {
 	Each() iter.Seq2[string, Set]
 	// Update gives an agent other selectors. One that is gone or banned by now is left alone.
 	Update(ctx context.Context, path string, selectors []Selector) error
+	// Evict forgets an agent whose node is no more: it is cut off, and a node of that name may attest
+	// anew. One that is gone or banned by now is left alone.
+	Evict(ctx context.Context, path string) error
 }
 
 // Process is a workload as an attestor sees it: pinned by its caller, who checks after attestation

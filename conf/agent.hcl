@@ -118,6 +118,30 @@ node_attestor "join_token" {}
   #token_path = "/var/run/secrets/tokens/spire-agent"
 #}
 
+# The instance identity document of Amazon EC2, and the instance's role.
+#node_attestor "aws_iid" {
+  # Where the instance metadata service is, if not at its usual address.
+  #ec2_metadata_endpoint = "http://169.254.169.254"
+  # Show the document alone, which the server believes once.
+  #disable_proof = false
+#}
+
+# The virtual machine on VMware vSphere that the agent runs in.
+#node_attestor "vsphere" {
+  # The program of open-vm-tools, and where the kernel shows the machine's UUID.
+  #vmtoolsd_path = "/usr/bin/vmtoolsd"
+  #dmi_path      = "/sys/class/dmi/id"
+#}
+
+# The machine's TPM 2.0.
+#node_attestor "tpm" {
+  # The device, or the Unix socket of a software TPM; which endorsement key, "rsa" or "ecc"; and the
+  # password of the endorsement hierarchy, if it has one.
+  #tpm_path                       = "/dev/tpmrm0"
+  #endorsement_key                = "rsa"
+  #endorsement_hierarchy_password = ""
+#}
+
 # What the agent can prove about the processes that call it: a block for each way.
 
 # User, group, and the program's path and hash.

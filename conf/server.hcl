@@ -210,6 +210,53 @@ node_attestor "join_token" {}
   #}
 #}
 
+# An instance of Amazon EC2, by its identity document and its role.
+#node_attestor "aws_iid" {
+  # Whose instances, and of which regions: the RSA-2048 certificate of each, from the EC2 user guide.
+  #account_ids         = ["123456789012"]
+  #region_certificates = { "us-east-1" = "/etc/assay/aws/us-east-1.pem" }
+  # IAM roles by which an instance proves itself, and no others then. Without, a document is good once.
+  #instance_roles = ["web"]
+  #require_proof  = false
+  # How old an instance may be that shows its document alone; any age by default.
+  #max_instance_age = "10m"
+  # Ask EC2 for state, tags and security groups, and IAM for the role.
+  #lookup_instance = false
+  # Credentials for that; by default those of the environment, then those of the server's own instance.
+  #access_key_id     = ""
+  #secret_access_key = ""
+  # Addresses in place of AWS's public ones, and of the server's own metadata service.
+  #sts_endpoint          = "https://sts.example.org"
+  #ec2_endpoint          = "https://ec2.example.org"
+  #iam_endpoint          = "https://iam.example.org"
+  #ec2_metadata_endpoint = "http://169.254.169.254"
+#}
+
+# A virtual machine on VMware vSphere, by what vCenter writes into it.
+#node_attestor "vsphere" {
+  #vcenter_url   = "https://vcenter.example.org"
+  #username      = "assay@vsphere.local"
+  #password_file = "/etc/assay/vcenter-password"
+  # The authorities of vCenter's certificate; by default those of the system.
+  #ca_path = "/etc/assay/vcenter-ca.pem"
+  # Which virtual machines: in these folders and those below ("/" is all), and if set in these clusters.
+  #folders  = ["/Datacenter/vm/production"]
+  #clusters = ["cluster-1"]
+  # Refuse those in which any user can read guestinfo; otherwise they are believed once.
+  #require_secure_rpc = false
+  # Tags as selectors, too.
+  #tags = false
+#}
+
+# A machine by its TPM 2.0.
+#node_attestor "tpm" {
+  # Which TPMs: by the SHA-256 of their endorsement keys, by who certified them, or both.
+  #ek_hashes  = ["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"]
+  #ek_ca_path = "/etc/assay/tpm-manufacturers.pem"
+  # Registers of the SHA-256 bank that become selectors.
+  #pcrs = [0, 2, 4, 7]
+#}
+
 # Where signing keys live: one of these.
 key_manager "disk" {
   # The default is keys.json in data_dir.

@@ -2,19 +2,22 @@ package server
 
 import (
 	"context"
+	"errors"
 	"iter"
 	"strings"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/admit"
+	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/view"
 )
 
 // followNodes lets the judges that can keep the selectors of the agents they admitted up to date, until ctx
 // ends.
-func followNodes(ctx context.Context, judges map[string]attestor.Judge, pictures *view.View, desk *admit.Desk) error {
+func followNodes(ctx context.Context, judges map[string]attestor.Judge, domain spiffeid.TrustDomain, pictures *view.View, desk *admit.Desk) error {
 	select {
 	case <-pictures.Ready():
 	case <-ctx.Done():
@@ -23,7 +26,7 @@ func followNodes(ctx context.Context, judges map[string]attestor.Judge, pictures
 	group, ctx := errgroup.WithContext(ctx)
 	for kind, judge := range judges {
 		if f, ok := judge.(attestor.Follower); ok {
-			group.Go(func() error { return f.Follow(ctx, &admitted{kind, pictures, desk}) })
+			group.Go(func() error { return f.Follow(ctx, &admitted{kind, domain, pictures, desk}) })
 		}
 	}
 	return group.Wait()
@@ -32,6 +35,7 @@ func followNodes(ctx context.Context, judges map[string]attestor.Judge, pictures
 // admitted are the agents that one judge admitted.
 type admitted struct {
 	kind     string
+	domain   spiffeid.TrustDomain
 	pictures *view.View
 	desk     *admit.Desk
 }
@@ -54,4 +58,23 @@ func (a *admitted) Each() iter.Seq2[string, attestor.Set] {
 // Update commits other selectors, which the picture then shows.
 func (a *admitted) Update(ctx context.Context, path string, selectors []attestor.Selector) error {
 	return a.desk.Refresh(ctx, a.kind, path, selectors)
+}
+
+// Evict forgets the agent of a node that is no more. One that is banned stays so: whoever banned it meant the
+// name.
+func (a *admitted) Evict(ctx context.Context, path string) error {
+	for known := range a.Each() {
+		if known != path {
+			continue
+		}
+		id, err := spiffeid.FromPath(a.domain, "/spire/agent/"+path)
+		if err != nil {
+			return err
+		}
+		if _, err = a.desk.Evict(ctx, id); errors.Is(err, records.ErrNotFound) {
+			return nil
+		}
+		return err
+	}
+	return nil
 }

@@ -332,6 +332,13 @@ func (g *agents) Update(_ context.Context, path string, list []attestor.Selector
 	return nil
 }
 
+func (g *agents) Evict(_ context.Context, path string) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.have, path)
+	return nil
+}
+
 func (g *agents) until(t *testing.T, path, what string, is func([]string) bool) {
 	t.Helper()
 	late := time.After(patience)

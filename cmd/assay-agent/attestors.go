@@ -2,12 +2,15 @@ package main
 
 import (
 	"github.com/assay-id/assay/attestor"
+	awsiid "github.com/assay-id/assay/attestor/awsiid/node"
 	docker "github.com/assay-id/assay/attestor/docker/workload"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	k8s "github.com/assay-id/assay/attestor/k8s/workload"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/node"
 	systemd "github.com/assay-id/assay/attestor/systemd/workload"
+	tpm "github.com/assay-id/assay/attestor/tpm/node"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
+	vsphere "github.com/assay-id/assay/attestor/vsphere/node"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
 )
 
@@ -17,6 +20,9 @@ func nodes() []attestor.NodeKind {
 		jointoken.Kind(),
 		k8spsat.Kind(),
 		x509pop.Kind(),
+		awsiid.Kind(),
+		vsphere.Kind(),
+		tpm.Kind(),
 	}
 }
 

@@ -2,8 +2,11 @@ package main
 
 import (
 	"github.com/assay-id/assay/attestor"
+	awsiid "github.com/assay-id/assay/attestor/awsiid/server"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/server"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/server"
+	tpm "github.com/assay-id/assay/attestor/tpm/server"
+	vsphere "github.com/assay-id/assay/attestor/vsphere/server"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/server"
 )
 
@@ -13,5 +16,8 @@ func judges() []attestor.JudgeKind {
 		jointoken.Kind(),
 		k8spsat.Kind(),
 		x509pop.Kind(),
+		awsiid.Kind(),
+		vsphere.Kind(),
+		tpm.Kind(),
 	}
 }

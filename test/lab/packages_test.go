@@ -108,8 +108,8 @@ func TestPackages(t *testing.T) {
 		p.sh("assay-server bundle show > /etc/assay/bundle.pem")
 		token := strings.TrimPrefix(p.sh("assay-server token generate -spiffeID spiffe://example.org/node/one"), "Token: ")
 		p.sh("umask 077; echo " + token + " > /etc/assay/join-token")
-		if err := m.Write("/etc/assay/agent.hcl", agentFile); err != nil {
-			t.Fatal(err)
+		if said := p.sh("assay-agent setup -trustDomain example.org -serverAddress localhost -joinTokenFile /etc/assay/join-token"); !strings.Contains(said, "localhost:8081: reached") {
+			t.Errorf("setup says\n%s", said)
 		}
 		p.sh("assay-server entry create -parentID spiffe://example.org/node/one -spiffeID spiffe://example.org/root -selector unix:uid:0")
 		p.sh("assay-server entry create -parentID spiffe://example.org/node/one -spiffeID spiffe://example.org/web -selector systemd:id:web.service -selector systemd:user:nobody")
@@ -228,17 +228,3 @@ func (p packaged) fetch(want string) {
 	}
 	p.t.Fatalf("no %s: %v\n%s\n%s", want, err, out, p.journal())
 }
-
-// agentFile is what "assay-agent setup" would write for a join token.
-const agentFile = `
-agent {
-  trust_domain      = "example.org"
-  server_address    = "localhost"
-  data_dir          = "/var/lib/assay/agent"
-  trust_bundle_path = "/etc/assay/bundle.pem"
-  join_token_file   = "/etc/assay/join-token"
-}
-node_attestor "join_token" {}
-workload_attestor "unix" {}
-workload_attestor "systemd" {}
-`

@@ -274,6 +274,9 @@ func (a *admittedAgents) Each() iter.Seq2[string, attestor.Set] {
 	return func(yield func(string, attestor.Set) bool) { yield(a.path, set) }
 }
 
+// Evict is never called: the pod stays.
+func (a *admittedAgents) Evict(context.Context, string) error { return nil }
+
 // Update changes it.
 func (a *admittedAgents) Update(_ context.Context, _ string, list []attestor.Selector) error {
 	a.mu.Lock()

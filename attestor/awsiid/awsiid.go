@@ -1,0 +1,158 @@
+// Package awsiid is node attestation by the instance identity document of Amazon EC2: a document that AWS
+// signs for each instance, and, in an Assay agent, a request to AWS that only the instance can sign.
+//
+// This package holds the names, the configuration and the messages. The payload is SPIRE's; the field
+// "proof" is ours, and with it the challenge, which a SPIRE agent never sees.
+package awsiid
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+	"time"
+)
+
+// Type is the attestor's name in configuration, in evidence, in selectors and in agent IDs.
+const Type = "aws_iid"
+
+// NonceSize is the size in bytes of the server's nonce.
+const NonceSize = 32
+
+// AgentConfig is the agent's configuration block.
+type AgentConfig struct {
+	// MetadataEndpoint is where the instance metadata service is, if not at its usual address.
+	MetadataEndpoint string `hcl:"ec2_metadata_endpoint,optional"`
+	// DisableProof keeps the instance's role from being used to prove the instance; the server then
+	// believes the document alone, once.
+	DisableProof bool `hcl:"disable_proof,optional"`
+}
+
+// ServerConfig is the server's configuration block.
+type ServerConfig struct {
+	// AccountIDs are the AWS accounts whose instances are accepted.
+	AccountIDs []string `hcl:"account_ids"`
+	// RegionCertificates names, for each region, the file of the certificate that AWS signs its
+	// documents with: PEM, the one for RSA-2048.
+	RegionCertificates map[string]string `hcl:"region_certificates"`
+	// InstanceRoles are the names of IAM roles by which an instance may prove itself.
+	InstanceRoles []string `hcl:"instance_roles,optional"`
+	// RequireProof refuses instances that show the document alone.
+	RequireProof bool `hcl:"require_proof,optional"`
+	// MaxInstanceAge is how old an instance may be that shows the document alone; empty is any age.
+	MaxInstanceAge string `hcl:"max_instance_age,optional"`
+	// LookupInstance asks EC2 for the instance's state, tags and security groups, and IAM for its role.
+	LookupInstance bool `hcl:"lookup_instance,optional"`
+	// AccessKeyID and SecretAccessKey are the credentials for that; without them those of the
+	// environment, then those of the instance that the server runs on.
+	AccessKeyID     string `hcl:"access_key_id,optional"`
+	SecretAccessKey string `hcl:"secret_access_key,optional"`
+	// The endpoints are for tests and private endpoints.
+	STSEndpoint      string `hcl:"sts_endpoint,optional"`
+	EC2Endpoint      string `hcl:"ec2_endpoint,optional"`
+	IAMEndpoint      string `hcl:"iam_endpoint,optional"`
+	MetadataEndpoint string `hcl:"ec2_metadata_endpoint,optional"`
+}
+
+// Evidence is the payload.
+type Evidence struct {
+	// Document and Signature are SPIRE's; nothing is believed of them. What counts is what RSA2048, a
+	// PKCS #7 message in base64, holds and signs.
+	Document  string `json:"document"`
+	Signature string `json:"signature"`
+	RSA2048   string `json:"rsa2048"`
+	// Proof says that the agent can answer a challenge.
+	Proof bool `json:"proof,omitempty"`
+}
+
+// Challenge asks for a signed request that says who the instance is.
+type Challenge struct {
+	// Region is the instance's, of whose STS the server will ask.
+	Region string `json:"region"`
+	Nonce  []byte `json:"nonce"`
+}
+
+// Response is that request, as far as the server does not know it anyway.
+type Response struct {
+	Authorization string `json:"authorization"`
+	Date          string `json:"date"`
+	Token         string `json:"token"`
+}
+
+// Document is what an identity document says.
+type Document struct {
+	AccountID        string    `json:"accountId"`
+	Region           string    `json:"region"`
+	AvailabilityZone string    `json:"availabilityZone"`
+	InstanceID       string    `json:"instanceId"`
+	ImageID          string    `json:"imageId"`
+	PendingTime      time.Time `json:"pendingTime"`
+}
+
+// What the parts of a document look like. They become parts of an agent's ID, of host names and of
+// queries, so nothing else is let through.
+var (
+	accountForm  = regexp.MustCompile(`^[0-9]{12}$`)
+	regionForm   = regexp.MustCompile(`^[a-z]{2}(-[a-z]+)+-[0-9]{1,2}$`)
+	zoneForm     = regexp.MustCompile(`^[a-z0-9-]{1,40}$`)
+	instanceForm = regexp.MustCompile(`^i-[0-9a-f]{8,17}$`)
+	imageForm    = regexp.MustCompile(`^ami-[0-9a-f]{8,17}$`)
+)
+
+// IsAccount reports whether a text is the number of an account.
+func IsAccount(text string) bool { return accountForm.MatchString(text) }
+
+// IsRegion reports whether a text is the name of a region.
+func IsRegion(text string) bool { return regionForm.MatchString(text) }
+
+// ParseDocument reads a document and checks its form.
+func ParseDocument(text []byte) (Document, error) {
+	var d Document
+	if err := json.Unmarshal(text, &d); err != nil {
+		return Document{}, errors.New("document is not the JSON it should be") // the parser's text would echo it
+	}
+	for _, part := range []struct {
+		name, value string
+		form        *regexp.Regexp
+	}{
+		{"accountId", d.AccountID, accountForm},
+		{"region", d.Region, regionForm},
+		{"instanceId", d.InstanceID, instanceForm},
+	} {
+		if !part.form.MatchString(part.value) {
+			return Document{}, fmt.Errorf("document has no %s that is one", part.name)
+		}
+	}
+	if d.AvailabilityZone != "" && !zoneForm.MatchString(d.AvailabilityZone) {
+		return Document{}, errors.New("document has no availabilityZone that is one")
+	}
+	if d.ImageID != "" && !imageForm.MatchString(d.ImageID) {
+		return Document{}, errors.New("document has no imageId that is one")
+	}
+	return d, nil
+}
+
+// Suffix is the domain of AWS's services in a region.
+func Suffix(region string) string {
+	if strings.HasPrefix(region, "cn-") {
+		return "amazonaws.com.cn"
+	}
+	return "amazonaws.com"
+}
+
+// NonceHeader carries the server's nonce and the trust domain it is for, so that a server of another
+// trust domain cannot pass its own challenge on.
+const NonceHeader = "X-Assay-Nonce"
+
+// CallerRequest is the one request that is signed as proof, of the STS of a region.
+func CallerRequest(region, trustDomain string, nonce []byte) Request {
+	return Request{
+		Method: "POST", Host: "sts." + region + "." + Suffix(region), Path: "/",
+		Headers: map[string]string{
+			"Content-Type": "application/x-www-form-urlencoded; charset=utf-8",
+			NonceHeader:    trustDomain + ":" + fmt.Sprintf("%x", nonce),
+		},
+		Body: "Action=GetCallerIdentity&Version=2011-06-15",
+	}
+}

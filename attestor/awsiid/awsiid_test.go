@@ -1,0 +1,382 @@
+package awsiid_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/attestortest"
+	"github.com/assay-id/assay/attestor/awsiid"
+	"github.com/assay-id/assay/attestor/awsiid/node"
+	"github.com/assay-id/assay/attestor/awsiid/server"
+	"github.com/assay-id/assay/test/fake/aws"
+)
+
+const (
+	account  = "123456789012"
+	instance = "i-0123456789abcdef0"
+)
+
+// selectors are those that the document alone proves.
+var selectors = []string{
+	"aws_iid:account_id:" + account, "aws_iid:az:us-east-1a", "aws_iid:image:id:ami-0123456789abcdef0",
+	"aws_iid:instance:id:" + instance, "aws_iid:region:us-east-1",
+}
+
+func read(t testing.TB, path string) []byte {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+func forged(t testing.TB) map[string][]byte {
+	t.Helper()
+	paths, err := filepath.Glob("testdata/forged/*.json")
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("no forged evidence: %v", err)
+	}
+	all := map[string][]byte{}
+	for _, path := range paths {
+		all[strings.TrimSuffix(filepath.Base(path), ".json")] = read(t, path)
+	}
+	return all
+}
+
+// instanceKey is the key that EC2 would issue to the role of an instance.
+func instanceKey(id, role string) aws.Key {
+	return aws.Key{
+		ID: "ASIA" + strings.ToUpper(id[2:]), Secret: "secret of " + id, Token: "token of " + id, Account: account,
+		ARN: "arn:aws:sts::" + account + ":assumed-role/" + role + "/" + id,
+	}
+}
+
+// newCloud is a cloud with one instance, seen from within that instance.
+func newCloud(t testing.TB) *aws.Cloud {
+	t.Helper()
+	c := aws.New()
+	t.Cleanup(c.Close)
+	var e awsiid.Evidence
+	if err := json.Unmarshal(read(t, "testdata/real.json"), &e); err != nil {
+		t.Fatal(err)
+	}
+	c.Metadata["dynamic/instance-identity/document"] = e.Document
+	c.Metadata["dynamic/instance-identity/signature"] = "AAAA"
+	c.Metadata["dynamic/instance-identity/rsa2048"] = e.RSA2048
+	c.Instances[instance] = aws.Instance{
+		ID: instance, Account: account, State: "running", Profile: "arn:aws:iam::" + account + ":instance-profile/web-profile", Role: "web",
+		Tags: map[string]string{"tier": "front"}, Groups: map[string]string{"sg-1": "default"},
+	}
+	c.Keys["AKIASERVER"] = aws.Key{ID: "AKIASERVER", Secret: "s3cret", Account: account, ARN: "arn:aws:iam::" + account + ":user/assay"}
+	c.GiveRole("web", instanceKey(instance, "web"))
+	return c
+}
+
+const judgeConfig = `
+	account_ids         = ["123456789012"]
+	region_certificates = {
+		"us-east-1" = "testdata/us-east-1.pem"
+		"eu-west-1" = "testdata/eu-west-1.pem"
+	}`
+
+func proving(c *aws.Cloud) string {
+	return judgeConfig + fmt.Sprintf("\ninstance_roles = [\"web\"]\nrequire_proof = true\nsts_endpoint = %q\n", c.URL())
+}
+
+func looking(c *aws.Cloud) string {
+	return fmt.Sprintf("\nlookup_instance = true\nec2_endpoint = %[1]q\niam_endpoint = %[1]q\naccess_key_id = \"AKIASERVER\"\nsecret_access_key = \"s3cret\"\n", c.URL())
+}
+
+func openJudge(t testing.TB, body string) attestor.Judge {
+	t.Helper()
+	config, diags := attestortest.Decode(server.Kind().Config, body)
+	if diags.HasErrors() {
+		t.Fatal(diags)
+	}
+	judge, err := server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return judge
+}
+
+func openNode(t testing.TB, c *aws.Cloud, td string) ([]byte, attestor.Ask) {
+	t.Helper()
+	n, err := node.Kind().Open(&awsiid.AgentConfig{MetadataEndpoint: c.URL()}, attestor.Needs{TrustDomain: spiffeid.RequireTrustDomainFromString(td)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	payload, answer, err := n.Evidence(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return payload, answer
+}
+
+func TestSuite(t *testing.T) {
+	c := newCloud(t)
+	foreign := forged(t)
+	foreign["the document alone"] = read(t, "testdata/real.json")
+	attestortest.Run(t, attestortest.Pair{
+		Node: node.Kind(), Judge: server.Kind(),
+		NodeConfig: fmt.Sprintf("ec2_metadata_endpoint = %q", c.URL()), JudgeConfig: proving(c) + looking(c),
+		Path: "aws_iid/" + account + "/us-east-1/" + instance,
+		Selectors: slices.Sorted(slices.Values(append(slices.Clone(selectors),
+			"aws_iid:tag:tier:front", "aws_iid:sg:id:sg-1", "aws_iid:sg:name:default", "aws_iid:iamrole:arn:aws:iam::"+account+":role/web"))),
+		CanReattest: true,
+		Foreign:     foreign,
+		README:      "README.md",
+	})
+}
+
+// mustNotAsk fails the test if the judge asks anything.
+func mustNotAsk(t *testing.T) attestor.Ask {
+	return func(context.Context, []byte) ([]byte, error) {
+		t.Error("a challenge")
+		return nil, errors.New("a challenge")
+	}
+}
+
+func TestDocumentAlone(t *testing.T) {
+	judge := openJudge(t, judgeConfig)
+	for _, name := range []string{"real", "real-indefinite-lengths"} {
+		t.Run("SPIRE's payload is good once: "+name, func(t *testing.T) {
+			proof, err := judge.Judge(t.Context(), read(t, "testdata/"+name+".json"), mustNotAsk(t))
+			if err != nil || proof.CanReattest || proof.Path != "aws_iid/"+account+"/us-east-1/"+instance {
+				t.Errorf("%+v, %v", proof, err)
+			}
+			if got := attestor.NewSet(proof.Selectors...).Strings(); !slices.Equal(got, selectors) {
+				t.Errorf("selectors are %q", got)
+			}
+		})
+	}
+	for why, payload := range forged(t) {
+		t.Run("forged: "+why, func(t *testing.T) {
+			if proof, err := judge.Judge(t.Context(), payload, mustNotAsk(t)); !errors.Is(err, attestor.ErrEvidence) {
+				t.Errorf("%+v, %v", proof, err)
+			}
+		})
+	}
+	t.Run("an instance that is too old is refused without proof", func(t *testing.T) {
+		_, err := openJudge(t, judgeConfig+"\nmax_instance_age = \"10m\"").Judge(t.Context(), read(t, "testdata/real.json"), mustNotAsk(t))
+		if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), "too old") {
+			t.Errorf("error is %v", err)
+		}
+	})
+	t.Run("an instance without a role shows the document alone", func(t *testing.T) {
+		c := newCloud(t)
+		delete(c.Metadata, "meta-data/iam/security-credentials/")
+		payload, answer := openNode(t, c, "example.org")
+		if answer != nil {
+			t.Error("it would answer challenges")
+		}
+		if _, err := judge.Judge(t.Context(), payload, mustNotAsk(t)); err != nil {
+			t.Error(err)
+		}
+		if _, err := openJudge(t, proving(c)).Judge(t.Context(), payload, mustNotAsk(t)); !errors.Is(err, attestor.ErrEvidence) {
+			t.Errorf("where proof is required: %v", err)
+		}
+	})
+}
+
+func TestProof(t *testing.T) {
+	c := newCloud(t)
+	payload, answer := openNode(t, c, "example.org")
+	refuse := func(t *testing.T, body string, ask attestor.Ask, want string) {
+		t.Helper()
+		if proof, err := openJudge(t, body).Judge(t.Context(), payload, ask); !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v, %v; want %q", proof, err, want)
+		}
+	}
+	other := newCloud(t)
+	other.GiveRole("web", instanceKey("i-0fedcba9876543210", "web"))
+	_, byOther := openNode(t, other, "example.org")
+	c.Lock()
+	maps.Copy(c.Keys, other.Keys)
+	c.Unlock()
+	t.Run("another instance of the account cannot answer", func(t *testing.T) {
+		refuse(t, proving(c), byOther, "another instance")
+	})
+	t.Run("a role that is not configured does not count", func(t *testing.T) {
+		refuse(t, strings.Replace(proving(c), `["web"]`, `["db"]`, 1), answer, "instance_roles")
+	})
+	t.Run("an answer made for another trust domain's server is refused", func(t *testing.T) {
+		_, elsewhere := openNode(t, c, "other.org")
+		refuse(t, proving(c), elsewhere, "AWS does not believe")
+	})
+	t.Run("a user of the account with a fitting name is no instance", func(t *testing.T) {
+		impostor := newCloud(t)
+		key := aws.Key{ID: "AKIAUSER", Secret: "x", Account: account, ARN: "arn:aws:iam::" + account + ":user/web/" + instance}
+		impostor.GiveRole("web", key)
+		_, by := openNode(t, impostor, "example.org")
+		c.Lock()
+		c.Keys[key.ID] = key
+		c.Unlock()
+		refuse(t, proving(c), by, "not by the role of an instance")
+	})
+	t.Run("a signature that leaves the nonce out is refused before anybody is asked", func(t *testing.T) {
+		asked := c.Asked["GetCallerIdentity"]
+		refuse(t, proving(c), func(context.Context, []byte) ([]byte, error) {
+			request := awsiid.CallerRequest("us-east-1", "example.org", make([]byte, awsiid.NonceSize))
+			delete(request.Headers, awsiid.NonceHeader)
+			key := instanceKey(instance, "web")
+			request.Sign(awsiid.Credentials{ID: key.ID, Secret: key.Secret, Token: key.Token}, "us-east-1", "sts", time.Now())
+			return json.Marshal(awsiid.Response{Authorization: request.Headers["Authorization"], Date: request.Headers["X-Amz-Date"], Token: key.Token})
+		}, "does not sign what was asked for")
+		if c.Asked["GetCallerIdentity"] != asked {
+			t.Error("AWS was asked")
+		}
+	})
+	t.Run("an instance that was stopped is refused", func(t *testing.T) {
+		stopped := c.Instances[instance]
+		stopped.State = "terminated"
+		c.Lock()
+		c.Instances[instance] = stopped
+		c.Unlock()
+		refuse(t, proving(c)+looking(c), answer, "does not run")
+	})
+	t.Run("an instance of another role than it proves is refused", func(t *testing.T) {
+		changed := c.Instances[instance]
+		changed.State, changed.Role = "running", "db"
+		c.Lock()
+		c.Instances[instance] = changed
+		c.Unlock()
+		refuse(t, proving(c)+looking(c), answer, "another role")
+	})
+	t.Run("AWS in trouble is nobody's fault", func(t *testing.T) {
+		for why, trouble := range map[string]func(http.ResponseWriter, *http.Request) bool{
+			"it fails": func(w http.ResponseWriter, _ *http.Request) bool {
+				w.WriteHeader(http.StatusInternalServerError)
+				return true
+			},
+			"it redirects": func(w http.ResponseWriter, r *http.Request) bool {
+				http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusFound)
+				return true
+			},
+			"it babbles": func(w http.ResponseWriter, _ *http.Request) bool { fmt.Fprint(w, "hello"); return true },
+			"it floods": func(w http.ResponseWriter, _ *http.Request) bool {
+				_, _ = w.Write(make([]byte, 2<<20))
+				return true
+			},
+		} {
+			broken := newCloud(t)
+			broken.Trouble = trouble
+			if proof, err := openJudge(t, proving(broken)).Judge(t.Context(), payload, answer); err == nil || errors.Is(err, attestor.ErrEvidence) {
+				t.Errorf("%s: %+v, %v", why, proof, err)
+			}
+		}
+	})
+}
+
+func TestNode(t *testing.T) {
+	t.Run("it signs for its own region's STS and nothing else", func(t *testing.T) {
+		c := newCloud(t)
+		_, answer := openNode(t, c, "example.org")
+		for _, region := range []string{"eu-west-1", "", "us-east-1.evil.example/"} {
+			question, _ := json.Marshal(awsiid.Challenge{Region: region, Nonce: make([]byte, awsiid.NonceSize)})
+			if _, err := answer(t.Context(), question); err == nil {
+				t.Errorf("region %q: answered", region)
+			}
+		}
+	})
+	t.Run("a metadata service that redirects, babbles or floods is refused", func(t *testing.T) {
+		for why, trouble := range map[string]func(http.ResponseWriter, *http.Request) bool{
+			"redirects": func(w http.ResponseWriter, r *http.Request) bool {
+				http.Redirect(w, r, "/elsewhere", http.StatusFound)
+				return true
+			},
+			"babbles": func(w http.ResponseWriter, _ *http.Request) bool { fmt.Fprint(w, "hello"); return true },
+			"floods":  func(w http.ResponseWriter, _ *http.Request) bool { _, _ = w.Write(make([]byte, 1<<20)); return true },
+			"refuses": func(w http.ResponseWriter, _ *http.Request) bool { w.WriteHeader(http.StatusForbidden); return true },
+		} {
+			c := newCloud(t)
+			c.Trouble = trouble
+			n, err := node.Kind().Open(&awsiid.AgentConfig{MetadataEndpoint: c.URL()}, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, _, err := n.Evidence(t.Context()); err == nil {
+				t.Errorf("%s: no error", why)
+			}
+		}
+	})
+	t.Run("one that hangs is given up with the context", func(t *testing.T) {
+		hang := make(chan struct{})
+		c := newCloud(t)
+		c.Trouble = func(_ http.ResponseWriter, r *http.Request) bool {
+			select {
+			case <-hang:
+			case <-r.Context().Done():
+			}
+			return true
+		}
+		defer close(hang)
+		n, err := node.Kind().Open(&awsiid.AgentConfig{MetadataEndpoint: c.URL()}, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if _, _, err := n.Evidence(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("error is %v", err)
+		}
+	})
+}
+
+func TestConfig(t *testing.T) {
+	for why, c := range map[string]awsiid.ServerConfig{
+		"no accounts":           {RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
+		"an account that is no": {AccountIDs: []string{"*"}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
+		"no regions":            {AccountIDs: []string{account}},
+		"a region that is none": {AccountIDs: []string{account}, RegionCertificates: map[string]string{"*": "testdata/us-east-1.pem"}},
+		"no certificate":        {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/real.json"}},
+		"proof without roles":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RequireProof: true},
+		"half a key":            {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, AccessKeyID: "x"},
+		"an age that is none":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, MaxInstanceAge: "old"},
+		"plain HTTP":            {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, STSEndpoint: "http://sts.example.org"},
+	} {
+		if _, err := server.Kind().Open(&c, attestor.Needs{}); err == nil {
+			t.Errorf("%s: accepted", why)
+		}
+	}
+}
+
+// The signature of AWS's own published example, "get-vanilla" of its test suite.
+func TestSignatureIsAWSs(t *testing.T) {
+	r := awsiid.Request{Method: "GET", Host: "example.amazonaws.com", Path: "/"}
+	r.Sign(awsiid.Credentials{ID: "AKIDEXAMPLE", Secret: "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY"}, "us-east-1", "service",
+		time.Date(2015, 8, 30, 12, 36, 0, 0, time.UTC))
+	const want = "AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/20150830/us-east-1/service/aws4_request, SignedHeaders=host;x-amz-date, " +
+		"Signature=5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31"
+	if got := r.Headers["Authorization"]; got != want {
+		t.Errorf("authorization is\n%s, want\n%s", got, want)
+	}
+}
+
+func FuzzJudge(f *testing.F) {
+	f.Add(read(f, "testdata/real.json"))
+	for _, payload := range forged(f) {
+		f.Add(payload)
+	}
+	judge := openJudge(f, judgeConfig)
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		proof, err := judge.Judge(t.Context(), payload, nil)
+		if err == nil && proof.Path != "aws_iid/"+account+"/us-east-1/"+instance {
+			t.Errorf("believed: %+v", proof)
+		}
+	})
+}

@@ -1,0 +1,226 @@
+// Package server is the server's side of aws_iid: it verifies the identity document, has the instance
+// prove itself where that is configured, and looks it up where that is.
+//
+// Why it is so: a document is not a secret. Whoever has read an instance's document once can show it, so
+// alone it is good for the first agent of that instance and no other (trust on first use). The
+// credentials of an instance's role, in contrast, are issued to that instance, under its ID as the
+// session's name, and change by the hour; a request signed with them proves the instance again at any
+// time. A session's name can be chosen by whoever may assume the role otherwise, which is why the roles
+// that count are named in the configuration.
+package server
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/awsiid"
+)
+
+// maxTags bounds the selectors out of tags and groups; AWS allows 50 and a few more.
+const maxTags = 128
+
+// Kind returns the server's side of aws_iid.
+func Kind() attestor.JudgeKind {
+	return attestor.JudgeKind{Type: awsiid.Type, Config: func() any { return new(awsiid.ServerConfig) }, Open: open}
+}
+
+type judge struct {
+	config       awsiid.ServerConfig
+	certificates map[string]*x509.Certificate // by region
+	maxAge       time.Duration
+	trustDomain  string
+	cloud        *cloud
+	now          func() time.Time
+}
+
+func open(config any, needs attestor.Needs) (attestor.Judge, error) {
+	c, ok := config.(*awsiid.ServerConfig)
+	if !ok {
+		return nil, fmt.Errorf("aws_iid configuration is a %T", config)
+	}
+	j := &judge{config: *c, certificates: map[string]*x509.Certificate{}, trustDomain: needs.TrustDomain.Name(), now: needs.Now}
+	if j.now == nil {
+		j.now = time.Now
+	}
+	if len(c.AccountIDs) == 0 {
+		return nil, errors.New("account_ids is empty: name the AWS accounts whose instances are accepted")
+	}
+	for _, id := range c.AccountIDs {
+		if !awsiid.IsAccount(id) {
+			return nil, fmt.Errorf("account_ids: %q is no account, which is a number of twelve digits", id)
+		}
+	}
+	if len(c.RegionCertificates) == 0 {
+		return nil, errors.New("region_certificates is empty: name the certificate of each region whose instances are accepted")
+	}
+	for region, path := range c.RegionCertificates {
+		if !awsiid.IsRegion(region) {
+			return nil, fmt.Errorf("region_certificates: %q is no region", region)
+		}
+		cert, err := readCertificate(path)
+		if err != nil {
+			return nil, fmt.Errorf("region_certificates: %s: %w", region, err)
+		}
+		j.certificates[region] = cert
+	}
+	if c.MaxInstanceAge != "" {
+		age, err := time.ParseDuration(c.MaxInstanceAge)
+		if err != nil || age <= 0 {
+			return nil, fmt.Errorf("max_instance_age: %q is no length of time, as 10m is", c.MaxInstanceAge)
+		}
+		j.maxAge = age
+	}
+	if c.RequireProof && len(c.InstanceRoles) == 0 {
+		return nil, errors.New("require_proof needs instance_roles, the roles by which instances prove themselves")
+	}
+	if (c.AccessKeyID == "") != (c.SecretAccessKey == "") {
+		return nil, errors.New("access_key_id and secret_access_key go together")
+	}
+	var err error
+	j.cloud, err = newCloud(*c, j.now)
+	return j, err
+}
+
+// Judge verifies the document, challenges an agent that can answer, and describes the instance.
+func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (attestor.Proof, error) {
+	if err := ctx.Err(); err != nil {
+		return attestor.Proof{}, err
+	}
+	if len(payload) > attestor.MaxEvidence {
+		return attestor.Proof{}, attestor.Refusef("read evidence: it is too large")
+	}
+	var evidence awsiid.Evidence
+	if json.Unmarshal(payload, &evidence) != nil {
+		return attestor.Proof{}, attestor.Refusef("read evidence: it is not the JSON it should be")
+	}
+	document, err := j.verify(evidence)
+	if err != nil {
+		return attestor.Proof{}, attestor.Refusef("verify identity document: %w", err)
+	}
+	if !slices.Contains(j.config.AccountIDs, document.AccountID) {
+		return attestor.Proof{}, attestor.Refusef("instance is of an account that is not accepted")
+	}
+	role := ""
+	switch {
+	case evidence.Proof && len(j.config.InstanceRoles) > 0:
+		if role, err = j.challenge(ctx, document, ask); err != nil {
+			return attestor.Proof{}, err
+		}
+	case j.config.RequireProof:
+		return attestor.Proof{}, attestor.Refusef("instance does not prove itself; it needs a role that is one of the server's instance_roles")
+	case j.maxAge > 0 && j.now().Sub(document.PendingTime) > j.maxAge:
+		return attestor.Proof{}, attestor.Refusef("instance is too old to be believed for its document alone")
+	}
+	values := []string{
+		"account_id:" + document.AccountID, "region:" + document.Region, "instance:id:" + document.InstanceID,
+	}
+	if document.AvailabilityZone != "" {
+		values = append(values, "az:"+document.AvailabilityZone)
+	}
+	if document.ImageID != "" {
+		values = append(values, "image:id:"+document.ImageID)
+	}
+	if j.config.LookupInstance {
+		found, err := j.lookUp(ctx, document, role)
+		if err != nil {
+			return attestor.Proof{}, err
+		}
+		values = append(values, found...)
+	}
+	return attestor.Proof{
+		Path:        strings.Join([]string{awsiid.Type, document.AccountID, document.Region, document.InstanceID}, "/"),
+		Selectors:   selectors(values),
+		CanReattest: role != "",
+	}, nil
+}
+
+// challenge has the instance prove itself and returns the name of the role it did so by.
+func (j *judge) challenge(ctx context.Context, d awsiid.Document, ask attestor.Ask) (string, error) {
+	nonce := make([]byte, awsiid.NonceSize)
+	_, _ = rand.Read(nonce)
+	question, err := json.Marshal(awsiid.Challenge{Region: d.Region, Nonce: nonce})
+	if err != nil {
+		return "", err
+	}
+	said, err := ask(ctx, question)
+	if err != nil {
+		return "", fmt.Errorf("ask challenge: %w", err)
+	}
+	var response awsiid.Response
+	if len(said) > attestor.MaxEvidence || json.Unmarshal(said, &response) != nil {
+		return "", attestor.Refusef("read proof: it is not the JSON it should be")
+	}
+	account, arn, err := j.cloud.caller(ctx, d.Region, j.trustDomain, nonce, response)
+	if err != nil {
+		return "", err
+	}
+	// arn:aws:sts::123456789012:assumed-role/ROLE/i-0123456789abcdef0
+	role, session, ok := strings.Cut(arn[strings.LastIndexByte(arn, ':')+1:], "/")
+	if role, session, ok = cutRole(role, session, ok); !ok {
+		return "", attestor.Refusef("verify proof: it is not by the role of an instance")
+	}
+	switch {
+	case account != d.AccountID, session != d.InstanceID:
+		return "", attestor.Refusef("verify proof: it is by another instance")
+	case !slices.Contains(j.config.InstanceRoles, role):
+		return "", attestor.Refusef("verify proof: it is by a role that is not one of the server's instance_roles")
+	}
+	return role, nil
+}
+
+// cutRole takes "assumed-role" and "ROLE/SESSION" apart.
+func cutRole(kind, rest string, ok bool) (role, session string, found bool) {
+	role, session, found = strings.Cut(rest, "/")
+	return role, session, ok && found && kind == "assumed-role" && role != "" && !strings.Contains(session, "/")
+}
+
+// lookUp asks AWS about the instance: it must be one that runs, and have the role it proved itself by.
+func (j *judge) lookUp(ctx context.Context, d awsiid.Document, role string) ([]string, error) {
+	found, err := j.cloud.describe(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	if found.State != "running" && found.State != "pending" {
+		return nil, attestor.Refusef("instance does not run")
+	}
+	var values []string
+	for _, tag := range found.Tags[:min(len(found.Tags), maxTags)] {
+		values = append(values, "tag:"+tag.Key+":"+tag.Value)
+	}
+	for _, group := range found.Groups[:min(len(found.Groups), maxTags)] {
+		values = append(values, "sg:id:"+group.ID, "sg:name:"+group.Name)
+	}
+	var roles []string
+	if found.Profile != "" {
+		if roles, err = j.cloud.roles(ctx, d, found.Profile); err != nil {
+			return nil, err
+		}
+		for _, arn := range roles {
+			values = append(values, "iamrole:"+arn)
+		}
+	}
+	if role != "" && !slices.ContainsFunc(roles, func(arn string) bool { return strings.HasSuffix(arn, "/"+role) }) {
+		return nil, attestor.Refusef("verify proof: it is by another role than the instance has")
+	}
+	return values, nil
+}
+
+// selectors makes a sorted list. What cannot be a selector, as a tag with control characters, is left
+// out: a tag is no reason to refuse a proved instance.
+func selectors(values []string) []attestor.Selector {
+	var found []attestor.Selector
+	for _, value := range values {
+		if s := (attestor.Selector{Type: awsiid.Type, Value: value}); s.Check() == nil {
+			found = append(found, s)
+		}
+	}
+	return attestor.NewSet(found...).All()
+}

@@ -1,0 +1,179 @@
+// Package node is the agent's side of vsphere: it says which virtual machine it is in and reads what
+// vCenter has written into it.
+package node
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/vsphere"
+)
+
+const (
+	// maxOutput is the most that vmtoolsd may print, in bytes.
+	maxOutput = 4 << 10
+	// readTime is how long one reading of guestinfo may take, and readPause the wait before the next.
+	readTime, readPause = 5 * time.Second, 200 * time.Millisecond
+	// reads is how often guestinfo is read: it may take a moment to arrive in the machine.
+	reads = 10
+)
+
+// Kind returns the agent's side of vsphere.
+func Kind() attestor.NodeKind {
+	return attestor.NodeKind{
+		Type: vsphere.Type,
+		Config: func() any {
+			return &vsphere.AgentConfig{Vmtoolsd: "/usr/bin/vmtoolsd", DMI: "/sys/class/dmi/id"}
+		},
+		Open: open,
+	}
+}
+
+// guest is the virtual machine as it is seen from inside.
+type guest interface {
+	uuid() (string, error)
+	// get returns a guestinfo value, empty if there is none.
+	get(ctx context.Context, key string) (string, error)
+}
+
+type node struct {
+	guest       guest
+	trustDomain string
+}
+
+func open(config any, needs attestor.Needs) (attestor.Node, error) {
+	c, ok := config.(*vsphere.AgentConfig)
+	if !ok {
+		return nil, fmt.Errorf("vsphere configuration is a %T", config)
+	}
+	if !filepath.IsAbs(c.Vmtoolsd) {
+		return nil, fmt.Errorf("vmtoolsd_path: %q is no absolute path", c.Vmtoolsd)
+	}
+	return &node{tools{program: c.Vmtoolsd, dmi: c.DMI}, needs.TrustDomain.Name()}, nil
+}
+
+// Evidence says who the machine is.
+func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, nil, err
+	}
+	uuid, err := n.guest.uuid()
+	if err != nil {
+		return nil, nil, fmt.Errorf("find the UUID of the virtual machine: %w", err)
+	}
+	nonce := make([]byte, vsphere.NonceSize)
+	_, _ = rand.Read(nonce)
+	payload, err := json.Marshal(vsphere.Evidence{BIOSUUID: uuid, Nonce: nonce})
+	if err != nil {
+		return nil, nil, err
+	}
+	return payload, func(ctx context.Context, challenge []byte) ([]byte, error) {
+		return n.answer(ctx, uuid, nonce, challenge)
+	}, nil
+}
+
+func (n *node) answer(ctx context.Context, uuid string, own, challenge []byte) ([]byte, error) {
+	var c vsphere.Challenge
+	if len(challenge) > attestor.MaxEvidence {
+		return nil, errors.New("challenge is too large")
+	}
+	if err := vsphere.Decode(challenge, &c); err != nil {
+		return nil, fmt.Errorf("read challenge: %w", err)
+	}
+	if !vsphere.IsKey(c.Key) {
+		return nil, errors.New("challenge names a key that no nonce is at")
+	}
+	for range reads {
+		text, err := n.guest.get(ctx, c.Key)
+		if err != nil {
+			return nil, fmt.Errorf("read guestinfo: %w", err)
+		}
+		if text != "" {
+			nonce, err := base64.StdEncoding.DecodeString(text)
+			if err != nil || len(nonce) != vsphere.NonceSize {
+				return nil, errors.New("read guestinfo: it holds no nonce")
+			}
+			return json.Marshal(vsphere.Response{MAC: vsphere.MAC(nonce, own, c.Key, n.trustDomain, uuid)})
+		}
+		select {
+		case <-time.After(readPause):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	return nil, errors.New("guestinfo has no nonce: the server has written it into another virtual machine than this one")
+}
+
+// tools is a virtual machine with open-vm-tools in it.
+type tools struct{ program, dmi string }
+
+func (g tools) uuid() (string, error) {
+	if serial, err := readLimited(filepath.Join(g.dmi, "product_serial")); err == nil {
+		if uuid, ok := vsphere.UUIDOfSerial(serial); ok {
+			return uuid, nil
+		}
+	}
+	text, err := readLimited(filepath.Join(g.dmi, "product_uuid"))
+	if err != nil {
+		return "", fmt.Errorf("%w (the agent must run as root to read it)", err)
+	}
+	uuid := strings.ToLower(strings.TrimSpace(text))
+	if !vsphere.IsUUID(uuid) {
+		return "", errors.New("the machine's product_uuid is no UUID")
+	}
+	return uuid, nil
+}
+
+func readLimited(path string) (string, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer file.Close()
+	text, err := io.ReadAll(io.LimitReader(file, maxOutput))
+	return string(text), err
+}
+
+// get runs vmtoolsd, which alone knows the ways to the hypervisor, the privileged one among them.
+func (g tools) get(ctx context.Context, key string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, readTime)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, g.program, "--cmd", "info-get "+key)
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
+	cmd.WaitDelay = time.Second
+	var out, complaint limited
+	cmd.Stdout, cmd.Stderr = &out, &complaint
+	err := cmd.Run()
+	said := strings.TrimSpace(out.String() + " " + complaint.String())
+	switch {
+	case ctx.Err() != nil:
+		return "", fmt.Errorf("%s: %w", g.program, ctx.Err())
+	case err != nil && strings.Contains(said, "No value found"):
+		return "", nil
+	case err != nil:
+		return "", fmt.Errorf("%s: %w: %.200s", g.program, err, said)
+	}
+	return strings.TrimSpace(out.String()), nil
+}
+
+// limited keeps the first of what is written to it.
+type limited struct{ bytes.Buffer }
+
+func (l *limited) Write(p []byte) (int, error) {
+	if room := maxOutput - l.Len(); room > 0 {
+		_, _ = l.Buffer.Write(p[:min(len(p), room)])
+	}
+	return len(p), nil
+}

@@ -1,0 +1,479 @@
+package vsphere_test
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"iter"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/vmware/govmomi"
+	"github.com/vmware/govmomi/find"
+	"github.com/vmware/govmomi/object"
+	"github.com/vmware/govmomi/property"
+	"github.com/vmware/govmomi/simulator"
+	"github.com/vmware/govmomi/vapi/rest"
+	_ "github.com/vmware/govmomi/vapi/simulator" // the simulator's tags
+	"github.com/vmware/govmomi/vapi/tags"
+	"github.com/vmware/govmomi/vim25/mo"
+	"github.com/vmware/govmomi/vim25/types"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/attestortest"
+	"github.com/assay-id/assay/attestor/vsphere"
+	"github.com/assay-id/assay/attestor/vsphere/node"
+	"github.com/assay-id/assay/attestor/vsphere/server"
+)
+
+// TestMain lets the test binary be vmtoolsd: it sees the guestinfo of one virtual machine and no other.
+func TestMain(m *testing.M) {
+	if vm := os.Getenv("GUEST_OF"); vm != "" {
+		os.Exit(infoGet(vm, os.Getenv("GUEST_URL"), os.Args[1:]))
+	}
+	os.Exit(m.Run())
+}
+
+// infoGet does what "vmtoolsd --cmd 'info-get KEY'" does.
+func infoGet(vm, address string, args []string) int {
+	var key string
+	if len(args) != 2 || args[0] != "--cmd" {
+		return 64
+	}
+	if _, err := fmt.Sscanf(args[1], "info-get %s", &key); err != nil || !strings.HasPrefix(key, "guestinfo.") {
+		return 64
+	}
+	u, err := url.Parse(address)
+	if err != nil {
+		return 65
+	}
+	client, err := govmomi.NewClient(context.Background(), u, true)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 65
+	}
+	var got mo.VirtualMachine
+	ref := types.ManagedObjectReference{Type: "VirtualMachine", Value: vm}
+	if err := property.DefaultCollector(client.Client).RetrieveOne(context.Background(), ref, []string{"config.extraConfig"}, &got); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 65
+	}
+	for _, option := range got.Config.ExtraConfig {
+		if o := option.GetOptionValue(); o.Key == key {
+			fmt.Println(o.Value)
+			return 0
+		}
+	}
+	fmt.Println("No value found")
+	return 1
+}
+
+// center is a vCenter of the simulator, over HTTPS.
+type center struct {
+	t      testing.TB
+	model  *simulator.Model
+	server *simulator.Server
+	admin  *govmomi.Client
+	ca     string
+	secret string
+}
+
+func newCenter(t testing.TB) *center {
+	t.Helper()
+	model := simulator.VPX()
+	if err := model.Create(); err != nil {
+		t.Fatal(err)
+	}
+	model.Service.TLS = new(tls.Config)
+	model.Service.RegisterEndpoints = true
+	model.Service.Listen = &url.URL{Host: "127.0.0.1:0", User: url.UserPassword("assay", "s3cret")}
+	s := model.Service.NewServer()
+	t.Cleanup(func() { s.Close(); model.Remove() })
+	c := &center{t: t, model: model, server: s, secret: filepath.Join(t.TempDir(), "password")}
+	ca, err := s.CertificateFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.ca = ca
+	if err := os.WriteFile(c.secret, []byte("s3cret\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if c.admin, err = govmomi.NewClient(t.Context(), c.withPassword(), true); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+func (c *center) withPassword() *url.URL {
+	u := *c.server.URL
+	u.User = url.UserPassword("assay", "s3cret")
+	return &u
+}
+
+func (c *center) must(err error) {
+	c.t.Helper()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *center) vm(name string) *object.VirtualMachine {
+	c.t.Helper()
+	vm, err := find.NewFinder(c.admin.Client).VirtualMachine(c.t.Context(), "/DC0/vm/"+name)
+	c.must(err)
+	return vm
+}
+
+func (c *center) read(vm *object.VirtualMachine) mo.VirtualMachine {
+	c.t.Helper()
+	var got mo.VirtualMachine
+	c.must(vm.Properties(c.t.Context(), vm.Reference(), []string{"name", "config", "runtime"}, &got))
+	return got
+}
+
+func (c *center) reconfigure(vm *object.VirtualMachine, spec types.VirtualMachineConfigSpec) {
+	c.t.Helper()
+	task, err := vm.Reconfigure(c.t.Context(), spec)
+	c.must(err)
+	c.must(task.Wait(c.t.Context()))
+}
+
+// secure keeps the guest's users from guestinfo.
+func (c *center) secure(vm *object.VirtualMachine) {
+	c.reconfigure(vm, types.VirtualMachineConfigSpec{ExtraConfig: []types.BaseOptionValue{
+		&types.OptionValue{Key: "guest_rpc.rpci.auth.cmd.info-get", Value: "TRUE"},
+	}})
+}
+
+// judgeConfig is the server's configuration, with more of it.
+func (c *center) judgeConfig(more string) string {
+	return fmt.Sprintf("vcenter_url = \"https://%s\"\nusername = \"assay\"\npassword_file = %q\nca_path = %q\n", c.server.URL.Host, c.secret, c.ca) + more
+}
+
+// inside makes what an agent in a virtual machine sees: its numbers and a vmtoolsd of its own.
+func (c *center) inside(vm *object.VirtualMachine, uuid string) string {
+	c.t.Helper()
+	dir := c.t.TempDir()
+	self, err := os.Executable()
+	c.must(err)
+	c.must(os.WriteFile(filepath.Join(dir, "product_uuid"), []byte(strings.ToUpper(uuid)+"\n"), 0o400))
+	script := fmt.Sprintf("#!/bin/sh\nGUEST_OF=%s GUEST_URL='%s' exec %s \"$@\"\n", vm.Reference().Value, c.withPassword(), self)
+	c.must(os.WriteFile(filepath.Join(dir, "vmtoolsd"), []byte(script), 0o700))
+	return fmt.Sprintf("vmtoolsd_path = %q\ndmi_path = %q\n", filepath.Join(dir, "vmtoolsd"), dir)
+}
+
+func (c *center) judge(more string) attestor.Judge {
+	c.t.Helper()
+	config, diags := attestortest.Decode(server.Kind().Config, c.judgeConfig(more))
+	if diags.HasErrors() {
+		c.t.Fatal(diags)
+	}
+	log := logrus.New()
+	log.SetOutput(c.t.Output())
+	judge, err := server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain, Log: log})
+	c.must(err)
+	return judge
+}
+
+func (c *center) evidence(inside string) ([]byte, attestor.Ask) {
+	c.t.Helper()
+	config, diags := attestortest.Decode(node.Kind().Config, inside)
+	if diags.HasErrors() {
+		c.t.Fatal(diags)
+	}
+	n, err := node.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+	c.must(err)
+	payload, answer, err := n.Evidence(c.t.Context())
+	c.must(err)
+	return payload, answer
+}
+
+func TestSuite(t *testing.T) {
+	c := newCenter(t)
+	vm := c.vm("DC0_C0_RP0_VM0")
+	c.secure(vm)
+	fields, err := object.GetCustomFieldsManager(c.admin.Client)
+	c.must(err)
+	field, err := fields.Add(t.Context(), "owner", "VirtualMachine", nil, nil)
+	c.must(err)
+	c.must(fields.Set(t.Context(), vm.Reference(), field.Key, "shop"))
+	restClient := rest.NewClient(c.admin.Client)
+	c.must(restClient.Login(t.Context(), url.UserPassword("assay", "s3cret")))
+	manager := tags.NewManager(restClient)
+	category, err := manager.CreateCategory(t.Context(), &tags.Category{Name: "zone", Cardinality: "SINGLE"})
+	c.must(err)
+	tag, err := manager.CreateTag(t.Context(), &tags.Tag{Name: "dmz", CategoryID: category})
+	c.must(err)
+	c.must(manager.AttachTag(t.Context(), tag, vm.Reference()))
+	is := c.read(vm)
+	id := c.admin.ServiceContent.About.InstanceUuid
+	host := object.NewHostSystem(c.admin.Client, *is.Runtime.Host)
+	hostName, err := host.ObjectName(t.Context())
+	c.must(err)
+	attestortest.Run(t, attestortest.Pair{
+		Node: node.Kind(), Judge: server.Kind(),
+		NodeConfig: c.inside(vm, is.Config.Uuid), JudgeConfig: c.judgeConfig("folders = [\"/DC0/vm\"]\nclusters = [\"DC0_C0\"]\nrequire_secure_rpc = true\ntags = true\n"),
+		Path: "vsphere/" + id + "/" + is.Config.InstanceUuid,
+		Selectors: slices.Sorted(slices.Values([]string{
+			"vsphere:vcenter:" + id, "vsphere:datacenter:DC0", "vsphere:cluster:DC0_C0", "vsphere:host:" + hostName, "vsphere:folder:/DC0/vm",
+			"vsphere:resource-pool:Resources", "vsphere:vm-name:DC0_C0_RP0_VM0", "vsphere:instance-uuid:" + is.Config.InstanceUuid,
+			"vsphere:moid:" + vm.Reference().Value, "vsphere:guest-id:" + is.Config.GuestId, "vsphere:secure-rpc:true", "vsphere:vtpm:false",
+			"vsphere:custom-attr:owner:shop", "vsphere:tag:zone:dmz",
+		})),
+		CanReattest: true,
+		Foreign: map[string][]byte{
+			"no machine": []byte(`{"bios_uuid":"00000000-0000-0000-0000-000000000000","nonce":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}`),
+			"a pattern":  []byte(`{"bios_uuid":"*","nonce":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="}`),
+			"no nonce":   []byte(`{"bios_uuid":"` + is.Config.Uuid + `","nonce":""}`),
+		},
+		README: "README.md",
+	})
+	t.Run("no nonce is left behind", func(t *testing.T) {
+		for _, option := range c.read(vm).Config.ExtraConfig {
+			if o := option.GetOptionValue(); strings.HasPrefix(o.Key, vsphere.KeyPrefix) {
+				t.Errorf("%s = %v", o.Key, o.Value)
+			}
+		}
+	})
+}
+
+func TestForgeries(t *testing.T) {
+	c := newCenter(t)
+	vm, other := c.vm("DC0_H0_VM0"), c.vm("DC0_H0_VM1")
+	uuid := c.read(vm).Config.Uuid
+	payload, answer := c.evidence(c.inside(vm, uuid))
+	all := c.judge(`folders = ["/"]`)
+	refuse := func(t *testing.T, judge attestor.Judge, ask attestor.Ask, want string) {
+		t.Helper()
+		proof, err := judge.Judge(t.Context(), payload, ask)
+		if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%+v, %v; want %q", proof, err, want)
+		}
+	}
+	t.Run("without the secure setting it is believed once", func(t *testing.T) {
+		proof, err := all.Judge(t.Context(), payload, answer)
+		if err != nil || proof.CanReattest || !slices.Contains(attestor.NewSet(proof.Selectors...).Strings(), "vsphere:secure-rpc:false") {
+			t.Errorf("%+v, %v", proof, err)
+		}
+		refuse(t, c.judge("folders = [\"/\"]\nrequire_secure_rpc = true"), answer, "any user")
+	})
+	t.Run("another machine that says it is this one cannot read its nonce", func(t *testing.T) {
+		_, byOther := c.evidence(c.inside(other, uuid))
+		if proof, err := all.Judge(t.Context(), payload, byOther); err == nil {
+			t.Errorf("believed: %+v", proof)
+		}
+	})
+	t.Run("two machines that answer one nonce: the second is refused meanwhile", func(t *testing.T) {
+		asked := false
+		proof, err := all.Judge(t.Context(), payload, func(ctx context.Context, challenge []byte) ([]byte, error) {
+			asked = true
+			refuse(t, all, answer, "being attested already")
+			return answer(ctx, challenge)
+		})
+		if err != nil || !asked {
+			t.Errorf("%+v, %v", proof, err)
+		}
+	})
+	t.Run("an answer made for another trust domain's server is refused", func(t *testing.T) {
+		var e vsphere.Evidence
+		c.must(json.Unmarshal(payload, &e))
+		refuse(t, all, func(_ context.Context, challenge []byte) ([]byte, error) {
+			var q vsphere.Challenge
+			c.must(json.Unmarshal(challenge, &q))
+			nonce := make([]byte, vsphere.NonceSize)
+			return json.Marshal(vsphere.Response{MAC: vsphere.MAC(nonce, e.Nonce, q.Key, "other.org", uuid)})
+		}, "not made with the nonce")
+	})
+	t.Run("a guest that is too slow ends with the attestation, and leaves no nonce", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		_, err := all.Judge(ctx, payload, func(ctx context.Context, _ []byte) ([]byte, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		})
+		if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, attestor.ErrEvidence) {
+			t.Errorf("error is %v", err)
+		}
+		for _, option := range c.read(vm).Config.ExtraConfig {
+			if o := option.GetOptionValue(); strings.HasPrefix(o.Key, vsphere.KeyPrefix) {
+				t.Errorf("left behind: %s", o.Key)
+			}
+		}
+	})
+	t.Run("folders and clusters that are not accepted", func(t *testing.T) {
+		refuse(t, c.judge(`folders = ["/DC0/vm/prod"]`), answer, "accepted folders")
+		refuse(t, c.judge(`folders = ["/DC0/v"]`), answer, "accepted folders")
+		refuse(t, c.judge("folders = [\"/\"]\nclusters = [\"DC0_C0\"]"), answer, "accepted clusters")
+	})
+	t.Run("a clone that is given the UUID while the nonce is out", func(t *testing.T) {
+		before := c.read(other).Config.Uuid
+		defer c.reconfigure(other, types.VirtualMachineConfigSpec{Uuid: before})
+		refuse(t, all, func(ctx context.Context, challenge []byte) ([]byte, error) {
+			c.reconfigure(other, types.VirtualMachineConfigSpec{Uuid: uuid})
+			return answer(ctx, challenge)
+		}, "2 virtual machines")
+		refuse(t, all, answer, "2 virtual machines") // and ever after
+	})
+	t.Run("a session that vCenter has ended is begun anew", func(t *testing.T) {
+		if _, err := all.Judge(t.Context(), payload, answer); err != nil {
+			t.Fatal(err)
+		}
+		var sessions mo.SessionManager
+		c.must(property.DefaultCollector(c.admin.Client).RetrieveOne(t.Context(), *c.admin.ServiceContent.SessionManager, []string{"sessionList", "currentSession"}, &sessions))
+		for _, s := range sessions.SessionList {
+			if s.Key != sessions.CurrentSession.Key {
+				c.must(c.admin.SessionManager.TerminateSession(t.Context(), []string{s.Key}))
+			}
+		}
+		if _, err := all.Judge(t.Context(), payload, answer); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("a machine that is powered off", func(t *testing.T) {
+		task, err := vm.PowerOff(t.Context())
+		c.must(err)
+		c.must(task.Wait(t.Context()))
+		refuse(t, all, answer, "not powered on")
+	})
+	t.Run("a vCenter whose certificate is from nobody we know gets no password", func(t *testing.T) {
+		body := strings.Replace(c.judgeConfig(`folders = ["/"]`), "ca_path", "#", 1)
+		config, _ := attestortest.Decode(server.Kind().Config, body)
+		judge, err := server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+		c.must(err)
+		if _, err := judge.Judge(t.Context(), payload, answer); err == nil || errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), "certificate") {
+			t.Errorf("error is %v", err)
+		}
+	})
+	t.Run("a vCenter that is away is nobody's fault", func(t *testing.T) {
+		c.server.Close()
+		if _, err := all.Judge(t.Context(), payload, answer); err == nil || errors.Is(err, attestor.ErrEvidence) {
+			t.Errorf("error is %v", err)
+		}
+	})
+}
+
+func TestNode(t *testing.T) {
+	c := newCenter(t)
+	vm := c.vm("DC0_H0_VM0")
+	_, answer := c.evidence(c.inside(vm, c.read(vm).Config.Uuid))
+	t.Run("it reads no other key than a nonce's", func(t *testing.T) {
+		for _, key := range []string{"guestinfo.ovfEnv", "guestinfo.assay.nonce.", "guestinfo.assay.nonce.00000000000000000000000000000000 x", "$(reboot)"} {
+			question, _ := json.Marshal(vsphere.Challenge{Key: key})
+			if _, err := answer(t.Context(), question); err == nil || !strings.Contains(err.Error(), "key") {
+				t.Errorf("%q: %v", key, err)
+			}
+		}
+	})
+	t.Run("VMware's serial number tells the UUID", func(t *testing.T) {
+		for serial, want := range map[string]string{
+			"VMware-42 1a 9e 3f 5c 00 11 22-33 44 55 66 77 88 99 aa\n": "421a9e3f-5c00-1122-3344-5566778899aa",
+			"VMware-42": "", "Dell-1": "", "": "",
+		} {
+			if got, ok := vsphere.UUIDOfSerial(serial); got != want && ok {
+				t.Errorf("%q: %q", serial, got)
+			}
+		}
+	})
+	t.Run("a vmtoolsd that hangs, fails or floods is an error", func(t *testing.T) {
+		for why, script := range map[string]string{"hangs": "sleep 60", "fails": "echo oops >&2; exit 3", "floods": "yes", "is silent": "true"} {
+			dir := t.TempDir()
+			c.must(os.WriteFile(filepath.Join(dir, "product_uuid"), []byte("421a9e3f-5c00-1122-3344-5566778899aa"), 0o400))
+			c.must(os.WriteFile(filepath.Join(dir, "vmtoolsd"), []byte("#!/bin/sh\n"+script+"\n"), 0o700))
+			_, answer := c.evidence(fmt.Sprintf("vmtoolsd_path = %q\ndmi_path = %q\n", filepath.Join(dir, "vmtoolsd"), dir))
+			ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+			question, _ := json.Marshal(vsphere.Challenge{Key: vsphere.KeyPrefix + strings.Repeat("0", 32)})
+			if said, err := answer(ctx, question); err == nil {
+				t.Errorf("%s: %q", why, said)
+			}
+			cancel()
+		}
+	})
+}
+
+// told collects what a judge tells of the one agent it has admitted.
+type told struct {
+	known string
+	said  chan string
+}
+
+func (n *told) Each() iter.Seq2[string, attestor.Set] {
+	return func(yield func(string, attestor.Set) bool) { yield(n.known, attestor.Set{}) }
+}
+
+func (n *told) Update(_ context.Context, path string, s []attestor.Selector) error {
+	n.said <- path + " " + strings.Join(attestor.NewSet(s...).Strings(), " ")
+	return nil
+}
+func (n *told) Evict(_ context.Context, path string) error { n.said <- path + " gone"; return nil }
+
+func TestFollow(t *testing.T) {
+	c := newCenter(t)
+	vm := c.vm("DC0_C0_RP0_VM0")
+	is := c.read(vm)
+	path := "vsphere/" + c.admin.ServiceContent.About.InstanceUuid + "/" + is.Config.InstanceUuid
+	nodes := &told{known: path, said: make(chan string, 1024)}
+	follower, ok := c.judge(`folders = ["/"]`).(attestor.Follower)
+	if !ok {
+		t.Fatal("the judge does not follow")
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- follower.Follow(ctx, nodes) }()
+	t.Cleanup(cancel) // before the server is closed, which waits for its callers
+	await := func(want string) {
+		t.Helper()
+		for {
+			select {
+			case said := <-nodes.said:
+				if !strings.HasPrefix(said, path+" ") {
+					t.Errorf("told of another: %s", said)
+				}
+				if strings.Contains(said, want) {
+					return
+				}
+			case err := <-ended:
+				t.Fatalf("follow has ended: %v", err)
+			case <-t.Context().Done():
+				t.Fatalf("never told %s", want)
+			}
+		}
+	}
+	await("vsphere:vm-name:DC0_C0_RP0_VM0")
+	hosts, err := find.NewFinder(c.admin.Client).HostSystemList(t.Context(), "/DC0/host/DC0_C0/*")
+	c.must(err)
+	for _, host := range hosts {
+		if host.Reference() != *is.Runtime.Host {
+			to := host.Reference()
+			task, err := vm.Relocate(t.Context(), types.VirtualMachineRelocateSpec{Host: &to}, types.VirtualMachineMovePriorityDefaultPriority)
+			c.must(err)
+			c.must(task.Wait(t.Context()))
+			name, err := host.ObjectName(t.Context())
+			c.must(err)
+			await("vsphere:host:" + name)
+			break
+		}
+	}
+	task, err := vm.Rename(t.Context(), "shop-1")
+	c.must(err)
+	c.must(task.Wait(t.Context()))
+	await("vsphere:vm-name:shop-1")
+	task, err = vm.PowerOff(t.Context())
+	c.must(err)
+	c.must(task.Wait(t.Context()))
+	task, err = vm.Destroy(t.Context())
+	c.must(err)
+	c.must(task.Wait(t.Context()))
+	await("gone")
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("follow: %v", err)
+	}
+}

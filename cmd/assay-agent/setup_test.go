@@ -1,0 +1,110 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/assay-id/assay/conf"
+)
+
+// furnish makes a machine out of files.
+func furnish(t *testing.T, files map[string]string) string {
+	t.Helper()
+	root := t.TempDir()
+	for name, text := range files {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+func TestSetup(t *testing.T) {
+	const vendor = "sys/class/dmi/id/sys_vendor"
+	for _, c := range []struct {
+		why       string
+		files     map[string]string
+		token     bool
+		node      string
+		workloads string
+	}{
+		{"an EC2 instance", map[string]string{vendor: "Amazon EC2\n", "run/systemd/system/x": ""}, false, "aws_iid", "unix systemd"},
+		{"a virtual machine on vSphere", map[string]string{vendor: "VMware, Inc.\n", "usr/bin/vmtoolsd": "", "dev/tpmrm0": ""}, false, "vsphere", "unix"},
+		{"one without open-vm-tools, but with a TPM", map[string]string{vendor: "VMware, Inc.\n", "dev/tpmrm0": ""}, false, "tpm", "unix"},
+		{"a machine with a certificate", map[string]string{"etc/assay/node.pem": "", "etc/assay/node.key": "", "dev/tpmrm0": ""}, false, "x509pop", "unix"},
+		{"a machine with a token", map[string]string{vendor: "Amazon EC2\n", "var/run/docker.sock": ""}, true, "join_token", "unix docker"},
+		{"a machine with nothing", nil, false, "", ""},
+	} {
+		t.Run(c.why, func(t *testing.T) {
+			dir := t.TempDir()
+			for name, text := range map[string]string{"token": "0f7ba2b4\n", "bundle.pem": ""} {
+				if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			f := &setupFlags{
+				config: filepath.Join(dir, "etc", "agent.hcl"), root: furnish(t, c.files), trustDomain: "example.org", address: "assay.example.org",
+				port: 8081, bundle: filepath.Join(dir, "bundle.pem"), dataDir: filepath.Join(dir, "data"), offline: true,
+			}
+			if c.token {
+				f.token = filepath.Join(dir, "token")
+			}
+			result, err := f.run(t.Context())
+			if c.node == "" {
+				if err == nil || !strings.Contains(err.Error(), "join token") {
+					t.Errorf("error is %v", err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var ways []string
+			for _, w := range result.Workloads {
+				ways = append(ways, w.Type)
+			}
+			if result.Node.Type != c.node || strings.Join(ways, " ") != c.workloads {
+				t.Errorf("node by %s, workloads by %q", result.Node.Type, ways)
+			}
+			read, err := conf.LoadAgent(f.config, nodes(), workloads(), conf.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if read.ServerAddress != "assay.example.org" || read.TrustDomain.Name() != "example.org" || len(read.Workloads) != len(ways) {
+				t.Errorf("the file says %+v", read)
+			}
+			if _, err := f.run(t.Context()); err == nil || !strings.Contains(err.Error(), "-force") {
+				t.Errorf("it was overwritten: %v", err)
+			}
+			f.force = true
+			if _, err := f.run(t.Context()); err != nil {
+				t.Error(err)
+			}
+			if _, err := os.Stat(f.config + ".old"); err != nil {
+				t.Errorf("the old file is not kept: %v", err)
+			}
+		})
+	}
+	t.Run("a server that is away is said, and the file is written", func(t *testing.T) {
+		dir := t.TempDir()
+		f := &setupFlags{config: filepath.Join(dir, "agent.hcl"), root: furnish(t, map[string]string{"dev/tpmrm0": ""}), trustDomain: "example.org", address: "127.0.0.1", port: 1, bundle: filepath.Join(dir, "bundle.pem"), dataDir: dir}
+		if err := os.WriteFile(f.bundle, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		result, err := f.run(t.Context())
+		if err != nil || result.Reached || result.Problem == "" {
+			t.Errorf("%+v, %v", result, err)
+		}
+	})
+	t.Run("a quote is data", func(t *testing.T) {
+		if got := quote("a\"\n}${x}%{if}"); got != `"a\"\n}$${x}%%{if}"` {
+			t.Errorf("quoted is %s", got)
+		}
+	})
+}

@@ -1,0 +1,220 @@
+// Package aws stands in for the parts of Amazon's cloud that node attestation talks to: the instance
+// metadata service in its second version, STS, EC2 and IAM, over HTTP on the loopback interface. It checks
+// signatures as AWS does, with code of its own, and knows whose credentials are whose.
+package aws
+
+import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Key is an access key and who it belongs to.
+type Key struct{ ID, Secret, Token, Account, ARN string }
+
+// Instance is what EC2 knows of one.
+type Instance struct {
+	ID, Account, State, Profile, Role string
+	Tags, Groups                      map[string]string
+}
+
+// Cloud is the services together. Its fields may be changed between requests, under Lock.
+type Cloud struct {
+	sync.Mutex
+	// Metadata is what the metadata service has, by path below /latest/.
+	Metadata map[string]string
+	// Keys are the access keys there are, by ID.
+	Keys map[string]Key
+	// Instances by ID.
+	Instances map[string]Instance
+	// Trouble answers in place of the service if it returns true.
+	Trouble func(w http.ResponseWriter, r *http.Request) bool
+	// Asked counts requests by what was asked for.
+	Asked map[string]int
+
+	server *httptest.Server
+	tokens map[string]time.Time
+}
+
+// New starts the services; Close ends them.
+func New() *Cloud {
+	c := &Cloud{Metadata: map[string]string{}, Keys: map[string]Key{}, Instances: map[string]Instance{}, Asked: map[string]int{}, tokens: map[string]time.Time{}}
+	c.server = httptest.NewServer(c)
+	return c
+}
+
+// URL is where all of the services are.
+func (c *Cloud) URL() string { return c.server.URL }
+
+// Close ends the services.
+func (c *Cloud) Close() { c.server.Close() }
+
+// ServeHTTP answers for the metadata service below /latest/ and for the others at /.
+func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	c.Lock()
+	defer c.Unlock()
+	if c.Trouble != nil && c.Trouble(w, r) {
+		return
+	}
+	if path, ok := strings.CutPrefix(r.URL.Path, "/latest/"); ok {
+		c.metadata(w, r, path)
+		return
+	}
+	body, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	key, service, err := c.verify(r, string(body))
+	if err != nil {
+		w.WriteHeader(http.StatusForbidden)
+		fmt.Fprintf(w, "<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>%s</Message></Error></ErrorResponse>", err)
+		return
+	}
+	form, err := url.ParseQuery(string(body))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	c.Asked[form.Get("Action")]++
+	switch service + " " + form.Get("Action") {
+	case "sts GetCallerIdentity":
+		fmt.Fprintf(w, `<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><GetCallerIdentityResult><Arn>%s</Arn><UserId>AROA:x</UserId><Account>%s</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, key.ARN, key.Account)
+	case "ec2 DescribeInstances":
+		c.describe(w, form.Get("InstanceId.1"))
+	case "iam GetInstanceProfile":
+		c.profile(w, form.Get("InstanceProfileName"))
+	default:
+		w.WriteHeader(http.StatusBadRequest)
+	}
+}
+
+func (c *Cloud) metadata(w http.ResponseWriter, r *http.Request, path string) {
+	if path == "api/token" {
+		if r.Method != http.MethodPut || r.Header.Get("X-aws-ec2-metadata-token-ttl-seconds") == "" || r.Header.Get("X-Forwarded-For") != "" {
+			w.WriteHeader(http.StatusBadRequest)
+			return
+		}
+		raw := make([]byte, 16)
+		_, _ = rand.Read(raw)
+		token := hex.EncodeToString(raw)
+		c.tokens[token] = time.Now().Add(time.Minute)
+		fmt.Fprint(w, token)
+		return
+	}
+	if until, ok := c.tokens[r.Header.Get("X-aws-ec2-metadata-token")]; !ok || time.Now().After(until) {
+		w.WriteHeader(http.StatusUnauthorized)
+		return
+	}
+	text, ok := c.Metadata[path]
+	if !ok {
+		w.WriteHeader(http.StatusNotFound)
+		return
+	}
+	fmt.Fprint(w, text)
+}
+
+// GiveRole lets the metadata service hand out a key as the credentials of a role.
+func (c *Cloud) GiveRole(role string, key Key) {
+	c.Lock()
+	defer c.Unlock()
+	c.Keys[key.ID] = key
+	text, _ := json.Marshal(map[string]string{
+		"Code": "Success", "Type": "AWS-HMAC", "AccessKeyId": key.ID, "SecretAccessKey": key.Secret, "Token": key.Token,
+	})
+	c.Metadata["meta-data/iam/security-credentials/"] = role
+	c.Metadata["meta-data/iam/security-credentials/"+role] = string(text)
+}
+
+func (c *Cloud) describe(w http.ResponseWriter, id string) {
+	i, ok := c.Instances[id]
+	if !ok {
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprint(w, "<Response><Errors><Error><Code>InvalidInstanceID.NotFound</Code></Error></Errors></Response>")
+		return
+	}
+	var groups, tags, profile string
+	for id, name := range i.Groups {
+		groups += "<item><groupId>" + id + "</groupId><groupName>" + name + "</groupName></item>"
+	}
+	for key, value := range i.Tags {
+		tags += "<item><key>" + key + "</key><value>" + value + "</value></item>"
+	}
+	if i.Profile != "" {
+		profile = "<iamInstanceProfile><arn>" + i.Profile + "</arn><id>AIPA</id></iamInstanceProfile>"
+	}
+	fmt.Fprintf(w, `<DescribeInstancesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><reservationSet><item><ownerId>%s</ownerId><instancesSet><item><instanceId>%s</instanceId><instanceState><code>16</code><name>%s</name></instanceState>%s<groupSet>%s</groupSet><tagSet>%s</tagSet></item></instancesSet></item></reservationSet></DescribeInstancesResponse>`,
+		i.Account, i.ID, i.State, profile, groups, tags)
+}
+
+func (c *Cloud) profile(w http.ResponseWriter, name string) {
+	for _, i := range c.Instances {
+		if strings.HasSuffix(i.Profile, "/"+name) {
+			fmt.Fprintf(w, `<GetInstanceProfileResponse xmlns="https://iam.amazonaws.com/doc/2010-05-08/"><GetInstanceProfileResult><InstanceProfile><Roles><member><Arn>arn:aws:iam::%s:role/%s</Arn></member></Roles></InstanceProfile></GetInstanceProfileResult></GetInstanceProfileResponse>`, i.Account, i.Role)
+			return
+		}
+	}
+	w.WriteHeader(http.StatusNotFound)
+}
+
+// verify checks a request's Signature Version 4 and returns whose it is and for which service.
+func (c *Cloud) verify(r *http.Request, body string) (Key, string, error) {
+	rest, ok := strings.CutPrefix(r.Header.Get("Authorization"), "AWS4-HMAC-SHA256 ")
+	parts := map[string]string{}
+	for part := range strings.SplitSeq(rest, ", ") {
+		name, value, _ := strings.Cut(part, "=")
+		parts[name] = value
+	}
+	scope := strings.Split(parts["Credential"], "/")
+	if !ok || len(scope) != 5 || scope[4] != "aws4_request" {
+		return Key{}, "", fmt.Errorf("no credential")
+	}
+	key, ok := c.Keys[scope[0]]
+	if !ok || key.Token != r.Header.Get("X-Amz-Security-Token") {
+		return Key{}, "", fmt.Errorf("unknown key or token")
+	}
+	at, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date"))
+	if err != nil || time.Since(at).Abs() > 15*time.Minute || at.Format("20060102") != scope[1] {
+		return Key{}, "", fmt.Errorf("date is not now")
+	}
+	if want := scope[3] + "." + scope[2] + "."; scope[3] != "iam" && !strings.HasPrefix(r.Host, want) {
+		return Key{}, "", fmt.Errorf("signed for %s, sent to %s", want, r.Host)
+	}
+	var request strings.Builder
+	request.WriteString(r.Method + "\n/\n\n")
+	for name := range strings.SplitSeq(parts["SignedHeaders"], ";") {
+		value := r.Header.Get(name)
+		if name == "host" {
+			value = r.Host
+		}
+		request.WriteString(name + ":" + value + "\n")
+	}
+	request.WriteString("\n" + parts["SignedHeaders"] + "\n" + sum(body))
+	text := "AWS4-HMAC-SHA256\n" + r.Header.Get("X-Amz-Date") + "\n" + strings.Join(scope[1:], "/") + "\n" + sum(request.String())
+	signing := mac(mac(mac(mac([]byte("AWS4"+key.Secret), scope[1]), scope[2]), scope[3]), scope[4])
+	if hex.EncodeToString(mac(signing, text)) != parts["Signature"] {
+		return Key{}, "", fmt.Errorf("signature is wrong")
+	}
+	return key, scope[3], nil
+}
+
+func mac(key []byte, text string) []byte {
+	m := hmac.New(sha256.New, key)
+	m.Write([]byte(text))
+	return m.Sum(nil)
+}
+
+func sum(text string) string {
+	s := sha256.Sum256([]byte(text))
+	return hex.EncodeToString(s[:])
+}
