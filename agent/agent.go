@@ -94,6 +94,7 @@ func open(cfg Config) (*agent, error) {
 			URL:         cfg.TrustBundleURL,
 			SPIFFE:      cfg.TrustBundleFormat == BundleSPIFFE,
 			Insecure:    cfg.InsecureBootstrap,
+			Again:       cfg.Rebootstrap,
 		},
 		OnBan:   func() { a.sink.wipe() },
 		Log:     cfg.Log.WithField("component", "join"),
@@ -183,6 +184,7 @@ func (a *agent) openWorkloadAPI() {
 	})
 	a.serve = workloadapi.New(a.issue, a.attest, workloadapi.Config{
 		SocketPath:                    a.cfg.SocketPath,
+		Disabled:                      a.cfg.DisableWorkloadAPI,
 		Hold:                          a.cfg.WorkloadHold,
 		AllowUnauthenticatedVerifiers: a.cfg.AllowUnauthenticatedVerifiers,
 		AllowedForeignJWTClaims:       a.cfg.AllowedForeignJWTClaims,
@@ -195,7 +197,9 @@ func (a *agent) openWorkloadAPI() {
 	})
 	secrets := a.cfg.SDS
 	secrets.Log = a.cfg.Log.WithField("component", "sds")
-	sds.Register(a.serve, secrets)
+	if !a.cfg.DisableSDSAPI {
+		sds.Register(a.serve, secrets)
+	}
 }
 
 // run runs the parts until one fails or ctx ends.

@@ -91,6 +91,9 @@ type Config struct {
 	TrustBundleURL string
 	// InsecureBootstrap trusts whoever answers first with the server's SPIFFE ID. It is for trials.
 	InsecureBootstrap bool
+	// Rebootstrap is how long the server must have been unknown to the bundle that it gave before the source
+	// above is believed again; 0 means 10 minutes, negative is never.
+	Rebootstrap time.Duration
 	// TrustBundleFormat is BundlePEM (the default) or BundleSPIFFE, for path and URL.
 	TrustBundleFormat string
 
@@ -124,6 +127,8 @@ type Config struct {
 	// AllowedForeignJWTClaims are the claims of JWT-SVIDs of other trust domains that
 	// ValidateJWTSVID returns.
 	AllowedForeignJWTClaims []string
+	// DisableWorkloadAPI and DisableSDSAPI leave one of the two out of the socket.
+	DisableWorkloadAPI, DisableSDSAPI bool
 	// SDS is how Envoy and Istio ask for secrets on the same socket; its Log is not used.
 	SDS sds.Config
 	// LogSelectors are the selector types whose values may appear in logs; values can hold secrets.

@@ -37,6 +37,9 @@ type Agent struct {
 	TrustBundleURL    string
 	InsecureBootstrap bool
 	TrustBundleFormat string // "pem" or "spiffe"
+	// Rebootstrap is how long the server must be unknown to the bundle before the source above is believed
+	// again; negative is never.
+	Rebootstrap time.Duration
 
 	// JoinToken is empty if the operator gave none, or the text of join_token_file.
 	JoinToken string
@@ -51,7 +54,9 @@ type Agent struct {
 	LogSelectors                  []string
 	AuditFile                     string // empty: no audit log; "-": standard error
 
-	SDS SDS
+	// DisableWorkloadAPI and DisableSDSAPI leave one of the two out of the socket.
+	DisableWorkloadAPI, DisableSDSAPI bool
+	SDS                               SDS
 
 	KeyManager string // "disk" or "memory"
 	KeysDir    string // of "disk"; empty: DataDir
@@ -95,11 +100,14 @@ type agentBlock struct {
 	LogLevel  string `hcl:"log_level,optional"`
 	LogFormat string `hcl:"log_format,optional"`
 	LogFile   string `hcl:"log_file,optional"`
+	LogSource bool   `hcl:"log_source_location,optional"`
 
 	TrustBundlePath   string `hcl:"trust_bundle_path,optional"`
 	TrustBundleURL    string `hcl:"trust_bundle_url,optional"`
 	TrustBundleFormat string `hcl:"trust_bundle_format,optional"`
 	InsecureBootstrap bool   `hcl:"insecure_bootstrap,optional"`
+	RebootstrapMode   string `hcl:"rebootstrap_mode,optional"`
+	RebootstrapDelay  string `hcl:"rebootstrap_delay,optional"`
 
 	JoinToken     string `hcl:"join_token,optional"`
 	JoinTokenFile string `hcl:"join_token_file,optional"`
@@ -115,7 +123,9 @@ type agentBlock struct {
 	LogSelectors                  []string `hcl:"log_selectors,optional"`
 	AuditFile                     string   `hcl:"audit_log_file,optional"`
 
-	SDS *sdsBlock `hcl:"sds,block"`
+	DisableWorkloadAPI bool      `hcl:"disable_workload_api,optional"`
+	DisableSDSAPI      bool      `hcl:"disable_sds_api,optional"`
+	SDS                *sdsBlock `hcl:"sds,block"`
 }
 
 // sdsBlock is agent.sds.
@@ -151,7 +161,7 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 	}
 	l.node(a, f.NodeAttestors, nodes)
 	l.workloads(a, f.WorkloadAttestors, workloads)
-	kind, config := l.keyManager(f.KeyManagers, func() any { return new(diskDirectory) })
+	kind, config := l.keyManager(f.KeyManagers, AgentKeyManagers())
 	a.KeyManager = kind
 	if disk, ok := config.(*diskDirectory); ok && disk.Directory != "" {
 		a.KeysDir = l.directory("key_manager.disk.directory", disk.Directory, "")
@@ -174,7 +184,7 @@ func (l *loader) agent(b *agentBlock) *Agent {
 		ServerPort:    l.port("agent.server_port", b.ServerPort, 8081, 1),
 		DataDir:       l.directory("agent.data_dir", b.DataDir, "it names the directory for what the agent keeps over a restart"),
 		SocketPath:    l.socket("agent.socket_path", b.SocketPath, DefaultAgentSocket),
-		Log:           l.log("agent", b.LogLevel, b.LogFormat, b.LogFile),
+		Log:           l.log("agent", b.LogLevel, b.LogFormat, b.LogFile, b.LogSource),
 
 		WorkloadKeyType:               l.oneOf("agent.workload_x509_svid_key_type", b.WorkloadKeyType, "ec-p256", "ec-p384", "rsa-2048"),
 		X509CacheSize:                 l.number("agent.x509_svid_cache_max_size", b.X509CacheSize, 1000, 1, many),
@@ -187,7 +197,9 @@ func (l *loader) agent(b *agentBlock) *Agent {
 		LogSelectors:                  b.LogSelectors,
 		AuditFile:                     l.inFile("agent.audit_log_file", b.AuditFile),
 
-		SDS: l.sds(b.SDS),
+		DisableWorkloadAPI: b.DisableWorkloadAPI,
+		DisableSDSAPI:      b.DisableSDSAPI,
+		SDS:                l.sds(b.SDS),
 	}
 	if a.WorkloadHold == 0 {
 		a.WorkloadHold = -1
@@ -281,6 +293,7 @@ func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 	}
 	a.TrustBundleFormat = l.oneOf("agent.trust_bundle_format", b.TrustBundleFormat, "pem", "spiffe")
 	a.InsecureBootstrap = b.InsecureBootstrap
+	a.Rebootstrap = l.rebootstrap(b)
 	if b.TrustBundlePath != "" {
 		const key, next = "agent.trust_bundle_path", `"assay-server bundle show" prints what belongs into it`
 		before := len(l.wrong)
@@ -318,6 +331,18 @@ func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 	default:
 		l.say("agent."+set[1], "Conflicting bootstrap trust", "Only one of trust_bundle_path, trust_bundle_url and insecure_bootstrap can be set; there are %s.", quoted(set))
 	}
+}
+
+// rebootstrap reads when the bootstrap source is believed again.
+func (l *loader) rebootstrap(b *agentBlock) time.Duration {
+	delay := l.duration("agent.rebootstrap_delay", b.RebootstrapDelay, 10*time.Minute, 0)
+	switch l.oneOf("agent.rebootstrap_mode", b.RebootstrapMode, "auto", "always", "never") {
+	case "always":
+		return time.Nanosecond // none, as far as anybody can tell; 0 would be the default
+	case "never":
+		return -1
+	}
+	return max(delay, time.Nanosecond)
 }
 
 // maxToken is far more than a join token has, in bytes.

@@ -27,6 +27,12 @@ agent {
   #insecure_bootstrap  = false
   #trust_bundle_format = "pem"
 
+  # When the server has become unknown to the bundle that it gave this agent, which a rotation that the agent
+  # slept through does, the source above is believed again: "auto", after rebootstrap_delay; "always", at
+  # once; or "never", and the agent stays out until its data_dir is emptied.
+  #rebootstrap_mode  = "auto"
+  #rebootstrap_delay = "10m"
+
   # The token of node_attestor "join_token". Better than here: in a file that only the agent can
   # read, or as -joinToken on the command line of the first start.
   #join_token      = ""
@@ -50,6 +56,9 @@ agent {
   log_level  = "info"
   #log_format = "text"
   #log_file   = "/var/log/assay/agent.log"
+
+  # Put the place in the code into every line of the log.
+  #log_source_location = false
 
   # Selector types whose values may appear in the log. Values can hold secrets (docker:env), so there
   # are none by default.
@@ -84,6 +93,10 @@ agent {
 
   # Claims of JWT-SVIDs of other trust domains that are handed to workloads that validate them.
   #allowed_foreign_jwt_claims = []
+
+  # Leave one of the two out of socket_path: SPIFFE's Workload API, or Envoy's below.
+  #disable_workload_api = false
+  #disable_sds_api      = false
 
   # Envoy's secret discovery service (SDS v3, state of the world and delta) on socket_path, for Envoy and
   # Istio. Istio looks for its socket at /var/run/secrets/workload-spiffe-uds/socket: write a socket_path

@@ -1,7 +1,10 @@
 package conf
 
 import (
+	"maps"
 	"net"
+	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -15,6 +18,8 @@ type Log struct {
 	File string
 	// JSON asks for one JSON object per line.
 	JSON bool
+	// Source puts the place in the code into every line.
+	Source bool
 }
 
 // Health is the HTTP listener for liveness and readiness probes.
@@ -95,24 +100,38 @@ func (l *loader) metrics(b *telemetryBlock, port int) string {
 	return net.JoinHostPort(host, strconv.Itoa(l.port(key+"port", b.Prometheus.Port, port, 0)))
 }
 
-// log reads the three keys that the server and the agent share.
-func (l *loader) log(block, level, format, file string) Log {
+// log reads the four keys that the server and the agent share.
+func (l *loader) log(block, level, format, file string, source bool) Log {
 	return Log{
 		Level: l.logLevel(block+".log_level", level),
 		JSON:  l.oneOf(block+".log_format", strings.ToLower(format), "text", "json") == "json",
 		File:  l.inFile(block+".log_file", file),
+
+		Source: source,
 	}
 }
 
+// AgentKeyManagers are the kinds of key managers that an agent can have, each with what makes its configuration.
+func AgentKeyManagers() map[string]func() any {
+	return map[string]func() any{"disk": func() any { return new(diskDirectory) }, "memory": func() any { return new(struct{}) }}
+}
+
+// ServerShape and AgentShape are the structs that files are decoded into, for who writes such files.
+func ServerShape() reflect.Type { return reflect.TypeFor[serverFile]() }
+
+// AgentShape is ServerShape of an agent's file.
+func AgentShape() reflect.Type { return reflect.TypeFor[agentFile]() }
+
 // keyManager reads the one key_manager block, "disk" if there is none. The key named pathKey says
 // where the disk one keeps its keys.
-func (l *loader) keyManager(blocks []typeBlock, disk func() any) (kind string, config any) {
+func (l *loader) keyManager(blocks []typeBlock, have map[string]func() any) (kind string, config any) {
 	l.one(blocks, "key manager", "keys live in one place")
 	var k kinds
 	k.role = "key manager"
-	k.add("disk", disk)
-	k.add("memory", func() any { return new(struct{}) })
-	kind, config = "disk", disk()
+	for _, name := range slices.Sorted(maps.Keys(have)) {
+		k.add(name, have[name])
+	}
+	kind, config = "disk", have["disk"]()
 	l.decodeTypes(blocks, k, func(t string, c any) { kind, config = t, c })
 	return kind, config
 }

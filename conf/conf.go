@@ -281,9 +281,7 @@ var nextStep = map[string]string{
 	"DataStore":                   "The store is a file in data_dir; it needs no configuration.",
 	"audit_log_enabled":           "The audit log is always on; audit_log_file says where it goes.",
 	"experimental":                "What is experimental in SPIRE is a plain key here or is not needed.",
-	"federation":                  "Federation is not part of this release.",
 	"profiling_enabled":           "Use the debug command instead.",
-	"log_source_location":         "Leave it out.",
 	"trust_bundle_unix_socket":    "Use trust_bundle_path or an https trust_bundle_url.",
 	"use_sync_authorized_entries": "The agent chooses the newest protocol that the server speaks.",
 }

@@ -121,6 +121,30 @@ func TestAgentSample(t *testing.T) {
 	})
 }
 
+func TestEntriesSample(t *testing.T) {
+	e, err := LoadEntries("entries.hcl", Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e.Owner != "shop-team" || len(e.Entries) != 2 || e.Entries[0].ParentID != ServerIDPath || len(e.Entries[1].Selectors) != 2 {
+		t.Errorf("the sample loads as %+v", e)
+	}
+	t.Run("its commented keys load as well", func(t *testing.T) {
+		e, err := LoadEntries(write(t, "all.hcl", uncommented(t, "entries.hcl")), Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.Entries[1].X509SVIDTTL != time.Hour || e.Entries[1].Hint != "internal" {
+			t.Errorf("the sample loads as %+v", e)
+		}
+	})
+	t.Run("every key is in it, and nothing else", func(t *testing.T) {
+		if diff := cmp.Diff(keysOf(reflect.TypeFor[entriesFile](), ""), keysIn(t, "entries.hcl")); diff != "" {
+			t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
+		}
+	})
+}
+
 var settingComment = regexp.MustCompile(`(?m)^(\s*)#([a-z}])`)
 
 // uncommented returns a sample with the keys that are commented out put into force, but for those
@@ -159,11 +183,11 @@ func keysIn(t *testing.T, sample string, roles ...string) []string {
 			switch {
 			case b.Type == "files": // its label is a name, and its keys are another test's
 				found[prefix+b.Type] = true
-			case slices.Contains(append(roles, "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source", "kubernetes"), b.Type):
+			case slices.Contains(append(roles, "node_attestor", "workload_attestor", "scan_policy", "trust_policy", "evidence_source", "kubernetes", "role"), b.Type):
 				found[prefix+b.Type] = true
 			default:
 				switch b.Type {
-				case "webhook", "profile", "federates_with", "bundle_endpoint_profile", "jwt_profile":
+				case "webhook", "profile", "federates_with", "bundle_endpoint_profile", "jwt_profile", "entry":
 					found[prefix+b.Type+".name"] = true // its label
 				}
 				walk(prefix+b.Type+".", b.Body)

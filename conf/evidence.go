@@ -16,7 +16,7 @@ import (
 // NamedKind decodes the blocks of a type whose label is a name and whose keys are another package's
 // business: scan_policy "prod" { … }.
 type NamedKind struct {
-	// Block is the type: "scan_policy", "trust_policy", "evidence_source" or "kubernetes".
+	// Block is the type: "scan_policy", "trust_policy", "evidence_source", "kubernetes" or "role".
 	Block string
 	// Decode returns what the block says, what is wrong with its keys, and what the HCL library
 	// complains about.

@@ -80,6 +80,7 @@ type serverFile struct {
 	NodeAttestors []typeBlock     `hcl:"node_attestor,block"`
 	KeyManagers   []typeBlock     `hcl:"key_manager,block"`
 	Upstreams     []typeBlock     `hcl:"upstream_authority,block"`
+	Roles         []typeBlock     `hcl:"role,block"`
 	Scans         []typeBlock     `hcl:"scan_policy,block"`
 	Trusts        []typeBlock     `hcl:"trust_policy,block"`
 	Sources       []typeBlock     `hcl:"evidence_source,block"`
@@ -106,6 +107,7 @@ type serverBlock struct {
 	LogLevel  string `hcl:"log_level,optional"`
 	LogFormat string `hcl:"log_format,optional"`
 	LogFile   string `hcl:"log_file,optional"`
+	LogSource bool   `hcl:"log_source_location,optional"`
 
 	CATTL       string        `hcl:"ca_ttl,optional"`
 	CAKeyType   string        `hcl:"ca_key_type,optional"`
@@ -179,6 +181,7 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 	s.Named = slices.Concat(l.named("scan_policy", f.Scans), l.named("trust_policy", f.Trusts), l.named("evidence_source", f.Sources))
 	s.Evidence.On = s.Evidence.On || len(s.Named) > 0
 	s.Named = append(s.Named, l.named("kubernetes", f.Clusters)...)
+	s.Named = append(s.Named, l.named("role", f.Roles)...)
 	if l.options.CheckNamed != nil && len(l.wrong) == 0 {
 		for _, p := range l.options.CheckNamed(s.Named) {
 			for _, n := range s.Named {
@@ -207,7 +210,7 @@ func (l *loader) server(b *serverBlock) *Server {
 		SocketPath:   l.socket("server.socket_path", b.SocketPath, DefaultServerSocket),
 		DataDir:      l.directory("server.data_dir", b.DataDir, "it names the directory for the server's store and keys"),
 		AuditFile:    l.inFile("server.audit_log_file", b.AuditFile),
-		Log:          l.log("server", b.LogLevel, b.LogFormat, b.LogFile),
+		Log:          l.log("server", b.LogLevel, b.LogFormat, b.LogFile, b.LogSource),
 		CATTL:        l.duration("server.ca_ttl", b.CATTL, 24*time.Hour, time.Minute),
 		CAKeyType:    l.oneOf("server.ca_key_type", b.CAKeyType, keyTypes...),
 		JWTIssuer:    b.JWTIssuer,

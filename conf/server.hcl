@@ -34,6 +34,9 @@ server {
   #log_format = "text"
   #log_file   = "/var/log/assay/server.log"
 
+  # Put the place in the code into every line of the log.
+  #log_source_location = false
+
   # One line of JSON for each decision: who asked for what, what came of it and why. No line, no
   # certificate. The default is audit.log in data_dir; "-" is standard error.
   #audit_log_file = "/var/log/assay/audit.log"
@@ -377,6 +380,40 @@ key_manager "disk" {
   #issuer_kind      = "Issuer"
   #issuer_group     = "cert-manager.io"
   #kube_config_file = "/etc/assay/kubeconfig"
+#}
+
+# Some of what administrators may do, for somebody. Without any role it is all or nothing: admin_ids, entries
+# with admin set, and everybody who can open socket_path. SIGHUP reads the blocks again.
+#role "shop-registrar" {
+  # "entry:read", "entry:write", "agent:read", "agent:write", "token:create", "svid:mint", "bundle:read",
+  # "bundle:write", "federation:read", "federation:write", "authority:read", "authority:write",
+  # "evidence:read", "evidence:write", and on the Unix socket "server:read" and "server:write"; or "*".
+  #verbs = ["entry:read", "entry:write"]
+  # The SPIFFE IDs that it may see and give away, in entries, with tokens and by minting: "/shop" is /shop
+  # and all below it, "/" is all. None without it. Entries with admin or downstream set are in no role.
+  #paths = ["/shop"]
+  # The parents that its entries may have; any without it. At least one of these selectors must be in each
+  # of its entries; any will do without it. And the DNS names it may give; none without it.
+  #parents   = ["/node/shop"]
+  #selectors = ["k8s:ns:shop"]
+  #dns_names = ["*.shop.example.org"]
+  # Who has it: by X.509-SVID, by a token in the call's metadata (authorization: Bearer …), or by user or
+  # group of the caller of the Unix socket. As soon as one role has a unix block, every user of the socket
+  # but root and the server's own has no more than roles give; it must be able to open the socket.
+  #svid {
+    #ids = ["spiffe://example.org/ci/registrar", "spiffe://example.org/team/shop/*"]
+  #}
+  #oidc {
+    #issuer   = "https://login.example.org"
+    #audience = "assay"
+    #claims   = { "email" = "*@shop.example.org" }
+  #}
+  #unix {
+    #users  = ["root"]
+    #groups = ["root"]
+    #uids   = [1000]
+    #gids   = [1000]
+  #}
 #}
 
 # Image evidence: what scanners and CI systems say about images becomes a condition of identity. An entry

@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/ca/upstream"
@@ -58,6 +59,8 @@ type Config struct {
 	// CA is what the server signs, and for how long.
 	CA CA
 
+	// Roles say who may do some of what administrators may. Nil: nobody.
+	Roles caller.Roles
 	// AdminIDs are SPIFFE IDs whose holders may administer the server over TCP, beside those that
 	// have an entry with admin set. An ID of another trust domain is verified against the federated
 	// bundle of that trust domain.

@@ -146,6 +146,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	})
 	authorizer := caller.New(pictures, rec, log, caller.Config{
 		TrustDomain: cfg.TrustDomain, AdminIDs: cfg.AdminIDs, Log: component("caller"), Now: cfg.Now,
+		Roles: cfg.Roles, UID: uint32(os.Getuid()), //nolint:gosec // a user ID fits
 	})
 	stopping := make(chan struct{})
 	around, err := newCalls(stopping, component("rpc"), cfg.Metrics)

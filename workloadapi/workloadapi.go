@@ -83,6 +83,8 @@ const (
 type Config struct {
 	// SocketPath is where the public socket goes, mode 0777.
 	SocketPath string
+	// Disabled leaves the Workload API out of the socket; services that were added to it are served.
+	Disabled bool
 	// Hold is how long a caller that matches nothing waits for its entry; 0 means DefaultHold,
 	// negative means not at all.
 	Hold time.Duration
@@ -349,7 +351,9 @@ func (s *Server) grpcServer() (*grpc.Server, *health.Server) {
 		grpc.ChainUnaryInterceptor(s.guardUnary, strict.Unary),
 		grpc.ChainStreamInterceptor(s.guardStream, strict.Stream),
 	)
-	workload.RegisterSpiffeWorkloadAPIServer(srv, s)
+	if !s.cfg.Disabled {
+		workload.RegisterSpiffeWorkloadAPIServer(srv, s)
+	}
 	for _, f := range s.further {
 		srv.RegisterService(f.desc, f.impl)
 	}

@@ -37,6 +37,10 @@ type Bootstrap struct {
 	SPIFFE bool
 	// Insecure trusts whoever answers with the server's SPIFFE ID.
 	Insecure bool
+	// Again is how long the server must have been unknown to the held bundle before the source is believed
+	// again. A bundle that missed a whole rotation of authorities would otherwise lock the agent out for
+	// good. 0: 10 minutes; negative: never.
+	Again time.Duration
 	// Roots verify the host of URL; nil: the system's.
 	Roots *x509.CertPool
 }

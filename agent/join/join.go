@@ -100,7 +100,7 @@ func New(store Store, cfg Config) (*Joiner, error) {
 	if cfg.OnBan == nil {
 		cfg.OnBan = func() {}
 	}
-	t, err := newTrust(cfg.TrustDomain, cfg.Now, cfg.Log)
+	t, err := newTrust(cfg.TrustDomain, cfg.Bootstrap.Again, cfg.Now, cfg.Log)
 	if err != nil {
 		return nil, err
 	}

@@ -18,14 +18,13 @@ import (
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
-// rebootstrapAfter is how long the server must have been unknown to the held bundle before the
-// bootstrap source is believed again. A bundle that missed a whole rotation of authorities would
-// otherwise lock the agent out for good.
-const rebootstrapAfter = 10 * time.Minute
+// againAfter is Bootstrap.Again where it is not given.
+const againAfter = 10 * time.Minute
 
 // trust decides whether the other end is the server.
 type trust struct {
 	td       spiffeid.TrustDomain
+	again    time.Duration // negative: never
 	serverID spiffeid.ID
 	now      func() time.Time
 	log      logrus.FieldLogger
@@ -42,12 +41,15 @@ type trust struct {
 	unknownSince time.Time
 }
 
-func newTrust(td spiffeid.TrustDomain, now func() time.Time, log logrus.FieldLogger) (*trust, error) {
+func newTrust(td spiffeid.TrustDomain, again time.Duration, now func() time.Time, log logrus.FieldLogger) (*trust, error) {
 	id, err := spiffeid.FromPath(td, "/spire/server")
 	if err != nil {
 		return nil, fmt.Errorf("make server ID: %w", err)
 	}
-	return &trust{td: td, serverID: id, now: now, log: log}, nil
+	if again == 0 {
+		again = againAfter
+	}
+	return &trust{td: td, again: again, serverID: id, now: now, log: log}, nil
 }
 
 // set replaces the held bundle, and ends all belief in the bootstrap. It reports whether the bundle
@@ -70,12 +72,16 @@ func (t *trust) bundle() *identity.Bundle {
 }
 
 // need says whether the bootstrap source is to be read: there is no bundle, all of its authorities
-// have expired (certain), or the server has been unknown to it for long.
+// have expired (certain), or the server has been unknown to it for long. The operator may have forbidden
+// to read it but for the first time.
 func (t *trust) need() (need, certain bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.held == nil {
 		return true, true
+	}
+	if t.again < 0 {
+		return false, false
 	}
 	now := t.now()
 	alive := false
@@ -85,7 +91,7 @@ func (t *trust) need() (need, certain bool) {
 	if !alive {
 		return true, true
 	}
-	return !t.unknownSince.IsZero() && now.Sub(t.unknownSince) >= rebootstrapAfter, false
+	return !t.unknownSince.IsZero() && now.Sub(t.unknownSince) >= t.again, false
 }
 
 // believe adds the bootstrap's authorities, or with insecure anybody who has the server's ID.

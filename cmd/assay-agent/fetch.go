@@ -218,6 +218,9 @@ func fetchJWT() *cobra.Command {
 	})
 	r.Flags().StringArrayVar(&audiences, "audience", nil, "Who the SVID is for; several are separated by commas")
 	r.Flags().StringVar(&spiffeID, "spiffeID", "", "Only this SPIFFE ID; without it one SVID for each identity")
+	format := *r.Flags().Lookup("output")
+	format.Name, format.Usage = "format", "The same as -output, which SPIRE's scripts may still call so"
+	r.Flags().AddFlag(&format)
 	return r.Command
 }
 

@@ -22,7 +22,7 @@ func main() { os.Exit(cli.Main(root())) }
 
 func root() *cobra.Command {
 	return cli.Group("assay-agent", "Proves what runs on this node and hands out the identities",
-		run(), validate(), setup(),
+		run(), validate(), setup(), migrateCommand(),
 		cli.Group("api", "Talks to the Workload API as a workload does",
 			apiFetch(), cli.Group("validate", "Validates what workloads present", validateJWT()), apiWatch()),
 		explain(), filesCommand(),

@@ -35,12 +35,17 @@ func settings(c *cobra.Command) *cli.Settings {
 	s.Key(c, "trustBundleUrl", "agent.trust_bundle_url", "URL of the server's bundle")
 	s.Key(c, "trustBundleFormat", "agent.trust_bundle_format", "pem or spiffe")
 	s.Switch(c, "insecureBootstrap", "agent.insecure_bootstrap", "Trust whoever answers first as the server")
+	s.Key(c, "rebootstrapMode", "agent.rebootstrap_mode", "When the bootstrap source is believed again: auto, always or never")
+	s.Key(c, "rebootstrapDelay", "agent.rebootstrap_delay", "How long the server must be unknown before, with auto")
 	s.Key(c, "socketPath", "agent.socket_path", "Path of the Workload API's Unix socket")
 	s.Key(c, "adminSocketPath", "agent.admin_socket_path", "Path of the admin Unix socket")
 	s.Key(c, "dataDir", "agent.data_dir", "Directory for what is kept over a restart")
 	s.Switch(c, "allowUnauthenticatedVerifiers", "agent.allow_unauthenticated_verifiers", "Let processes without an identity fetch bundles")
+	s.Switch(c, "disableWorkloadAPI", "agent.disable_workload_api", "Do not serve SPIFFE's Workload API")
+	s.Switch(c, "disableSDSAPI", "agent.disable_sds_api", "Do not serve Envoy's secret discovery service")
 	s.Key(c, "logLevel", "agent.log_level", "debug, info, warn or error")
 	s.Key(c, "logFormat", "agent.log_format", "text or json")
+	s.Switch(c, "logSourceLocation", "agent.log_source_location", "Put the place in the code into every line of the log")
 	s.Key(c, "logFile", "agent.log_file", "File for the log; standard error without it")
 	return s
 }
@@ -110,7 +115,8 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.SocketPath, c.AdminSocketPath = from.SocketPath, from.AdminSocketPath
 	c.AuthorizedDelegates = from.AuthorizedDelegates
 	c.TrustBundlePath, c.TrustBundleURL, c.TrustBundleFormat = from.TrustBundlePath, from.TrustBundleURL, from.TrustBundleFormat
-	c.InsecureBootstrap = from.InsecureBootstrap
+	c.InsecureBootstrap, c.Rebootstrap = from.InsecureBootstrap, from.Rebootstrap
+	c.DisableWorkloadAPI, c.DisableSDSAPI = from.DisableWorkloadAPI, from.DisableSDSAPI
 	c.WorkloadKeyType = from.WorkloadKeyType
 	c.X509CacheSize, c.JWTCacheSize = from.X509CacheSize, from.JWTCacheSize
 	c.SyncInterval, c.WorkloadHold, c.VerdictLease = from.SyncInterval, from.WorkloadHold, from.VerdictLease

@@ -19,7 +19,7 @@ func main() { os.Exit(cli.Main(root())) }
 
 func root() *cobra.Command {
 	c := cli.Group("assay-server", "Gives attested workloads their identity",
-		run(), validate(),
+		run(), validate(), migrateCommand(), importCommand(), applyCommand(),
 		cli.Group("entry", "Says who gets which identity", entryCreate(), entryUpdate(), entryShow(), entryCount(), entryDelete()),
 		cli.Group("agent", "Looks after admitted agents", agentList(), agentCount(), agentShow(), agentBan(), agentEvict(), agentPurge()),
 		cli.Group("token", "Makes tokens that let agents join", tokenGenerate()),

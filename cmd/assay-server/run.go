@@ -11,6 +11,7 @@ import (
 	"github.com/assay-id/assay/cmd/daemon"
 	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/server"
+	"github.com/assay-id/assay/server/api/roles"
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/verdict/rules"
 )
@@ -33,6 +34,7 @@ func settings(c *cobra.Command) *cli.Settings {
 	s.Key(c, "dataDir", "server.data_dir", "Directory for the store and the keys")
 	s.Key(c, "logLevel", "server.log_level", "debug, info, warn or error")
 	s.Key(c, "logFormat", "server.log_format", "text or json")
+	s.Switch(c, "logSourceLocation", "server.log_source_location", "Put the place in the code into every line of the log")
 	s.Key(c, "logFile", "server.log_file", "File for the log; standard error without it")
 	return s
 }
@@ -40,7 +42,7 @@ func settings(c *cobra.Command) *cli.Settings {
 // load reads the configuration.
 func load(s *cli.Settings) (*conf.Server, error) {
 	options := s.Options()
-	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind()), rules.Check
+	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind(), roles.Kind()), rules.Check
 	c, err := conf.LoadServer(s.Path(), judges(), options)
 	if err != nil {
 		return nil, cli.Invalid("Assay server", err)
@@ -70,12 +72,16 @@ func run() *cobra.Command {
 			return err
 		}
 		var running atomic.Pointer[server.Running]
+		var granted *roles.Set
 		d, err := daemon.Start(daemon.Config{
 			Name: "assay_server", Version: cli.VersionText(), Log: from.Log, Health: from.Health, Metrics: from.Metrics, Garbage: garbage,
 			Reload: func() (conf.Log, error) {
 				now, err := load(s)
 				if err != nil {
 					return conf.Log{}, err
+				}
+				if granted != nil {
+					granted.Replace(conf.NamedOf[*roles.Holder](now.Named, roles.BlockType))
 				}
 				if r := running.Load(); r != nil {
 					err = reloadEvidence(c.Context(), now, r)
@@ -86,7 +92,12 @@ func run() *cobra.Command {
 		if err != nil {
 			return err
 		}
+		granted, err = roles.NewSet(conf.NamedOf[*roles.Holder](from.Named, roles.BlockType), nil, d.Log.WithField("component", "roles"))
+		if err != nil {
+			return errors.Join(err, d.Close())
+		}
 		config := serverConfig(from, d)
+		config.Roles = granted
 		if config.Evidence, err = evidence(from); err != nil {
 			return errors.Join(err, d.Close())
 		}

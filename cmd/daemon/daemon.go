@@ -94,6 +94,7 @@ func Start(c Config) (*Daemon, error) {
 	if c.Log.JSON {
 		d.Log.SetFormatter(&logrus.JSONFormatter{TimestampFormat: time.RFC3339Nano})
 	}
+	d.Log.SetReportCaller(c.Log.Source)
 	d.Log.SetOutput(os.Stderr)
 	if c.Log.File != "" {
 		file, err := OpenFile(c.Log.File)

@@ -174,6 +174,9 @@ func (s *agentService) CreateJoinToken(ctx context.Context, req *agentv1.CreateJ
 		if err != nil {
 			return nil, malformed("invalid agent ID", err)
 		}
+		if !reachesID(ctx, id, nil) {
+			return nil, errScope
+		}
 		alias = &identity.Entry{
 			SPIFFEID: id, ParentID: parent,
 			Selectors: attestor.NewSet(attestor.Selector{Type: "spiffe_id", Value: parent.String()}),

@@ -298,6 +298,9 @@ func (s *bundleService) BatchDeleteFederatedBundle(ctx context.Context, req *bun
 	if _, ok := bundlev1.BatchDeleteFederatedBundleRequest_Mode_name[int32(req.GetMode())]; !ok {
 		return nil, refusal(codes.InvalidArgument, "unhandled delete mode")
 	}
+	if err := mayDelete(ctx, req.GetMode()); err != nil {
+		return nil, err
+	}
 	var last kv.Rev
 	for _, name := range req.GetTrustDomains() {
 		rev, err := s.remove(ctx, name, req.GetMode())

@@ -24,15 +24,16 @@ type entryService struct {
 	api *API
 }
 
-func (s *entryService) CountEntries(_ context.Context, req *entryv1.CountEntriesRequest) (*entryv1.CountEntriesResponse, error) {
+func (s *entryService) CountEntries(ctx context.Context, req *entryv1.CountEntriesRequest) (*entryv1.CountEntriesResponse, error) {
 	filter, err := s.api.entryFilter(req.GetFilter())
 	if err != nil {
 		return nil, err
 	}
+	filter.Keep = reached(ctx)
 	return &entryv1.CountEntriesResponse{Count: clampInt32(s.api.View.CountEntries(filter))}, nil
 }
 
-func (s *entryService) ListEntries(_ context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
+func (s *entryService) ListEntries(ctx context.Context, req *entryv1.ListEntriesRequest) (*entryv1.ListEntriesResponse, error) {
 	page, err := pageFromWire(req.GetPageSize(), req.GetPageToken())
 	if err != nil {
 		return nil, err
@@ -41,6 +42,7 @@ func (s *entryService) ListEntries(_ context.Context, req *entryv1.ListEntriesRe
 	if err != nil {
 		return nil, err
 	}
+	filter.Keep = reached(ctx)
 	entries, next := s.api.View.ListEntries(filter, page.after, page.size)
 	resp := &entryv1.ListEntriesResponse{NextPageToken: pageToken(next)}
 	for _, e := range entries {
@@ -55,7 +57,7 @@ func (s *entryService) GetEntry(ctx context.Context, req *entryv1.GetEntryReques
 	}
 	ledgerOf(ctx).note(func(l *audit.Line) { l.EntryID = req.GetId() })
 	e, ok := s.api.View.Entry(req.GetId())
-	if !ok {
+	if !ok || !reaches(ctx, e) {
 		return nil, refusal(codes.NotFound, "entry not found")
 	}
 	return maskEntry(e.Wire(), req.GetOutputMask()), nil
@@ -84,6 +86,10 @@ func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 		e, err := s.api.entryFromWire(w)
 		if err != nil {
 			err = malformed("failed to convert entry", err)
+		} else if !reaches(ctx, e) {
+			err = errScope
+		}
+		if err != nil {
 			l.item(claimedLine(w), err)
 			results[i] = &entryv1.BatchCreateEntryResponse_Result{Status: itemFailed(err)}
 			continue
@@ -97,18 +103,20 @@ func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 		}
 		s.api.settle(ctx, rev)
 		for j, m := range made {
-			results[at[j]] = createResult(l, good[j], m, rev, req.GetOutputMask())
+			results[at[j]] = createResult(ctx, good[j], m, rev, req.GetOutputMask())
 		}
 	}
 	return &entryv1.BatchCreateEntryResponse{Results: results}, nil
 }
 
-func createResult(l *ledger, asked *identity.Entry, m records.EntryResult, rev kv.Rev, mask *types.EntryMask) *entryv1.BatchCreateEntryResponse_Result {
+func createResult(ctx context.Context, asked *identity.Entry, m records.EntryResult, rev kv.Rev, mask *types.EntryMask) *entryv1.BatchCreateEntryResponse_Result {
 	r := &entryv1.BatchCreateEntryResponse_Result{Status: itemOK()}
 	line := entryLine(asked, 0)
 	if m.Entry != nil {
 		line.EntryID = m.Entry.ID
-		r.Entry = maskEntry(m.Entry.Wire(), mask)
+		if reaches(ctx, m.Entry) { // one that is in the way may be another's
+			r.Entry = maskEntry(m.Entry.Wire(), mask)
+		}
 	}
 	var err error
 	switch {
@@ -122,7 +130,7 @@ func createResult(l *ledger, asked *identity.Entry, m records.EntryResult, rev k
 	if err != nil {
 		r.Status = itemFailed(err)
 	}
-	l.item(line, err)
+	ledgerOf(ctx).item(line, err)
 	return r
 }
 
@@ -183,10 +191,16 @@ func (s *entryService) update(ctx context.Context, w *types.Entry, mask *types.E
 		}
 	}
 	e, rev, err := s.api.Records.UpdateEntry(ctx, w.GetId(), func(e *identity.Entry) error {
+		if !reaches(ctx, e) {
+			return records.ErrNotFound
+		}
 		merged := mergeEntry(e.Wire(), w, mask)
 		changed, err := s.api.entryFromWire(merged)
 		if err != nil {
 			return malformed("failed to convert entry", err)
+		}
+		if !reaches(ctx, changed) {
+			return errScope
 		}
 		changed.ID, changed.CreatedAt, changed.Revision = e.ID, e.CreatedAt, e.Revision
 		*e = *changed
@@ -216,12 +230,17 @@ func (s *entryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 		}
 	}
 	lines := make(map[string]audit.Line, len(ids))
+	_, limited := caller.FromContext(ctx).Scope()
+	hidden := make(map[string]bool)
 	for _, id := range ids {
 		lines[id] = audit.Line{EntryID: id}
-		if e, ok := s.api.View.Entry(id); ok {
+		e, ok := s.api.View.Entry(id)
+		if ok {
 			lines[id] = entryLine(e, 0)
 		}
+		hidden[id] = limited && (!ok || !reaches(ctx, e))
 	}
+	ids = slices.DeleteFunc(ids, func(id string) bool { return hidden[id] })
 	errs, rev, err := s.api.Records.DeleteEntries(ctx, ids)
 	if err != nil {
 		return nil, fail("failed to delete entries", err)
@@ -231,9 +250,12 @@ func (s *entryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 	for _, id := range req.GetIds() {
 		var err error
 		line := lines[id]
-		if id == "" {
+		switch {
+		case id == "":
 			err = refusal(codes.InvalidArgument, "missing entry ID")
-		} else {
+		case hidden[id]:
+			err = refusal(codes.NotFound, "entry not found")
+		default:
 			switch e := errs[next]; {
 			case e == nil:
 				line.Rev = rev

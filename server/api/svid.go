@@ -386,6 +386,13 @@ func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVID
 			return nil, malformed("CSR DNS name is invalid", err)
 		}
 	}
+	names := csr.DNSNames
+	if csr.Subject.CommonName != "" { // which some take for a name, too
+		names = append(slices.Clone(names), csr.Subject.CommonName)
+	}
+	if !reachesID(ctx, id, names) {
+		return nil, errScope
+	}
 	chain, err := s.api.CA.SignMint(ctx, ca.MintParams{
 		PublicKey: csr.PublicKey, ID: id, DNSNames: csr.DNSNames, Subject: csr.Subject, TTL: ttl,
 	})
@@ -420,6 +427,9 @@ func (s *svidService) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRe
 	ttl, err := mintTTL(req.GetTtl())
 	if err != nil {
 		return nil, err
+	}
+	if !reachesID(ctx, id, nil) {
+		return nil, errScope
 	}
 	svid, err := s.api.CA.SignJWT(ctx, ca.JWTParams{ID: id, Audience: audience, TTL: ttl})
 	if err != nil {

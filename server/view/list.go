@@ -32,6 +32,8 @@ type EntryFilter struct {
 	// Hint and Downstream are what the entry has; nil: any.
 	Hint       *string
 	Downstream *bool
+	// Keep, if not nil, is asked about entries that all else applies to.
+	Keep func(*identity.Entry) bool
 }
 
 func (f *EntryFilter) matches(e *identity.Entry) bool {
@@ -40,7 +42,8 @@ func (f *EntryFilter) matches(e *identity.Entry) bool {
 		(f.Hint == nil || e.Hint == *f.Hint) &&
 		(f.Downstream == nil || e.Downstream == *f.Downstream) &&
 		(f.Selectors.Len() == 0 || matchesSelectors(e.Selectors, f.Selectors, f.Match)) &&
-		(len(f.FederatesWith) == 0 || matchesFederates(e.FederatesWith, f.FederatesWith, f.FederatesMatch))
+		(len(f.FederatesWith) == 0 || matchesFederates(e.FederatesWith, f.FederatesWith, f.FederatesMatch)) &&
+		(f.Keep == nil || f.Keep(e))
 }
 
 func matchesSelectors(has, want attestor.Set, match types.SelectorMatch_MatchBehavior) bool {

@@ -56,6 +56,7 @@ var rules = []rule{
 	{pattern: "server/view/viewtest", floor: flows},
 	{pattern: "server/view", floor: flows},
 	{pattern: "server/api/caller", floor: flows, also: []string{"server/view"}, why: "who calls is looked up in the view"},
+	{pattern: "server/api/roles", floor: flows, also: []string{"server/api/caller"}, why: "who a caller is, is caller's business; what the operator grants is read from the file here"},
 	{pattern: "server/backup", floor: flows},
 	{pattern: "server/feed", floor: flows, also: []string{"server/view", "server/api/caller"}, why: "streams differences of pictures to who calls"},
 	{pattern: "server/admit", floor: flows, also: []string{"server/view", "server/api/caller"}, why: "is this node banned?"},
@@ -128,7 +129,7 @@ var homes = []struct {
 	{"github.com/godbus/dbus", []string{"attestor/systemd/...", "test/..."}},
 	{"github.com/envoyproxy", []string{"workloadapi/sds", "test/..."}},
 	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "deploy/images", "test/..."}},
-	{"github.com/hashicorp/hcl", []string{"conf", "server/verdict/rules", "attestor/attestortest", "cmd/...", "test/..."}},
+	{"github.com/hashicorp/hcl", []string{"conf", "server/verdict/rules", "server/api/roles", "attestor/attestortest", "cmd/...", "test/..."}},
 	{"github.com/spf13/cobra", []string{"cmd/...", "test/..."}},
 }
 

@@ -45,7 +45,11 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// AdminIDs are admins without an entry.
 	AdminIDs []spiffeid.ID
-	Log      logrus.FieldLogger
+	// Roles say who may do some of what administrators may. Nil: nobody.
+	Roles Roles
+	// UID is the user that the server runs as, who may do everything over the Unix socket, as root may.
+	UID uint32
+	Log logrus.FieldLogger
 	// Now is the clock. Nil: time.Now.
 	Now func() time.Time
 }
@@ -169,6 +173,14 @@ func (a *Authorizer) admit(ctx context.Context, method string) (*call, error) {
 	}
 	let := *who
 	let.Kind = kind
+	if kind&Scoped != 0 {
+		if let.Roles = a.scoped(ctx, who, method); len(let.Roles) == 0 { // taken away this instant
+			return nil, a.refuse(who, method, denied(method, types.PermissionDeniedDetails_UNKNOWN))
+		}
+		if !who.UnixPeer && who.ID.IsZero() {
+			let.Subject, _ = a.bearer(ctx)
+		}
+	}
 	if kind&(Admin|Downstream) != 0 {
 		let.Entries = a.rights(who.ID, kind)
 	}
@@ -208,6 +220,14 @@ func (a *Authorizer) allow(ctx context.Context, who *Caller, method string, firs
 	switch {
 	case !ok:
 		return 0, denied(method, types.PermissionDeniedDetails_UNKNOWN)
+	case who.Kind&Local != 0 && a.governed(who):
+		if row&Local != 0 && len(a.scoped(ctx, who, method)) > 0 {
+			return Scoped, nil
+		}
+		if row&Anyone != 0 && row&Local == 0 {
+			return Anyone, nil
+		}
+		return 0, denied(method, types.PermissionDeniedDetails_UNKNOWN)
 	case row&Local != 0 && who.Kind&Local != 0:
 		return Local, nil
 	case who.Kind&Local == 0 && !who.ID.IsZero():
@@ -216,9 +236,15 @@ func (a *Authorizer) allow(ctx context.Context, who *Caller, method string, firs
 				return kind, nil
 			}
 		}
+		if row&Admin != 0 && row&Anyone == 0 && len(a.scoped(ctx, who, method)) > 0 {
+			return Scoped, nil
+		}
 		if row&Agent != 0 && row&Anyone == 0 && isAgent(who.ID, a.cfg.TrustDomain) {
 			return a.agent(ctx, who, method, first)
 		}
+	}
+	if who.Kind&Local == 0 && who.ID.IsZero() && row&Admin != 0 && row&Anyone == 0 && len(a.scoped(ctx, who, method)) > 0 {
+		return Scoped, nil
 	}
 	if row&Anyone != 0 {
 		return Anyone | who.Kind&Local, nil

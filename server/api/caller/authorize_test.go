@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
@@ -340,4 +341,64 @@ func TestSource(t *testing.T) {
 	if local.Source() != "" {
 		t.Error("a local caller has a rate")
 	}
+}
+
+// Every method that administrators may call is something in a role, but for pushing evidence, which evidence
+// sources decide on.
+func TestEveryMethodOfAdministratorsHasAVerb(t *testing.T) {
+	for method, row := range table {
+		verb := Verb(method)
+		if want := row&(Local|Admin) != 0 && method != "/assay.evidence.v1.Evidence/Push"; (verb != "") != want {
+			t.Errorf("the verb of %s is %q", method, verb)
+		}
+	}
+	for method := range verbs {
+		if table[method] == 0 {
+			t.Errorf("%s has a verb, and no row in the table", method)
+		}
+	}
+}
+
+// unixRoles are roles of users of the Unix socket.
+type unixRoles map[uint32][]*Role
+
+func (unixRoles) SVID(spiffeid.ID) []*Role { return nil }
+func (unixRoles) Token(context.Context, string) (string, []*Role, error) {
+	return "", nil, errors.New("no tokens here")
+}
+func (u unixRoles) Unix(uid, _ uint32) (roles []*Role, governed bool) { return u[uid], true }
+
+func TestRolesOfUnixUsers(t *testing.T) {
+	a := New(nil, nil, nil, Config{
+		UID: 50, Now: time.Now, Log: logrus.New(), Roles: unixRoles{77: {{Name: "reader", Verbs: []string{"entry:read", "server:read"}}}},
+	})
+	const list, create = "/spire.api.server.entry.v1.Entry/ListEntries", "/spire.api.server.entry.v1.Entry/BatchCreateEntry"
+	for _, c := range []struct {
+		name, method string
+		uid          uint32
+		want         Kind
+	}{
+		{"root may do everything", create, 0, Local},
+		{"so may the server's own user", create, 50, Local},
+		{"a user may do what its role says", list, 77, Scoped},
+		{"also what is for local callers only", "/spire.api.server.debug.v1.Debug/GetInfo", 77, Scoped},
+		{"and nothing else", create, 77, 0},
+		{"not even the rest of what is for local callers", "/spire.api.server.logger.v1.Logger/SetLogLevel", 77, 0},
+		{"a user without a role may do nothing", list, 78, 0},
+		{"but what everybody may", "/spire.api.server.bundle.v1.Bundle/GetBundle", 78, Anyone},
+		{"and pushes no evidence as an administrator would", "/assay.evidence.v1.Evidence/Push", 77, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got, err := a.allow(t.Context(), &Caller{Kind: Local, UnixPeer: true, UID: c.uid}, c.method, true)
+			if got != c.want || (err != nil) != (c.want == 0) {
+				t.Errorf("got %v, %v, want %v", got, err, c.want)
+			}
+		})
+	}
+	t.Run("without roles for users, all are as root", func(t *testing.T) {
+		a.cfg.Roles = nil
+		if got, err := a.allow(t.Context(), &Caller{Kind: Local, UnixPeer: true, UID: 78}, create, true); got != Local {
+			t.Errorf("got %v, %v", got, err)
+		}
+	})
 }

@@ -40,12 +40,15 @@ const (
 	Downstream
 	// Anyone may be without a client certificate.
 	Anyone
+	// Scoped is an administrator within roles, by an SVID, a token or a Unix user. It is in no row of the
+	// table: where Local or Admin are, roles may let Scoped in.
+	Scoped
 )
 
 // String names the kinds for a log or audit line.
 func (k Kind) String() string {
 	var names []string
-	for i, name := range []string{"local", "admin", "agent", "downstream", "anyone"} {
+	for i, name := range []string{"local", "admin", "agent", "downstream", "anyone", "scoped"} {
 		if k&(1<<i) != 0 {
 			names = append(names, name)
 		}
@@ -61,30 +64,48 @@ type Caller struct {
 	ID spiffeid.ID
 	// Cert is the verified client certificate; nil without one.
 	Cert *x509.Certificate
-	// UID, GID and PID are the Unix peer's, in a call over the Unix socket.
+	// UnixPeer says that the call came over the Unix socket, and UID, GID and PID are that peer's.
+	UnixPeer bool
 	UID, GID uint32
 	PID      int32
 	// Part is the part of this process that calls, which is local too; empty for all others.
 	Part string
 	// Addr is the source address of a TCP caller.
 	Addr net.Addr
+	// Roles are what a Scoped caller was let in with, and Subject who its token is of, if it showed one.
+	Roles   []*Role
+	Subject string
 	// Entries are those that make a caller Admin or Downstream; none for one of the configuration's
 	// admin IDs.
 	Entries []*identity.Entry
 }
+
+// local reports whether the call came over the Unix socket.
+func (c *Caller) local() bool { return c.UnixPeer || c.Kind&Local != 0 }
 
 // Name says who the caller is, for a log or audit line.
 func (c *Caller) Name() string {
 	switch {
 	case c.Part != "":
 		return c.Part
-	case c.Kind&Local != 0:
-		return "local"
+	case c.local():
+		return "local" + c.as()
 	case !c.ID.IsZero():
-		return c.ID.String()
+		return c.ID.String() + c.as()
+	case c.Subject != "":
+		return c.Subject + c.as()
 	default:
 		return "anyone"
 	}
+}
+
+// as names the roles, for a log or audit line.
+func (c *Caller) as() string {
+	var names []string
+	for _, r := range c.Roles {
+		names = append(names, " as "+r.Name)
+	}
+	return strings.Join(names, "")
 }
 
 // Peer says where the call came from, for a log or audit line.
@@ -92,7 +113,7 @@ func (c *Caller) Peer() string {
 	if c.Part != "" {
 		return "inside"
 	}
-	if c.Kind&Local != 0 {
+	if c.local() {
 		return fmt.Sprintf("uid=%d gid=%d pid=%d", c.UID, c.GID, c.PID)
 	}
 	if c.Addr == nil {
@@ -104,7 +125,7 @@ func (c *Caller) Peer() string {
 // Source is what rates are counted by, as the function Source says, or empty for a local caller, whom
 // no rate holds back.
 func (c *Caller) Source() string {
-	if c.Kind&Local != 0 || c.Addr == nil {
+	if c.local() || c.Addr == nil {
 		return ""
 	}
 	return Source(c.Addr)
@@ -113,7 +134,7 @@ func (c *Caller) Source() string {
 // Share is what shares of signing are counted by: the SPIFFE ID that the caller proved to hold, so that a
 // fleet behind one address is not one caller; without one as Source. A local caller's is empty.
 func (c *Caller) Share() string {
-	if c.Kind&Local == 0 && !c.ID.IsZero() {
+	if !c.local() && !c.ID.IsZero() {
 		return c.ID.String()
 	}
 	return c.Source()
@@ -180,7 +201,7 @@ func fromPeer(ctx context.Context) (*Caller, error) {
 	}
 	switch auth := p.AuthInfo.(type) {
 	case unixPeer:
-		return &Caller{Kind: Local, UID: auth.uid, GID: auth.gid, PID: auth.pid}, nil
+		return &Caller{Kind: Local, UnixPeer: true, UID: auth.uid, GID: auth.gid, PID: auth.pid}, nil
 	case insidePeer:
 		return &Caller{Kind: Local, Part: auth.part}, nil
 	case credentials.TLSInfo:

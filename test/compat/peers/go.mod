@@ -4,7 +4,11 @@ module github.com/assay-id/assay/test/compat/peers
 
 go 1.26.6
 
-tool github.com/spiffe/spire/cmd/spire-agent
+tool (
+	github.com/spiffe/spiffe-helper/cmd/spiffe-helper
+	github.com/spiffe/spire/cmd/spire-agent
+	github.com/spiffe/spire/support/oidc-discovery-provider
+)
 
 require (
 	cloud.google.com/go/auth v0.22.0 // indirect
@@ -114,6 +118,7 @@ require (
 	github.com/google/uuid v1.6.0 // indirect
 	github.com/googleapis/enterprise-certificate-proxy v0.3.19 // indirect
 	github.com/googleapis/gax-go/v2 v2.23.0 // indirect
+	github.com/gorilla/handlers v1.5.2 // indirect
 	github.com/grpc-ecosystem/grpc-gateway/v2 v2.29.0 // indirect
 	github.com/hashicorp/errwrap v1.1.0 // indirect
 	github.com/hashicorp/go-cleanhttp v0.5.2 // indirect
@@ -178,6 +183,7 @@ require (
 	github.com/spf13/cobra v1.10.2 // indirect
 	github.com/spf13/pflag v1.0.10 // indirect
 	github.com/spiffe/go-spiffe/v2 v2.8.1 // indirect
+	github.com/spiffe/spiffe-helper v0.11.0 // indirect
 	github.com/spiffe/spire v1.15.3 // indirect
 	github.com/spiffe/spire-api-sdk v1.2.5-0.20260428072036-00f73a61093a // indirect
 	github.com/spiffe/spire-plugin-sdk v1.4.4-0.20260617144146-5dcde407c4d1 // indirect

@@ -1,0 +1,197 @@
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"strings"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/api/caller"
+)
+
+// grants are roles as a test gives them.
+type grants struct {
+	svid, token, unix []*caller.Role
+}
+
+func (g *grants) SVID(id spiffeid.ID) []*caller.Role {
+	if strings.HasPrefix(id.Path(), "/team/") {
+		return g.svid
+	}
+	return nil
+}
+
+func (g *grants) Token(_ context.Context, token string) (string, []*caller.Role, error) {
+	if token != "good" {
+		return "", nil, errors.New("no good")
+	}
+	return "https://login.test ann", g.token, nil
+}
+
+func (g *grants) Unix(uint32, uint32) ([]*caller.Role, bool) { return g.unix, g.unix != nil }
+
+var shopRole = &caller.Role{
+	Name: "shop", Verbs: []string{"entry:read", "entry:write", "svid:mint", "token:create", "bundle:write"}, Paths: []string{"/shop"}, DNSNames: []string{"*.shop.test"},
+	Selectors: []attestor.Selector{{Type: "k8s", Value: "ns:shop"}},
+}
+
+// minted returns a connection with a minted SVID.
+func (w *world) minted(path string) *grpc.ClientConn {
+	w.t.Helper()
+	key := newKey(w.t)
+	resp, err := w.svids().MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: csr(w.t, key, "spiffe://example.org"+path)})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return w.dial(&tls.Certificate{Certificate: resp.GetSvid().GetCertChain(), PrivateKey: key})
+}
+
+func shopEntry(name string, change func(e *types.Entry)) *types.Entry {
+	e := &types.Entry{SpiffeId: id("/shop/" + name), ParentId: id("/node"), Selectors: selectors("k8s:ns:shop", "k8s:sa:"+name)}
+	if change != nil {
+		change(e)
+	}
+	return e
+}
+
+func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
+	w := start(t, func(c *Config) { c.Roles = &grants{svid: []*caller.Role{shopRole}, token: []*caller.Role{shopRole}} })
+	bank := w.create(&types.Entry{SpiffeId: id("/bank"), ParentId: id("/node"), Selectors: selectors("k8s:ns:bank")})
+	conn := w.minted("/team/shop")
+	entries := entryv1.NewEntryClient(conn)
+	status := func(t *testing.T, s *types.Status, code codes.Code) {
+		t.Helper()
+		if codes.Code(s.GetCode()) != code {
+			t.Errorf("got %v, want %s", s, code)
+		}
+	}
+	create := func(t *testing.T, e *types.Entry, code codes.Code) *types.Entry {
+		t.Helper()
+		resp, err := entries.BatchCreateEntry(w.context(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{e}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		status(t, resp.GetResults()[0].GetStatus(), code)
+		return resp.GetResults()[0].GetEntry()
+	}
+	mine := create(t, shopEntry("till", nil), codes.OK)
+	t.Run("the audit line names the role", func(t *testing.T) {
+		if line := w.lastAudit("entry.create"); line["caller"] != "spiffe://example.org/team/shop as shop" {
+			t.Errorf("audit line %v", line)
+		}
+	})
+	for name, change := range map[string]func(e *types.Entry){
+		"another path":         func(e *types.Entry) { e.SpiffeId = id("/bank/x") },
+		"a foreign DNS name":   func(e *types.Entry) { e.DnsNames = []string{"bank.test"} },
+		"without the selector": func(e *types.Entry) { e.Selectors = selectors("k8s:sa:x") },
+		"an administrator":     func(e *types.Entry) { e.Admin = true },
+		"a downstream server":  func(e *types.Entry) { e.Downstream = true },
+	} {
+		t.Run("an entry for "+name+" is refused, and the refusal has its audit line", func(t *testing.T) {
+			create(t, shopEntry("x", change), codes.PermissionDenied)
+			if line := w.denied(t, "entry.create"); line["reason"] != "it is outside of the caller's roles" {
+				t.Errorf("audit line %v", line)
+			}
+		})
+	}
+	t.Run("an entry that is in the way is not shown if it is another's", func(t *testing.T) {
+		if e := create(t, shopEntry("x", func(e *types.Entry) { e.Id = bank.GetId() }), codes.AlreadyExists); e != nil {
+			t.Errorf("it is: %v", e)
+		}
+	})
+	t.Run("lists and counts show what is within, page by page", func(t *testing.T) {
+		list, err := entries.ListEntries(w.context(), &entryv1.ListEntriesRequest{PageSize: 1})
+		if err != nil || len(list.GetEntries()) != 1 || list.GetEntries()[0].GetId() != mine.GetId() {
+			t.Errorf("got %v, %v", list, err)
+		}
+		count, err := entries.CountEntries(w.context(), &entryv1.CountEntriesRequest{})
+		if err != nil || count.GetCount() != 1 {
+			t.Errorf("got %v, %v", count, err)
+		}
+		_, err = entries.GetEntry(w.context(), &entryv1.GetEntryRequest{Id: bank.GetId()})
+		refused(t, err, codes.NotFound, "entry not found")
+	})
+	t.Run("another's entry can be neither changed nor deleted, nor one's own be moved out", func(t *testing.T) {
+		stolen := shopEntry("x", func(e *types.Entry) { e.Id = bank.GetId() })
+		moved := shopEntry("till", func(e *types.Entry) { e.Id, e.SpiffeId = mine.GetId(), id("/bank") })
+		resp, err := entries.BatchUpdateEntry(w.context(), &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{stolen, moved}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		status(t, resp.GetResults()[0].GetStatus(), codes.NotFound)
+		status(t, resp.GetResults()[1].GetStatus(), codes.PermissionDenied)
+		gone, err := entries.BatchDeleteEntry(w.context(), &entryv1.BatchDeleteEntryRequest{Ids: []string{bank.GetId(), mine.GetId(), "none"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, code := range []codes.Code{codes.NotFound, codes.OK, codes.NotFound} {
+			status(t, gone.GetResults()[i].GetStatus(), code)
+		}
+		if _, err := w.entries().GetEntry(w.context(), &entryv1.GetEntryRequest{Id: bank.GetId()}); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("SVIDs are minted within, and tokens made for aliases within", func(t *testing.T) {
+		svids := svidv1.NewSVIDClient(conn)
+		if _, err := svids.MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: csr(t, newKey(t), "spiffe://example.org/shop/a")}); err != nil {
+			t.Error(err)
+		}
+		_, err := svids.MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: csr(t, newKey(t), "spiffe://example.org/bank")})
+		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+		_, err = svids.MintJWTSVID(w.context(), &svidv1.MintJWTSVIDRequest{Id: id("/bank"), Audience: []string{"a"}})
+		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+		agents := agentv1.NewAgentClient(conn)
+		if _, err := agents.CreateJoinToken(w.context(), &agentv1.CreateJoinTokenRequest{Ttl: 60, AgentId: id("/shop/node")}); err != nil {
+			t.Error(err)
+		}
+		_, err = agents.CreateJoinToken(w.context(), &agentv1.CreateJoinTokenRequest{Ttl: 60, AgentId: id("/bank/node")})
+		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+	})
+	t.Run("what is no verb of the role is refused", func(t *testing.T) {
+		_, err := agentv1.NewAgentClient(conn).ListAgents(w.context(), &agentv1.ListAgentsRequest{})
+		refused(t, err, codes.PermissionDenied, "authorization denied for method")
+	})
+	t.Run("a bundle is not deleted together with others' entries", func(t *testing.T) {
+		_, err := bundlev1.NewBundleClient(conn).BatchDeleteFederatedBundle(w.context(), &bundlev1.BatchDeleteFederatedBundleRequest{
+			TrustDomains: []string{"other.test"}, Mode: bundlev1.BatchDeleteFederatedBundleRequest_DELETE,
+		})
+		refused(t, err, codes.PermissionDenied, "mode restrict only")
+	})
+	t.Run("an SVID without a role may do nothing", func(t *testing.T) {
+		_, err := entryv1.NewEntryClient(w.minted("/other")).ListEntries(w.context(), &entryv1.ListEntriesRequest{})
+		refused(t, err, codes.PermissionDenied, "authorization denied for method")
+	})
+	t.Run("a token gives the role, and a bad one nothing", func(t *testing.T) {
+		plain := entryv1.NewEntryClient(w.dial(nil))
+		with := func(text string) context.Context {
+			return metadata.AppendToOutgoingContext(w.context(), "authorization", text)
+		}
+		if _, err := plain.ListEntries(with("Bearer good"), &entryv1.ListEntriesRequest{}); err != nil {
+			t.Error(err)
+		}
+		if line := w.lastAudit("entry.list"); line["caller"] != "https://login.test ann as shop" {
+			t.Errorf("audit line %v", line)
+		}
+		for _, text := range []string{"Bearer bad", "Basic good", "good", ""} {
+			_, err := plain.ListEntries(with(text), &entryv1.ListEntriesRequest{})
+			refused(t, err, codes.PermissionDenied, "authorization denied for method")
+		}
+	})
+	t.Run("administrators stay what they are", func(t *testing.T) {
+		if _, err := w.agents().ListAgents(w.context(), &agentv1.ListAgentsRequest{}); err != nil {
+			t.Error(err)
+		}
+	})
+}
