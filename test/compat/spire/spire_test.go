@@ -185,7 +185,7 @@ func (g *target) entry(t *testing.T, path string, change func(e *types.Entry)) *
 	if codes.Code(s.GetCode()) != codes.OK {
 		t.Fatalf("create entry: %v", s)
 	}
-	t.Cleanup(func() { //nolint:usetesting // the test's context is over by then
+	t.Cleanup(func() {
 		_, _ = entryv1.NewEntryClient(g.conn).BatchDeleteEntry(context.Background(), &entryv1.BatchDeleteEntryRequest{Ids: []string{made.GetId()}})
 	})
 	return made
