@@ -38,6 +38,7 @@ import (
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/wire/adminv1"
+	"github.com/assay-id/assay/server/wire/downstreamv1"
 	"github.com/assay-id/assay/server/wire/evidencev1"
 	"github.com/assay-id/assay/server/wire/feedv1"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -274,6 +275,7 @@ func newWorld(t *testing.T, adminIDs ...spiffeid.ID) *world {
 		debugv1.RegisterDebugServer(s, debugv1.UnimplementedDebugServer{})
 		grpc_health_v1.RegisterHealthServer(s, grpc_health_v1.UnimplementedHealthServer{})
 		feedv1.RegisterFeedServer(s, w.feed)
+		downstreamv1.RegisterDownstreamServer(s, downstreamv1.UnimplementedDownstreamServer{})
 		evidencev1.RegisterEvidenceServer(s, evidencev1.UnimplementedEvidenceServer{})
 		adminv1.RegisterAdminServer(s, adminv1.UnimplementedAdminServer{})
 		done := make(chan struct{})
