@@ -282,15 +282,27 @@ key_manager "disk" {
   #ca_cert_path        = "/etc/assay/vault-ca.pem"
   #transit_engine_path = "transit"
   #key_prefix          = "assay-"
-  # One of these; what each takes is shown at upstream_authority "vault".
+  # How to log in: one of these. A secret is better in a file than here.
   #token_auth {
     #token_path = "/run/credentials/assay-server.service/vault-token"
+    #token      = "hvs.…" # in place of the file
   #}
   #approle_auth {
+    #approle_auth_mount_point = "approle"
+    #approle_id               = "3b1f…"
+    #approle_secret_id_path   = "/run/credentials/assay-server.service/vault-secret"
+    #approle_secret_id        = "…" # in place of the file
   #}
   #cert_auth {
+    #cert_auth_mount_point = "cert"
+    #cert_auth_role_name   = "assay"
+    #client_cert_path      = "/etc/assay/vault-client.pem"
+    #client_key_path       = "/etc/assay/vault-client.key"
   #}
   #k8s_auth {
+    #k8s_auth_mount_point = "kubernetes"
+    #k8s_auth_role_name   = "assay"
+    #token_path           = "/var/run/secrets/kubernetes.io/serviceaccount/token"
   #}
 #}
 
@@ -340,14 +352,16 @@ key_manager "disk" {
   #namespace       = "admin"
   #ca_cert_path    = "/etc/assay/vault-ca.pem"
   #pki_mount_point = "pki"
-  # How to log in: one of these. A secret is better in a file than here (token, approle_secret_id).
+  # How to log in: one of these. A secret is better in a file than here.
   #token_auth {
     #token_path = "/run/credentials/assay-server.service/vault-token"
+    #token      = "hvs.…" # in place of the file
   #}
   #approle_auth {
     #approle_auth_mount_point = "approle"
     #approle_id               = "3b1f…"
     #approle_secret_id_path   = "/run/credentials/assay-server.service/vault-secret"
+    #approle_secret_id        = "…" # in place of the file
   #}
   #cert_auth {
     #cert_auth_mount_point = "cert"
