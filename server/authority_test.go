@@ -201,13 +201,13 @@ func TestLocalAuthority(t *testing.T) {
 		})
 	}
 	c := localauthorityv1.NewLocalAuthorityClient(w.local)
-	t.Run("what is about upstream authorities fails, and about WIT is not built", func(t *testing.T) {
+	t.Run("what is about upstream authorities fails, and about WIT until it is switched on", func(t *testing.T) {
 		_, err := c.TaintX509UpstreamAuthority(w.context(), &localauthorityv1.TaintX509UpstreamAuthorityRequest{SubjectKeyId: "a"})
 		refused(t, err, codes.FailedPrecondition, "upstream authority is not configured")
 		_, err = c.RevokeX509UpstreamAuthority(w.context(), &localauthorityv1.RevokeX509UpstreamAuthorityRequest{SubjectKeyId: "a"})
 		refused(t, err, codes.FailedPrecondition, "upstream authority is not configured")
 		_, err = c.PrepareWITAuthority(w.context(), &localauthorityv1.PrepareWITAuthorityRequest{})
-		refused(t, err, codes.Unimplemented, "WIT-SVID functionality is not yet implemented")
+		refused(t, err, codes.Unimplemented, "WIT-SVIDs are not enabled")
 	})
 	t.Run("agents may not", func(t *testing.T) {
 		_, _, conn := w.agent("curious")
@@ -253,9 +253,9 @@ func TestRotationStatus(t *testing.T) {
 			all = append(all, resp)
 		}
 	}
-	t.Run("another kind than the two is refused", func(t *testing.T) {
-		_, err := read("wit")
-		refused(t, err, codes.InvalidArgument, `"x509" or "jwt"`)
+	t.Run("another kind than there are is refused", func(t *testing.T) {
+		_, err := read("ssh")
+		refused(t, err, codes.InvalidArgument, `"x509", "jwt" or "wit"`)
 	})
 	t.Run("an agent that does not follow the feed is unknown", func(t *testing.T) {
 		all, err := read("x509")
