@@ -278,9 +278,9 @@ func readAK(raw []byte) (name []byte, key *ecdsa.PublicKey, err error) {
 func (j *judge) certified(der []byte, hash string) ([]string, error) {
 	switch {
 	case j.roots == nil:
-		return nil, errors.New("it is not one of the server's ek_hashes")
+		return nil, fmt.Errorf("its hash %s is not one of the server's ek_hashes", hash)
 	case len(der) == 0:
-		return nil, errors.New("it has no certificate and is not one of the server's ek_hashes")
+		return nil, fmt.Errorf("it has no certificate, and its hash %s is not one of the server's ek_hashes", hash)
 	case len(der) > maxCertificate:
 		return nil, errors.New("its certificate is too large")
 	}
