@@ -11,13 +11,14 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/admit"
+	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/view"
 )
 
 // followNodes lets the judges that can keep the selectors of the agents they admitted up to date, until ctx
 // ends.
-func followNodes(ctx context.Context, judges map[string]attestor.Judge, domain spiffeid.TrustDomain, pictures *view.View, desk *admit.Desk) error {
+func followNodes(ctx context.Context, judges map[string]attestor.Judge, domain spiffeid.TrustDomain, pictures *view.View, desk *admit.Desk, log *audit.Log) error {
 	select {
 	case <-pictures.Ready():
 	case <-ctx.Done():
@@ -26,7 +27,7 @@ func followNodes(ctx context.Context, judges map[string]attestor.Judge, domain s
 	group, ctx := errgroup.WithContext(ctx)
 	for kind, judge := range judges {
 		if f, ok := judge.(attestor.Follower); ok {
-			group.Go(func() error { return f.Follow(ctx, &admitted{kind, domain, pictures, desk}) })
+			group.Go(func() error { return f.Follow(ctx, &admitted{kind, domain, pictures, desk, log}) })
 		}
 	}
 	return group.Wait()
@@ -38,6 +39,7 @@ type admitted struct {
 	domain   spiffeid.TrustDomain
 	pictures *view.View
 	desk     *admit.Desk
+	log      *audit.Log
 }
 
 // Each yields them as the picture shows them.
@@ -57,7 +59,21 @@ func (a *admitted) Each() iter.Seq2[string, attestor.Set] {
 
 // Update commits other selectors, which the picture then shows.
 func (a *admitted) Update(ctx context.Context, path string, selectors []attestor.Selector) error {
-	return a.desk.Refresh(ctx, a.kind, path, selectors)
+	rev, err := a.desk.Refresh(ctx, a.kind, path, selectors)
+	if err != nil || rev == 0 {
+		return err
+	}
+	line := audit.Line{Event: "agent.refresh", Rev: rev}
+	for _, s := range selectors {
+		line.Facts = append(line.Facts, s.String())
+	}
+	return a.tell(path, line)
+}
+
+// tell writes the audit line of something that a judge decided by itself.
+func (a *admitted) tell(path string, line audit.Line) error {
+	line.Caller, line.Agent, line.Outcome = "attestor/"+a.kind, a.domain.ID().String()+"/spire/agent/"+path, audit.Allow
+	return a.log.Write(line)
 }
 
 // Evict forgets the agent of a node that is no more. One that is banned stays so: whoever banned it meant the
@@ -71,10 +87,14 @@ func (a *admitted) Evict(ctx context.Context, path string) error {
 		if err != nil {
 			return err
 		}
-		if _, err = a.desk.Evict(ctx, id); errors.Is(err, records.ErrNotFound) {
+		rev, err := a.desk.Evict(ctx, id)
+		if errors.Is(err, records.ErrNotFound) {
 			return nil
 		}
-		return err
+		if err != nil {
+			return err
+		}
+		return a.tell(path, audit.Line{Event: "agent.evict", Rev: rev, Reason: "the node is no more"})
 	}
 	return nil
 }

@@ -29,7 +29,10 @@ type token struct {
 	module *pkcs11.Ctx
 	prefix string
 	free   chan pkcs11.SessionHandle
-	making sync.Mutex // held while a key is made: the module has no notion of a name that is taken
+	// changing is held for writing while a key is made or deleted, and for reading by all else: the module has
+	// no notion of a name that is taken, and some (SoftHSM) fail when the token changes below them. Keys
+	// change a few times a day.
+	changing sync.RWMutex
 }
 
 // openToken loads the module and logs in.
@@ -120,8 +123,8 @@ var curves = map[keys.Kind]asn1.ObjectIdentifier{
 
 // Generate implements wire.Token.
 func (t *token) Generate(name string, kind keys.Kind) (public []byte, err error) {
-	t.making.Lock()
-	defer t.making.Unlock()
+	t.changing.Lock()
+	defer t.changing.Unlock()
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		if _, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, name); !errors.Is(err, keys.ErrNotFound) {
 			if err == nil {
@@ -166,6 +169,8 @@ func recipe(kind keys.Kind) (mechanism uint, attributes []*pkcs11.Attribute, err
 
 // Public implements wire.Token.
 func (t *token) Public(name string) (public []byte, err error) {
+	t.changing.RLock()
+	defer t.changing.RUnlock()
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		// A public half without its private one is no key.
 		if _, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, name); err != nil {
@@ -244,6 +249,8 @@ var digestInfo = map[crypto.Hash][]byte{
 
 // Sign implements wire.Token.
 func (t *token) Sign(name string, digest []byte, hash crypto.Hash) (signature []byte, err error) {
+	t.changing.RLock()
+	defer t.changing.RUnlock()
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		object, err := t.find(s, pkcs11.CKO_PRIVATE_KEY, name)
 		if err != nil {
@@ -281,6 +288,8 @@ func (t *token) Sign(name string, digest []byte, hash crypto.Hash) (signature []
 
 // Delete implements wire.Token.
 func (t *token) Delete(name string) error {
+	t.changing.Lock()
+	defer t.changing.Unlock()
 	return t.with(func(s pkcs11.SessionHandle) error {
 		gone := 0
 		for _, class := range []uint{pkcs11.CKO_PRIVATE_KEY, pkcs11.CKO_PUBLIC_KEY} {
@@ -308,6 +317,8 @@ const maxKeys = 10_000
 
 // List implements wire.Token.
 func (t *token) List() (names []string, err error) {
+	t.changing.RLock()
+	defer t.changing.RUnlock()
 	err = t.with(func(s pkcs11.SessionHandle) error {
 		found, err := t.search(s, maxKeys, pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 		if err != nil {

@@ -331,15 +331,15 @@ func (d *Desk) Evict(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
 }
 
 // Refresh gives an admitted agent the selectors that its judge finds now. An agent that is gone or banned is
-// left alone: it is not admitted by this.
-func (d *Desk) Refresh(ctx context.Context, kind, path string, list []attestor.Selector) error {
+// left alone: it is not admitted by this. It returns the revision of the commit, 0 if nothing changed.
+func (d *Desk) Refresh(ctx context.Context, kind, path string, list []attestor.Selector) (kv.Rev, error) {
 	id, err := d.agentID(kind, path)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	selectors, err := d.selectors(kind, list)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	changed := false
 	_, rev, err := d.records.UpdateNode(ctx, id, func(n *records.Node, exists bool) error {
@@ -355,15 +355,16 @@ func (d *Desk) Refresh(ctx context.Context, kind, path string, list []attestor.S
 	})
 	switch {
 	case errors.Is(err, records.ErrNotFound), errors.Is(err, ErrBanned):
-		return nil
+		return 0, nil
 	case err != nil:
-		return fmt.Errorf("refresh selectors of agent: %w", err)
+		return 0, fmt.Errorf("refresh selectors of agent: %w", err)
 	case changed:
 		d.cfg.Log.WithFields(logrus.Fields{
 			"agent_id": id.String(), "attestor": kind, "rev": uint64(rev),
 		}).Info("selectors of agent changed")
+		return rev, nil
 	}
-	return nil
+	return 0, nil
 }
 
 // Types returns the configured attestation types, sorted.
