@@ -36,6 +36,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"sync"
 	"text/template"
 	"time"
 
@@ -165,6 +166,8 @@ type Registrar struct {
 	log     logrus.FieldLogger
 	m       *metrics
 	turns   chan Turn // what Tell was told
+	// term is held while this registrar leads: the next term waits for the end of the last.
+	term sync.Mutex
 }
 
 // New returns a registrar of a cluster. It does nothing until Run.
@@ -233,11 +236,19 @@ func (r *Registrar) Run(ctx context.Context) error {
 		}
 		elector.Run(ctx)
 	}
+	// The elector does not wait for who led.
+	r.term.Lock()
+	defer r.term.Unlock()
 	return nil
 }
 
 // lead does the work of the one registrar that holds the lease, until ctx ends.
 func (r *Registrar) lead(ctx context.Context) {
+	r.term.Lock()
+	defer r.term.Unlock()
+	if ctx.Err() != nil {
+		return
+	}
 	r.log.WithFields(logrus.Fields{"lease": r.cfg.LeaseNamespace + "/" + r.cfg.LeaseName}).Info("registrar starts")
 	newDesk(r).run(ctx)
 }
