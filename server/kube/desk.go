@@ -303,16 +303,16 @@ func (d *desk) planStatic(it item, todo *difference) {
 	outcomes := map[string]*outcome{}
 	if u := d.sees.static(it.name); u != nil {
 		var spec staticSpec
+		var e *types.Entry
 		err := readSpec(u, &spec)
-		switch {
-		case err == nil && !d.cfg.classed(spec.ClassName):
-		default:
+		if err == nil {
+			e, err = d.cfg.staticEntry(it.name, &spec)
+		}
+		// A resource of another class is another registrar's to complain about.
+		if d.cfg.classed(spec.ClassName) {
 			o := &outcome{broken: err}
 			if err == nil {
-				var e *types.Entry
-				if e, o.broken = d.cfg.staticEntry(it.name, &spec); e != nil {
-					o.id, want[e.GetId()] = e.GetId(), e
-				}
+				o.id, want[e.GetId()] = e.GetId(), e
 			}
 			outcomes[""] = o
 		}

@@ -10,7 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -38,6 +37,9 @@ type Target struct {
 	ClusterTrustBundle, Signer string
 }
 
+// publishAgain is how soon what could not be written is tried again.
+const publishAgain = 5 * time.Second
+
 // fieldManager is whose the fields are that are written here.
 const fieldManager = "assay-server"
 
@@ -55,16 +57,15 @@ func (d *desk) publish(ctx context.Context) {
 	tick := time.NewTicker(d.cfg.Resync)
 	defer tick.Stop()
 	for {
-		again := 5 * time.Second
-		if err := d.publishOnce(ctx, written); err == nil {
-			again = d.cfg.Resync
-		} else if ctx.Err() == nil {
-			d.log.WithFields(logrus.Fields{"err": err}).Warn("the bundle could not be published everywhere; trying again")
+		var again <-chan time.Time
+		if err := d.publishOnce(ctx, written); err != nil && ctx.Err() == nil {
+			d.log.WithError(err).Warn("the bundle could not be published everywhere; trying again")
+			again = time.After(publishAgain)
 		}
 		select {
 		case <-committed:
 		case <-d.sees.spaces:
-		case <-time.After(again):
+		case <-again:
 		case <-tick.C:
 			clear(written) // somebody may have changed it by hand
 		case <-ctx.Done():
