@@ -225,6 +225,9 @@ node_attestor "join_token" {}
   #max_instance_age = "10m"
   # Ask EC2 for state, tags and security groups, and IAM for the role.
   #lookup_instance = false
+  # How often that is asked again, many instances at a time: selectors of agents follow, and the agent of an
+  # instance that was terminated is evicted.
+  #refresh_interval = "1m"
   # Credentials for that; by default those of the environment, then those of the server's own instance.
   #access_key_id     = ""
   #secret_access_key = ""

@@ -44,6 +44,8 @@ type ServerConfig struct {
 	MaxInstanceAge string `hcl:"max_instance_age,optional"`
 	// LookupInstance asks EC2 for the instance's state, tags and security groups, and IAM for its role.
 	LookupInstance bool `hcl:"lookup_instance,optional"`
+	// RefreshInterval is how often that is asked again of the instances whose agents were admitted.
+	RefreshInterval string `hcl:"refresh_interval,optional"`
 	// AccessKeyID and SecretAccessKey are the credentials for that; without them those of the
 	// environment, then those of the instance that the server runs on.
 	AccessKeyID     string `hcl:"access_key_id,optional"`

@@ -268,8 +268,13 @@ func TestProof(t *testing.T) {
 				return true
 			},
 			"it babbles": func(w http.ResponseWriter, _ *http.Request) bool { fmt.Fprint(w, "hello"); return true },
+			"it is asked too often": func(w http.ResponseWriter, _ *http.Request) bool {
+				w.WriteHeader(http.StatusBadRequest)
+				fmt.Fprint(w, "<ErrorResponse><Error><Code>Throttling</Code></Error></ErrorResponse>")
+				return true
+			},
 			"it floods": func(w http.ResponseWriter, _ *http.Request) bool {
-				_, _ = w.Write(make([]byte, 2<<20))
+				_, _ = w.Write(make([]byte, 5<<20))
 				return true
 			},
 		} {
@@ -347,6 +352,8 @@ func TestConfig(t *testing.T) {
 		"proof without roles":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RequireProof: true},
 		"half a key":            {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, AccessKeyID: "x"},
 		"an age that is none":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, MaxInstanceAge: "old"},
+		"refreshing nothing":    {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RefreshInterval: "1m"},
+		"refreshing always":     {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RefreshInterval: "1s", LookupInstance: true},
 		"plain HTTP":            {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, STSEndpoint: "http://sts.example.org"},
 	} {
 		if _, err := server.Kind().Open(&c, attestor.Needs{}); err == nil {

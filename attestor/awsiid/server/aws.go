@@ -9,7 +9,9 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"path"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -20,7 +22,7 @@ import (
 
 const (
 	// maxAnswer is the largest answer of AWS, in bytes, that is read.
-	maxAnswer = 1 << 20
+	maxAnswer = 4 << 20
 	// answerTime is how long it may take.
 	answerTime = 10 * time.Second
 	// keepCredentials is how long the credentials of the server's own instance are used before they are
@@ -28,11 +30,17 @@ const (
 	keepCredentials = 5 * time.Minute
 )
 
-// errRefusedByAWS says that AWS understood a request and refused it.
-var errRefusedByAWS = errors.New("AWS refused the request")
+var (
+	// errRefusedByAWS says that AWS understood a request and refused it.
+	errRefusedByAWS = errors.New("AWS refused the request")
+	// errThrottled says that AWS was asked too often, of which the evidence is not guilty.
+	errThrottled = errors.New("AWS is asked too often")
+	// errNoInstance says that EC2 knows that there is no such instance.
+	errNoInstance = errors.New("EC2 knows no such instance")
+)
 
 // cloud asks AWS's services, of which three requests are needed: no SDK, nothing that retries beside the
-// agent's own retries.
+// agent's own retries and those of following.
 type cloud struct {
 	config   awsiid.ServerConfig
 	client   *http.Client
@@ -42,6 +50,8 @@ type cloud struct {
 	mu    sync.Mutex // guards the two below
 	kept  awsiid.Credentials
 	until time.Time
+
+	lookups lookups
 }
 
 func newCloud(c awsiid.ServerConfig, now func() time.Time) (*cloud, error) {
@@ -54,7 +64,7 @@ func newCloud(c awsiid.ServerConfig, now func() time.Time) (*cloud, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &cloud{config: c, metadata: metadata, now: now, client: &http.Client{
+	return &cloud{config: c, metadata: metadata, now: now, lookups: newLookups(), client: &http.Client{
 		Timeout:       answerTime,
 		CheckRedirect: func(*http.Request, []*http.Request) error { return errors.New("AWS redirects, which it never does") },
 	}}, nil
@@ -88,15 +98,42 @@ func (c *cloud) send(ctx context.Context, endpoint string, r awsiid.Request, int
 		return fmt.Errorf("read from AWS: %w", err)
 	case len(text) > maxAnswer:
 		return fmt.Errorf("AWS answers more than %d bytes", maxAnswer)
-	case resp.StatusCode == http.StatusForbidden, resp.StatusCode == http.StatusBadRequest, resp.StatusCode == http.StatusUnauthorized:
-		return fmt.Errorf("%w: status %d", errRefusedByAWS, resp.StatusCode)
 	case resp.StatusCode != http.StatusOK:
-		return fmt.Errorf("AWS answers %d", resp.StatusCode)
+		return complaint(resp.StatusCode, text)
 	}
 	if err := xml.Unmarshal(text, into); err != nil {
 		return errors.New("AWS's answer is not the XML it should be")
 	}
 	return nil
+}
+
+// throttles are the codes with which AWS's services say that they are asked too often. Some come with the
+// status of a bad request.
+var throttles = []string{"Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "RequestThrottledException", "RequestLimitExceeded", "TooManyRequestsException", "EC2ThrottledException", "SlowDown"}
+
+// codeForm is what a code looks like; what does not, is not repeated in errors.
+var codeForm = regexp.MustCompile(`^[A-Za-z0-9.]{1,80}$`)
+
+// complaint makes an error of an answer that is none. EC2 says why in one shape, the others in another.
+func complaint(status int, text []byte) error {
+	var said struct {
+		EC2    string `xml:"Errors>Error>Code"`
+		Others string `xml:"Error>Code"`
+	}
+	code := ""
+	if xml.Unmarshal(text, &said) == nil && codeForm.MatchString(said.EC2+said.Others) {
+		code = said.EC2 + said.Others
+	}
+	what := strings.TrimSpace(strconv.Itoa(status) + " " + code)
+	switch {
+	case status == http.StatusTooManyRequests, slices.Contains(throttles, code):
+		return fmt.Errorf("%w: %s", errThrottled, what)
+	case code == "InvalidInstanceID.NotFound":
+		return errNoInstance
+	case status == http.StatusForbidden, status == http.StatusBadRequest, status == http.StatusUnauthorized:
+		return fmt.Errorf("%w: %s", errRefusedByAWS, what)
+	}
+	return fmt.Errorf("AWS answers %s", what)
 }
 
 // query sends a request of the server's own.
@@ -158,63 +195,4 @@ func (c *cloud) caller(ctx context.Context, region, trustDomain string, nonce []
 		return "", "", fmt.Errorf("verify proof: %w", err)
 	}
 	return said.Account, said.ARN, nil
-}
-
-// instance is what EC2 says of one.
-type instance struct {
-	ID      string `xml:"instanceId"`
-	State   string `xml:"instanceState>name"`
-	Profile string `xml:"iamInstanceProfile>arn"`
-	Groups  []struct {
-		ID   string `xml:"groupId"`
-		Name string `xml:"groupName"`
-	} `xml:"groupSet>item"`
-	Tags []struct {
-		Key   string `xml:"key"`
-		Value string `xml:"value"`
-	} `xml:"tagSet>item"`
-}
-
-// describe looks an instance up, in the account whose credentials the server has.
-func (c *cloud) describe(ctx context.Context, d awsiid.Document) (instance, error) {
-	var said struct {
-		Reservations []struct {
-			Owner     string     `xml:"ownerId"`
-			Instances []instance `xml:"instancesSet>item"`
-		} `xml:"reservationSet>item"`
-	}
-	err := c.query(ctx, c.config.EC2Endpoint, "ec2."+d.Region+"."+awsiid.Suffix(d.Region), "ec2", d.Region, url.Values{
-		"Action": {"DescribeInstances"}, "Version": {"2016-11-15"}, "InstanceId.1": {d.InstanceID},
-	}, &said)
-	if err != nil {
-		return instance{}, fmt.Errorf("look instance up: %w", err)
-	}
-	if len(said.Reservations) != 1 || len(said.Reservations[0].Instances) != 1 {
-		return instance{}, attestor.Refusef("look instance up: EC2 does not know exactly one")
-	}
-	found := said.Reservations[0].Instances[0]
-	if found.ID != d.InstanceID || said.Reservations[0].Owner != d.AccountID {
-		return instance{}, attestor.Refusef("look instance up: EC2 knows another of that account")
-	}
-	return found, nil
-}
-
-// roles returns the ARNs of the roles of an instance profile.
-func (c *cloud) roles(ctx context.Context, d awsiid.Document, profile string) ([]string, error) {
-	var said struct {
-		Roles []string `xml:"GetInstanceProfileResult>InstanceProfile>Roles>member>Arn"`
-	}
-	host, region := "iam.amazonaws.com", "us-east-1"
-	if strings.HasPrefix(d.Region, "cn-") {
-		host, region = "iam.cn-north-1.amazonaws.com.cn", "cn-north-1"
-	} else if strings.HasPrefix(d.Region, "us-gov-") {
-		host, region = "iam.us-gov.amazonaws.com", "us-gov-west-1"
-	}
-	err := c.query(ctx, c.config.IAMEndpoint, host, "iam", region, url.Values{
-		"Action": {"GetInstanceProfile"}, "Version": {"2010-05-08"}, "InstanceProfileName": {path.Base(profile)},
-	}, &said)
-	if err != nil {
-		return nil, fmt.Errorf("look role up: %w", err)
-	}
-	return said.Roles, nil
 }

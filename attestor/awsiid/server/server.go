@@ -20,6 +20,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/awsiid"
 )
@@ -36,8 +38,10 @@ type judge struct {
 	config       awsiid.ServerConfig
 	certificates map[string]*x509.Certificate // by region
 	maxAge       time.Duration
+	refresh      time.Duration
 	trustDomain  string
 	cloud        *cloud
+	log          logrus.FieldLogger
 	now          func() time.Time
 }
 
@@ -46,9 +50,12 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	if !ok {
 		return nil, fmt.Errorf("aws_iid configuration is a %T", config)
 	}
-	j := &judge{config: *c, certificates: map[string]*x509.Certificate{}, trustDomain: needs.TrustDomain.Name(), now: needs.Now}
+	j := &judge{config: *c, certificates: map[string]*x509.Certificate{}, trustDomain: needs.TrustDomain.Name(), log: needs.Log, now: needs.Now, refresh: defaultRefresh}
 	if j.now == nil {
 		j.now = time.Now
+	}
+	if j.log == nil {
+		j.log = logrus.StandardLogger()
 	}
 	if len(c.AccountIDs) == 0 {
 		return nil, errors.New("account_ids is empty: name the AWS accounts whose instances are accepted")
@@ -77,6 +84,16 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 			return nil, fmt.Errorf("max_instance_age: %q is no length of time, as 10m is", c.MaxInstanceAge)
 		}
 		j.maxAge = age
+	}
+	if c.RefreshInterval != "" {
+		every, err := time.ParseDuration(c.RefreshInterval)
+		switch {
+		case err != nil || every < minRefresh:
+			return nil, fmt.Errorf("refresh_interval: %q is no length of time of %s or more, as 5m is", c.RefreshInterval, minRefresh)
+		case !c.LookupInstance:
+			return nil, errors.New("refresh_interval needs lookup_instance, which is what is refreshed")
+		}
+		j.refresh = every
 	}
 	if c.RequireProof && len(c.InstanceRoles) == 0 {
 		return nil, errors.New("require_proof needs instance_roles, the roles by which instances prove themselves")
@@ -191,26 +208,33 @@ func (j *judge) lookUp(ctx context.Context, d awsiid.Document, role string) ([]s
 	if found.State != "running" && found.State != "pending" {
 		return nil, attestor.Refusef("instance does not run")
 	}
-	var values []string
+	values, roles, err := j.facts(ctx, d.Region, found)
+	if err != nil {
+		return nil, err
+	}
+	if role != "" && !slices.ContainsFunc(roles, func(arn string) bool { return strings.HasSuffix(arn, "/"+role) }) {
+		return nil, attestor.Refusef("verify proof: it is by another role than the instance has")
+	}
+	return values, nil
+}
+
+// facts are the selectors out of what EC2 says of an instance, and its roles.
+func (j *judge) facts(ctx context.Context, region string, found instance) (values, roles []string, err error) {
 	for _, tag := range found.Tags[:min(len(found.Tags), maxTags)] {
 		values = append(values, "tag:"+tag.Key+":"+tag.Value)
 	}
 	for _, group := range found.Groups[:min(len(found.Groups), maxTags)] {
 		values = append(values, "sg:id:"+group.ID, "sg:name:"+group.Name)
 	}
-	var roles []string
 	if found.Profile != "" {
-		if roles, err = j.cloud.roles(ctx, d, found.Profile); err != nil {
-			return nil, err
+		if roles, err = j.cloud.roles(ctx, region, found.Profile); err != nil {
+			return nil, nil, err
 		}
 		for _, arn := range roles {
 			values = append(values, "iamrole:"+arn)
 		}
 	}
-	if role != "" && !slices.ContainsFunc(roles, func(arn string) bool { return strings.HasSuffix(arn, "/"+role) }) {
-		return nil, attestor.Refusef("verify proof: it is by another role than the instance has")
-	}
-	return values, nil
+	return values, roles, nil
 }
 
 // selectors makes a sorted list. What cannot be a selector, as a tag with control characters, is left

@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -37,6 +38,8 @@ type Cloud struct {
 	Keys map[string]Key
 	// Instances by ID.
 	Instances map[string]Instance
+	// Page is how many instances EC2 shows at a time; 0 is all.
+	Page int
 	// Trouble answers in place of the service if it returns true.
 	Trouble func(w http.ResponseWriter, r *http.Request) bool
 	// Asked counts requests by what was asked for.
@@ -91,7 +94,7 @@ func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "sts GetCallerIdentity":
 		fmt.Fprintf(w, `<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><GetCallerIdentityResult><Arn>%s</Arn><UserId>AROA:x</UserId><Account>%s</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, key.ARN, key.Account)
 	case "ec2 DescribeInstances":
-		c.describe(w, form.Get("InstanceId.1"))
+		c.describe(w, form, key.Account)
 	case "iam GetInstanceProfile":
 		c.profile(w, form.Get("InstanceProfileName"))
 	default:
@@ -136,13 +139,47 @@ func (c *Cloud) GiveRole(role string, key Key) {
 	c.Metadata["meta-data/iam/security-credentials/"+role] = string(text)
 }
 
-func (c *Cloud) describe(w http.ResponseWriter, id string) {
-	i, ok := c.Instances[id]
-	if !ok {
-		w.WriteHeader(http.StatusBadRequest)
-		fmt.Fprint(w, "<Response><Errors><Error><Code>InvalidInstanceID.NotFound</Code></Error></Errors></Response>")
+// describe shows the instances of an account: one that is asked for by its ID and must be there, or those
+// that a filter names and that are, Page at a time.
+func (c *Cloud) describe(w http.ResponseWriter, form url.Values, account string) {
+	if id := form.Get("InstanceId.1"); id != "" {
+		i, ok := c.Instances[id]
+		if !ok || i.Account != account {
+			w.WriteHeader(http.StatusBadRequest)
+			fmt.Fprint(w, "<Response><Errors><Error><Code>InvalidInstanceID.NotFound</Code></Error></Errors></Response>")
+			return
+		}
+		fmt.Fprintf(w, described, reservation(i), "")
 		return
 	}
+	if form.Get("Filter.1.Name") != "instance-id" || form.Get("Filter.1.Value.201") != "" {
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprint(w, "<Response><Errors><Error><Code>InvalidParameterValue</Code></Error></Errors></Response>")
+		return
+	}
+	from, _ := strconv.Atoi(form.Get("NextToken"))
+	var all strings.Builder
+	shown, next := 0, ""
+	for n := from + 1; ; n++ {
+		id := form.Get("Filter.1.Value." + strconv.Itoa(n))
+		if id == "" {
+			break
+		}
+		if i, ok := c.Instances[id]; ok && i.Account == account {
+			all.WriteString(reservation(i))
+			shown++
+		}
+		if c.Page > 0 && shown == c.Page {
+			next = "<nextToken>" + strconv.Itoa(n) + "</nextToken>"
+			break
+		}
+	}
+	fmt.Fprintf(w, described, all.String(), next)
+}
+
+const described = `<DescribeInstancesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><reservationSet>%s</reservationSet>%s</DescribeInstancesResponse>`
+
+func reservation(i Instance) string {
 	var groups, tags, profile string
 	for id, name := range i.Groups {
 		groups += "<item><groupId>" + id + "</groupId><groupName>" + name + "</groupName></item>"
@@ -153,7 +190,7 @@ func (c *Cloud) describe(w http.ResponseWriter, id string) {
 	if i.Profile != "" {
 		profile = "<iamInstanceProfile><arn>" + i.Profile + "</arn><id>AIPA</id></iamInstanceProfile>"
 	}
-	fmt.Fprintf(w, `<DescribeInstancesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><reservationSet><item><ownerId>%s</ownerId><instancesSet><item><instanceId>%s</instanceId><instanceState><code>16</code><name>%s</name></instanceState>%s<groupSet>%s</groupSet><tagSet>%s</tagSet></item></instancesSet></item></reservationSet></DescribeInstancesResponse>`,
+	return fmt.Sprintf(`<item><ownerId>%s</ownerId><instancesSet><item><instanceId>%s</instanceId><instanceState><code>16</code><name>%s</name></instanceState>%s<groupSet>%s</groupSet><tagSet>%s</tagSet></item></instancesSet></item>`,
 		i.Account, i.ID, i.State, profile, groups, tags)
 }
 
