@@ -4,13 +4,11 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -25,101 +23,48 @@ import (
 	"github.com/assay-id/assay/attestor/tpm/node"
 	"github.com/assay-id/assay/attestor/tpm/server"
 	"github.com/assay-id/assay/test/lab"
+	"github.com/assay-id/assay/test/lab/swtpm"
 )
 
-// maker is a manufacturer of software TPMs, with an authority that certifies their endorsement keys.
+// maker is a manufacturer of software TPMs of the test's own, whose errors end it.
 type maker struct {
-	t   testing.TB
-	dir string
+	t testing.TB
+	m *swtpm.Maker
 }
 
 func newMaker(t testing.TB) *maker {
 	t.Helper()
-	for _, program := range []string{"swtpm", "swtpm_setup", "swtpm_localca"} {
-		if _, err := exec.LookPath(program); err != nil {
-			lab.Missing(t, "a software TPM", fmt.Errorf("%w (Debian: apt-get install swtpm swtpm-tools)", err))
-		}
+	if err := swtpm.Available(); err != nil {
+		lab.Missing(t, "a software TPM", err)
 	}
-	// Socket paths are short, and swtpm must be able to read all of it under whatever user it chooses.
-	dir, err := os.MkdirTemp("", "tpm-") //nolint:usetesting // the path of a socket must be short
+	m, err := swtpm.New()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	m := &maker{t, dir}
-	m.write("localca.conf", fmt.Sprintf("statedir = %[1]s/ca\nsigningkey = %[1]s/ca/signkey.pem\nissuercert = %[1]s/ca/issuercert.pem\ncertserial = %[1]s/ca/certserial\n", dir))
-	m.write("localca.options", "--platform-manufacturer Test\n--platform-version 1\n--platform-model Test\n")
-	m.write("setup.conf", fmt.Sprintf("create_certs_tool = %[2]s\ncreate_certs_tool_config = %[1]s/localca.conf\ncreate_certs_tool_options = %[1]s/localca.options\nactive_pcr_banks = sha256\n", dir, lookup(t, "swtpm_localca")))
-	return m
+	t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &maker{t, m}
 }
 
-func lookup(t testing.TB, program string) string {
-	t.Helper()
-	path, err := exec.LookPath(program)
+func (m *maker) roots() string {
+	m.t.Helper()
+	path, err := m.m.Roots()
 	if err != nil {
-		t.Fatal(err)
+		m.t.Fatal(err)
 	}
 	return path
 }
 
-func (m *maker) write(name, text string) {
+func (m *maker) make(name string) string {
 	m.t.Helper()
-	if err := os.WriteFile(filepath.Join(m.dir, name), []byte(text), 0o600); err != nil {
-		m.t.Fatal(err)
-	}
-}
-
-// roots is the manufacturer's authority: the root that swtpm_localca made.
-func (m *maker) roots() string {
-	m.t.Helper()
-	var all []byte
-	found, err := filepath.Glob(filepath.Join(m.dir, "ca", "*.pem"))
+	socket, err := m.m.Make(m.t.Context(), name)
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	for _, path := range found {
-		text, err := os.ReadFile(path)
-		if err != nil {
-			m.t.Fatal(err)
-		}
-		for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
-			if block.Type == "CERTIFICATE" {
-				all = append(all, pem.EncodeToMemory(block)...)
-			}
-		}
-	}
-	m.write("roots.pem", string(all))
-	return filepath.Join(m.dir, "roots.pem")
-}
-
-// make manufactures a TPM and runs it; it returns the path of its socket.
-func (m *maker) make(name string) string {
-	m.t.Helper()
-	state, socket := filepath.Join(m.dir, name), filepath.Join(m.dir, name+".sock")
-	if err := os.Mkdir(state, 0o700); err != nil {
-		m.t.Fatal(err)
-	}
-	setup := exec.CommandContext(m.t.Context(), "swtpm_setup", "--tpm2", "--tpmstate", state, "--config", filepath.Join(m.dir, "setup.conf"),
-		"--create-ek-cert", "--lock-nvram", "--pcr-banks", "sha256", "--overwrite")
-	if out, err := setup.CombinedOutput(); err != nil {
-		m.t.Fatalf("%v: %s", err, out)
-	}
-	run := exec.CommandContext(context.WithoutCancel(m.t.Context()), "swtpm", "socket", "--tpm2", "--tpmstate", "dir="+state,
-		"--server", "type=unixio,path="+socket, "--ctrl", "type=unixio,path="+socket+".ctrl", "--flags", "not-need-init,startup-clear")
-	if err := run.Start(); err != nil {
-		m.t.Fatal(err)
-	}
-	m.t.Cleanup(func() { _ = run.Process.Kill(); _ = run.Wait() })
-	for {
-		if _, err := os.Stat(socket); err == nil {
-			return socket
-		}
-		select {
-		case <-time.After(20 * time.Millisecond):
-		case <-m.t.Context().Done():
-			m.t.Fatal("the software TPM does not listen")
-		}
-	}
+	return socket
 }
 
 func openNode(t testing.TB, body string) attestor.Node {

@@ -2,7 +2,6 @@ package vsphere_test
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -20,9 +19,7 @@ import (
 	"github.com/vmware/govmomi/find"
 	"github.com/vmware/govmomi/object"
 	"github.com/vmware/govmomi/property"
-	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vapi/rest"
-	_ "github.com/vmware/govmomi/vapi/simulator" // the simulator's tags
 	"github.com/vmware/govmomi/vapi/tags"
 	"github.com/vmware/govmomi/vim25/mo"
 	"github.com/vmware/govmomi/vim25/types"
@@ -32,90 +29,33 @@ import (
 	"github.com/assay-id/assay/attestor/vsphere"
 	"github.com/assay-id/assay/attestor/vsphere/node"
 	"github.com/assay-id/assay/attestor/vsphere/server"
+	"github.com/assay-id/assay/test/fake/vcenter"
 )
 
-// TestMain lets the test binary be vmtoolsd: it sees the guestinfo of one virtual machine and no other.
+// TestMain lets the test binary be vmtoolsd.
 func TestMain(m *testing.M) {
-	if vm := os.Getenv("GUEST_OF"); vm != "" {
-		os.Exit(infoGet(vm, os.Getenv("GUEST_URL"), os.Args[1:]))
-	}
+	vcenter.Guest()
 	os.Exit(m.Run())
 }
 
-// infoGet does what "vmtoolsd --cmd 'info-get KEY'" does.
-func infoGet(vm, address string, args []string) int {
-	var key string
-	if len(args) != 2 || args[0] != "--cmd" {
-		return 64
-	}
-	if _, err := fmt.Sscanf(args[1], "info-get %s", &key); err != nil || !strings.HasPrefix(key, "guestinfo.") {
-		return 64
-	}
-	u, err := url.Parse(address)
-	if err != nil {
-		return 65
-	}
-	client, err := govmomi.NewClient(context.Background(), u, true)
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 65
-	}
-	var got mo.VirtualMachine
-	ref := types.ManagedObjectReference{Type: "VirtualMachine", Value: vm}
-	if err := property.DefaultCollector(client.Client).RetrieveOne(context.Background(), ref, []string{"config.extraConfig"}, &got); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 65
-	}
-	for _, option := range got.Config.ExtraConfig {
-		if o := option.GetOptionValue(); o.Key == key {
-			fmt.Println(o.Value)
-			return 0
-		}
-	}
-	fmt.Println("No value found")
-	return 1
-}
-
-// center is a vCenter of the simulator, over HTTPS.
+// center is a vCenter of the test's own, whose errors end it.
 type center struct {
 	t      testing.TB
-	model  *simulator.Model
-	server *simulator.Server
+	v      *vcenter.Center
 	admin  *govmomi.Client
-	ca     string
 	secret string
 }
 
 func newCenter(t testing.TB) *center {
 	t.Helper()
-	model := simulator.VPX()
-	if err := model.Create(); err != nil {
-		t.Fatal(err)
-	}
-	model.Service.TLS = new(tls.Config)
-	model.Service.RegisterEndpoints = true
-	model.Service.Listen = &url.URL{Host: "127.0.0.1:0", User: url.UserPassword("assay", "s3cret")}
-	s := model.Service.NewServer()
-	t.Cleanup(func() { s.Close(); model.Remove() })
-	c := &center{t: t, model: model, server: s, secret: filepath.Join(t.TempDir(), "password")}
-	ca, err := s.CertificateFile()
+	v, err := vcenter.New(t.Context(), vcenter.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.ca = ca
-	if err := os.WriteFile(c.secret, []byte("s3cret\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if c.admin, err = govmomi.NewClient(t.Context(), c.withPassword(), true); err != nil {
-		t.Fatal(err)
-	}
+	c := &center{t: t, v: v, admin: v.Admin, secret: filepath.Join(t.TempDir(), "password")}
+	t.Cleanup(func() { c.must(v.Close()) })
+	c.must(os.WriteFile(c.secret, []byte(vcenter.Password+"\n"), 0o600))
 	return c
-}
-
-func (c *center) withPassword() *url.URL {
-	u := *c.server.URL
-	u.User = url.UserPassword("assay", "s3cret")
-	return &u
 }
 
 func (c *center) must(err error) {
@@ -127,47 +67,39 @@ func (c *center) must(err error) {
 
 func (c *center) vm(name string) *object.VirtualMachine {
 	c.t.Helper()
-	vm, err := find.NewFinder(c.admin.Client).VirtualMachine(c.t.Context(), "/DC0/vm/"+name)
+	vm, err := c.v.VM(c.t.Context(), name)
 	c.must(err)
 	return vm
 }
 
 func (c *center) read(vm *object.VirtualMachine) mo.VirtualMachine {
 	c.t.Helper()
-	var got mo.VirtualMachine
-	c.must(vm.Properties(c.t.Context(), vm.Reference(), []string{"name", "config", "runtime"}, &got))
+	got, err := c.v.Read(c.t.Context(), vm)
+	c.must(err)
 	return got
 }
 
 func (c *center) reconfigure(vm *object.VirtualMachine, spec types.VirtualMachineConfigSpec) {
 	c.t.Helper()
-	task, err := vm.Reconfigure(c.t.Context(), spec)
-	c.must(err)
-	c.must(task.Wait(c.t.Context()))
+	c.must(c.v.Reconfigure(c.t.Context(), vm, spec))
 }
 
-// secure keeps the guest's users from guestinfo.
 func (c *center) secure(vm *object.VirtualMachine) {
-	c.reconfigure(vm, types.VirtualMachineConfigSpec{ExtraConfig: []types.BaseOptionValue{
-		&types.OptionValue{Key: "guest_rpc.rpci.auth.cmd.info-get", Value: "TRUE"},
-	}})
+	c.t.Helper()
+	c.must(c.v.Secure(c.t.Context(), vm))
 }
 
 // judgeConfig is the server's configuration, with more of it.
 func (c *center) judgeConfig(more string) string {
-	return fmt.Sprintf("vcenter_url = \"https://%s\"\nusername = \"assay\"\npassword_file = %q\nca_path = %q\n", c.server.URL.Host, c.secret, c.ca) + more
+	return fmt.Sprintf("vcenter_url = \"https://%s\"\nusername = %q\npassword_file = %q\nca_path = %q\n", c.v.URL.Host, vcenter.Username, c.secret, c.v.CA) + more
 }
 
-// inside makes what an agent in a virtual machine sees: its numbers and a vmtoolsd of its own.
+// inside is the configuration of an agent in a virtual machine that says it has the UUID.
 func (c *center) inside(vm *object.VirtualMachine, uuid string) string {
 	c.t.Helper()
-	dir := c.t.TempDir()
-	self, err := os.Executable()
+	dmi, vmtoolsd, err := c.v.Inside(vm, uuid)
 	c.must(err)
-	c.must(os.WriteFile(filepath.Join(dir, "product_uuid"), []byte(strings.ToUpper(uuid)+"\n"), 0o400))
-	script := fmt.Sprintf("#!/bin/sh\nGUEST_OF=%s GUEST_URL='%s' exec %s \"$@\"\n", vm.Reference().Value, c.withPassword(), self)
-	c.must(os.WriteFile(filepath.Join(dir, "vmtoolsd"), []byte(script), 0o700))
-	return fmt.Sprintf("vmtoolsd_path = %q\ndmi_path = %q\n", filepath.Join(dir, "vmtoolsd"), dir)
+	return fmt.Sprintf("vmtoolsd_path = %q\ndmi_path = %q\n", vmtoolsd, dmi)
 }
 
 func (c *center) judge(more string) attestor.Judge {
@@ -206,7 +138,7 @@ func TestSuite(t *testing.T) {
 	c.must(err)
 	c.must(fields.Set(t.Context(), vm.Reference(), field.Key, "shop"))
 	restClient := rest.NewClient(c.admin.Client)
-	c.must(restClient.Login(t.Context(), url.UserPassword("assay", "s3cret")))
+	c.must(restClient.Login(t.Context(), url.UserPassword(vcenter.Username, vcenter.Password)))
 	manager := tags.NewManager(restClient)
 	category, err := manager.CreateCategory(t.Context(), &tags.Category{Name: "zone", Cardinality: "SINGLE"})
 	c.must(err)
@@ -353,7 +285,7 @@ func TestForgeries(t *testing.T) {
 		}
 	})
 	t.Run("a vCenter that is away is nobody's fault", func(t *testing.T) {
-		c.server.Close()
+		c.v.Stop()
 		if _, err := all.Judge(t.Context(), payload, answer); err == nil || errors.Is(err, attestor.ErrEvidence) {
 			t.Errorf("error is %v", err)
 		}

@@ -33,9 +33,13 @@ type Site struct {
 	Dir string
 	// Bin is the folder with the built binaries.
 	Bin string
-	// Port is the server's TCP port on 127.0.0.1, chosen once, so that a server can be restarted
-	// where its agents look for it.
+	// Port is the server's TCP port, chosen once, so that a server can be restarted where its agents
+	// look for it.
 	Port int
+	// Address is the server's address. Empty: 127.0.0.1.
+	Address string
+	// Netns is the path of the network namespace that the server runs in. Empty: this process's.
+	Netns string
 	// Domain is the trust domain. Empty: TrustDomain.
 	Domain string
 	// LogLevel of the server and its agents. Empty: debug.
@@ -117,8 +121,18 @@ func (s *Site) LaunchServer() error {
 	if err != nil {
 		return err
 	}
-	s.server, err = Start(s.ServerLog(), s.ServerAs, s.serverProgram(), "run", "-config", path)
+	name, args := within(s.Netns, s.serverProgram(), "run", "-config", path)
+	s.server, err = Start(s.ServerLog(), s.ServerAs, name, args...)
 	return err
+}
+
+// within has a program run in a network namespace, if there is one. The program takes the place of what
+// brings it there, so its PID is the one that was started.
+func within(netns, name string, args ...string) (string, []string) {
+	if netns == "" {
+		return name, args
+	}
+	return "nsenter", append([]string{"--net=" + netns, "--", name}, args...)
 }
 
 // FailServer starts a server that is expected to end by itself, and returns what it wrote to standard
@@ -144,7 +158,7 @@ func (s *Site) FailServer(ctx context.Context) (string, error) {
 func (s *Site) WriteServerConfig() (string, error) {
 	config := fmt.Sprintf(`server {
   trust_domain = %q
-  bind_address = "127.0.0.1"
+  bind_address = %q
   bind_port    = %d
   socket_path  = %q
   data_dir     = %q
@@ -152,7 +166,7 @@ func (s *Site) WriteServerConfig() (string, error) {
   %s
 }
 %s
-`, s.trustDomain(), s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra, s.serverBlocks())
+`, s.trustDomain(), s.address(), s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra, s.serverBlocks())
 	if s.SPIRE.Server != "" {
 		config = s.spireServerConfig()
 	}
@@ -178,6 +192,13 @@ func (s *Site) trustDomain() string {
 		return s.Domain
 	}
 	return TrustDomain
+}
+
+func (s *Site) address() string {
+	if s.Address != "" {
+		return s.Address
+	}
+	return "127.0.0.1"
 }
 
 func (s *Site) logLevel() string {
@@ -241,6 +262,7 @@ type Agent struct {
 	site   *Site
 	config string
 	env    []string
+	netns  string
 }
 
 // AgentOptions say how an agent differs from the plain one, which joins with a token and attests
@@ -259,6 +281,8 @@ type AgentOptions struct {
 	Trust string
 	// Env is put into the agent's environment.
 	Env []string
+	// Netns is the path of the network namespace that the agent runs in. Empty: this process's.
+	Netns string
 }
 
 // NewAgent writes an agent's folder and configuration; Start starts it.
@@ -276,7 +300,7 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
 	}
 	a := &Agent{
 		Dir: dir, Socket: filepath.Join(dir, "public", "api.sock"), Admin: filepath.Join(dir, "private", "admin.sock"),
-		Log: filepath.Join(s.Dir, name+".log"), site: s, config: filepath.Join(s.Dir, name+".hcl"), env: o.Env,
+		Log: filepath.Join(s.Dir, name+".log"), site: s, config: filepath.Join(s.Dir, name+".hcl"), env: o.Env, netns: o.Netns,
 	}
 	if o.Docker != "" {
 		o.Blocks = fmt.Sprintf("node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", o.Docker)
@@ -289,7 +313,7 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
 	}
 	config := fmt.Sprintf(`agent {
   trust_domain      = %q
-  server_address    = "127.0.0.1"
+  server_address    = %q
   server_port       = %d
   socket_path       = %q
   admin_socket_path = %q
@@ -299,7 +323,7 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
   %s
 }
 %s
-`, s.trustDomain(), s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), o.Trust, s.logLevel(), o.Extra, o.Blocks)
+`, s.trustDomain(), s.address(), s.Port, a.Socket, a.Admin, filepath.Join(dir, "data"), o.Trust, s.logLevel(), o.Extra, o.Blocks)
 	if s.SPIRE.Agent != "" {
 		config = s.spireAgentConfig(a, o)
 	}
@@ -320,7 +344,8 @@ func (a *Agent) Start(ctx context.Context) error {
 // Launch starts the agent and does not wait.
 func (a *Agent) Launch() error {
 	var err error
-	a.Process, err = start(a.Log, nil, a.env, a.site.agentProgram(), "run", "-config", a.config)
+	name, args := within(a.netns, a.site.agentProgram(), "run", "-config", a.config)
+	a.Process, err = start(a.Log, nil, a.env, name, args...)
 	return err
 }
 

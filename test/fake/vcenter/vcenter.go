@@ -1,0 +1,228 @@
+// Package vcenter is a vCenter of VMware's own simulator, over HTTPS, and the inside of its virtual machines:
+// for each, what the kernel would show of the machine, and a vmtoolsd that reads its guestinfo.
+//
+// The stand-in for vmtoolsd asks over a Unix socket that only has the guestinfo of its own machine, as the
+// hypervisor answers each machine for itself. It is the test's own binary: its TestMain calls Guest first.
+package vcenter
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vmware/govmomi"
+	"github.com/vmware/govmomi/find"
+	"github.com/vmware/govmomi/object"
+	"github.com/vmware/govmomi/property"
+	"github.com/vmware/govmomi/session"
+	"github.com/vmware/govmomi/simulator"
+	_ "github.com/vmware/govmomi/vapi/simulator" // the simulator's tags
+	"github.com/vmware/govmomi/vim25"
+	"github.com/vmware/govmomi/vim25/mo"
+	"github.com/vmware/govmomi/vim25/soap"
+	"github.com/vmware/govmomi/vim25/types"
+)
+
+// Username and Password let anybody in who has both.
+const Username, Password = "assay", "s3cret"
+
+// channel names the socket of the hypervisor, and with it says that this process is to be vmtoolsd.
+const channel = "GUEST_CHANNEL"
+
+// Guest ends the process as vmtoolsd would, if it is one.
+func Guest() {
+	if socket := os.Getenv(channel); socket != "" {
+		os.Exit(infoGet(socket, os.Args[1:]))
+	}
+}
+
+// infoGet does what "vmtoolsd --cmd 'info-get KEY'" does.
+func infoGet(socket string, args []string) int {
+	var key string
+	if len(args) != 2 || args[0] != "--cmd" {
+		return 64
+	}
+	if _, err := fmt.Sscanf(args[1], "info-get %s", &key); err != nil || !strings.HasPrefix(key, "guestinfo.") {
+		return 64
+	}
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	resp, err := client.Get("http://hypervisor/?key=" + url.QueryEscape(key))
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 65
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	switch {
+	case err != nil || resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNotFound:
+		fmt.Fprintln(os.Stderr, resp.Status, string(text), err)
+		return 65
+	case resp.StatusCode == http.StatusNotFound:
+		fmt.Println("No value found")
+		return 1
+	}
+	fmt.Println(string(text))
+	return 0
+}
+
+// Config says what is special about a vCenter; the zero value is fine.
+type Config struct {
+	// Do calls a function where the vCenter is to listen, and Dial connects from there; nil is here.
+	Do   func(func() error) error
+	Dial func(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+// Center is a vCenter that runs, on the loopback interface, with an inventory as the simulator makes it.
+type Center struct {
+	// Admin may do everything.
+	Admin *govmomi.Client
+	// URL is its address, and CA the file with its certificate.
+	URL *url.URL
+	CA  string
+
+	model   *simulator.Model
+	server  *simulator.Server
+	dir     string
+	servers []*http.Server
+}
+
+// New starts a vCenter; Close ends it.
+func New(ctx context.Context, c Config) (_ *Center, err error) {
+	dir, err := os.MkdirTemp("", "vc-") // sockets must have short paths
+	if err != nil {
+		return nil, err
+	}
+	v := &Center{model: simulator.VPX(), dir: dir}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, v.Close())
+		}
+	}()
+	if err := v.model.Create(); err != nil {
+		return nil, err
+	}
+	v.model.Service.TLS = new(tls.Config)
+	v.model.Service.RegisterEndpoints = true
+	v.model.Service.Listen = &url.URL{Host: "127.0.0.1:0", User: url.UserPassword(Username, Password)}
+	if c.Do == nil {
+		c.Do = func(do func() error) error { return do() }
+	}
+	if err := c.Do(func() error { v.server = v.model.Service.NewServer(); return nil }); err != nil {
+		return nil, err
+	}
+	v.URL = v.server.URL
+	if v.CA, err = v.server.CertificateFile(); err != nil {
+		return nil, err
+	}
+	v.Admin, err = login(ctx, v.URL, c)
+	return v, err
+}
+
+// login is govmomi.NewClient, over connections from elsewhere.
+func login(ctx context.Context, u *url.URL, c Config) (*govmomi.Client, error) {
+	transport := soap.NewClient(u, true)
+	if c.Dial != nil {
+		transport.DefaultTransport().DialContext = c.Dial
+	}
+	client, err := vim25.NewClient(ctx, transport)
+	if err != nil {
+		return nil, err
+	}
+	g := &govmomi.Client{Client: client, SessionManager: session.NewManager(client)}
+	return g, g.Login(ctx, url.UserPassword(Username, Password))
+}
+
+// Close ends the vCenter and removes its machines.
+func (v *Center) Close() error {
+	for _, s := range v.servers {
+		_ = s.Close()
+	}
+	if v.server != nil {
+		v.server.Close()
+	}
+	v.model.Remove()
+	return os.RemoveAll(v.dir)
+}
+
+// Stop ends the vCenter, and its machines run on.
+func (v *Center) Stop() { v.server.Close() }
+
+// VM is the virtual machine of a name in the inventory's first folder.
+func (v *Center) VM(ctx context.Context, name string) (*object.VirtualMachine, error) {
+	return find.NewFinder(v.Admin.Client).VirtualMachine(ctx, "/DC0/vm/"+name)
+}
+
+// Read is what the vCenter knows of a machine.
+func (v *Center) Read(ctx context.Context, vm object.Reference) (mo.VirtualMachine, error) {
+	var got mo.VirtualMachine
+	err := property.DefaultCollector(v.Admin.Client).RetrieveOne(ctx, vm.Reference(), []string{"name", "config", "runtime"}, &got)
+	return got, err
+}
+
+// Reconfigure changes a machine.
+func (v *Center) Reconfigure(ctx context.Context, vm *object.VirtualMachine, spec types.VirtualMachineConfigSpec) error {
+	task, err := vm.Reconfigure(ctx, spec)
+	if err != nil {
+		return err
+	}
+	return task.Wait(ctx)
+}
+
+// Secure keeps a machine's users from its guestinfo.
+func (v *Center) Secure(ctx context.Context, vm *object.VirtualMachine) error {
+	return v.Reconfigure(ctx, vm, types.VirtualMachineConfigSpec{ExtraConfig: []types.BaseOptionValue{
+		&types.OptionValue{Key: "guest_rpc.rpci.auth.cmd.info-get", Value: "TRUE"},
+	}})
+}
+
+// Inside makes what an agent in a virtual machine sees, if the machine said that it has the UUID: a folder of
+// the kernel's numbers, and a vmtoolsd of its own.
+func (v *Center) Inside(vm *object.VirtualMachine, uuid string) (dmi, vmtoolsd string, err error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", "", err
+	}
+	dir, err := os.MkdirTemp(v.dir, "")
+	if err != nil {
+		return "", "", err
+	}
+	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	if err != nil {
+		return "", "", err
+	}
+	ref := vm.Reference()
+	hypervisor := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { v.serve(w, r, ref) })} //nolint:gosec // it serves one test
+	v.servers = append(v.servers, hypervisor)
+	go func() { _ = hypervisor.Serve(l) }() // until Close
+	vmtoolsd = filepath.Join(dir, "vmtoolsd")
+	script := fmt.Sprintf("#!/bin/sh\n%s='%s' exec '%s' \"$@\"\n", channel, l.Addr(), self)
+	return dir, vmtoolsd, errors.Join(
+		os.WriteFile(filepath.Join(dir, "product_uuid"), []byte(strings.ToUpper(uuid)+"\n"), 0o400),
+		os.WriteFile(vmtoolsd, []byte(script), 0o700))
+}
+
+// serve answers one machine for its own guestinfo.
+func (v *Center) serve(w http.ResponseWriter, r *http.Request, ref types.ManagedObjectReference) {
+	got, err := v.Read(r.Context(), ref)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	for _, option := range got.Config.ExtraConfig {
+		if o := option.GetOptionValue(); o.Key == r.FormValue("key") {
+			_, _ = fmt.Fprint(w, o.Value)
+			return
+		}
+	}
+	http.NotFound(w, r)
+}
