@@ -201,7 +201,7 @@ func (v *Center) Inside(vm *object.VirtualMachine, uuid string) (dmi, vmtoolsd s
 		return "", "", err
 	}
 	ref := vm.Reference()
-	hypervisor := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { v.serve(w, r, ref) })} //nolint:gosec // it serves one test
+	hypervisor := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { v.serve(w, r, ref) })}
 	v.servers = append(v.servers, hypervisor)
 	go func() { _ = hypervisor.Serve(l) }() // until Close
 	vmtoolsd = filepath.Join(dir, "vmtoolsd")
