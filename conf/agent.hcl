@@ -125,6 +125,12 @@ node_attestor "join_token" {}
   #intermediates_path = "/etc/assay/node-ca.pem"
 #}
 
+# The SSH host certificate that the machine already has, and the host key.
+#node_attestor "sshpop" {
+  #host_key_path  = "/etc/ssh/ssh_host_rsa_key"
+  #host_cert_path = "/etc/ssh/ssh_host_rsa_key-cert.pub"
+#}
+
 # The token that Kubernetes projects into the agent's pod, in the cluster that the server has this name for.
 #node_attestor "k8s_psat" {
   #cluster    = "production"

@@ -145,6 +145,16 @@ node_attestor "join_token" {}
   #ca_bundle_paths = ["/etc/assay/node-ca.pem", "/etc/assay/old-node-ca.pem"]
 #}
 
+# An SSH host certificate that the node already has, from an authority you name.
+#node_attestor "sshpop" {
+  # The authorities' keys, as lines of authorized_keys: here, in a file, or both.
+  #cert_authorities      = ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHvkw0iqvmHsCVRzQRCuxvh6TXMkvNkAPAqmNmbVO0Gb"]
+  #cert_authorities_path = "/etc/assay/ssh-cas.pub"
+  # The domain that the host's name must be in, and another form of the agent's ID.
+  #canonical_domain    = "example.org"
+  #agent_path_template = "{{ .PluginName }}/{{ .Hostname }}"
+#}
+
 # OpenID Connect discovery, so that verifiers that know nothing of SPIFFE (cloud providers, OAuth servers)
 # find the keys of JWT-SVIDs: /.well-known/openid-configuration and /keys. server.jwt_issuer must be the URL
 # that they are below. Keys are SPIRE's oidc-discovery-provider's where the meaning is the same.

@@ -7,6 +7,7 @@ import (
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	k8s "github.com/assay-id/assay/attestor/k8s/workload"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/node"
+	sshpop "github.com/assay-id/assay/attestor/sshpop/node"
 	systemd "github.com/assay-id/assay/attestor/systemd/workload"
 	tpm "github.com/assay-id/assay/attestor/tpm/node"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
@@ -20,6 +21,7 @@ func nodes() []attestor.NodeKind {
 		jointoken.Kind(),
 		k8spsat.Kind(),
 		x509pop.Kind(),
+		sshpop.Kind(),
 		awsiid.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),

@@ -5,6 +5,7 @@ import (
 	awsiid "github.com/assay-id/assay/attestor/awsiid/server"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/server"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/server"
+	sshpop "github.com/assay-id/assay/attestor/sshpop/server"
 	tpm "github.com/assay-id/assay/attestor/tpm/server"
 	vsphere "github.com/assay-id/assay/attestor/vsphere/server"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/server"
@@ -16,6 +17,7 @@ func judges() []attestor.JudgeKind {
 		jointoken.Kind(),
 		k8spsat.Kind(),
 		x509pop.Kind(),
+		sshpop.Kind(),
 		awsiid.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),

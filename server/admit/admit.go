@@ -198,6 +198,9 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 		switch {
 		case exists && n.Banned:
 			return ErrBanned
+		case exists && n.Type != "" && n.Type != r.Type:
+			// Operators can give agents paths outside of their attestor's own: nobody takes another's place by it.
+			return fmt.Errorf("%w: agent %s was admitted by another attestor", attestor.ErrUsed, out.ID)
 		case exists && !proof.CanReattest:
 			return fmt.Errorf("%w: node %s has attested before", attestor.ErrUsed, out.ID)
 		}
@@ -240,9 +243,10 @@ func limited(ask attestor.Ask) attestor.Ask {
 }
 
 // agentID makes the agent's SPIFFE ID. Part of the path comes from evidence, so it is checked here
-// whatever the judge did: it stays below the type's own place and within the standard's limits.
+// whatever the judge did: it stays out of other types' places and within the standard's limits.
 func (d *Desk) agentID(kind, path string) (spiffeid.ID, error) {
-	if !strings.HasPrefix(path, kind+"/") {
+	// An operator's template may leave a judge's own place, but not for that of another.
+	if own, _, deeper := strings.Cut(path, "/"); own != kind && (!deeper || d.judges[own] != nil) {
 		return spiffeid.ID{}, fmt.Errorf("make agent ID: judge %q answered a path outside its own", kind)
 	}
 	id, err := spiffeid.FromPath(d.cfg.TrustDomain, "/spire/agent/"+path)

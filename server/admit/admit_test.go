@@ -1,6 +1,7 @@
 package admit
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/x509"
@@ -89,7 +90,7 @@ func newDesk(j judge) (*Desk, *book, *counter) {
 	silent := logrus.New()
 	silent.SetOutput(io.Discard)
 	b, c := &book{nodes: map[spiffeid.ID]*records.Node{}}, &counter{}
-	return New(b, c, map[string]attestor.Judge{"test": j}, Config{
+	return New(b, c, map[string]attestor.Judge{"test": j, "another": says(attestor.Proof{})}, Config{
 		TrustDomain: td, Log: silent, Metrics: prometheus.NewRegistry(), Now: func() time.Time { return time.Unix(100, 0) },
 	}), b, c
 }
@@ -124,6 +125,16 @@ func TestAttest(t *testing.T) {
 	})
 }
 
+func TestPathOfATemplate(t *testing.T) {
+	d, b, _ := newDesk(says(attestor.Proof{Path: "static/one", CanReattest: true}))
+	for range 2 {
+		out, err := d.Attest(t.Context(), request)
+		if err != nil || out.ID.Path() != "/spire/agent/static/one" || b.nodes[out.ID].Type != "test" {
+			t.Fatalf("%+v, %v", out, err)
+		}
+	}
+}
+
 func TestAttestRefuses(t *testing.T) {
 	good := attestor.Proof{Path: "test/one", CanReattest: true}
 	for _, c := range []struct {
@@ -141,7 +152,10 @@ func TestAttestRefuses(t *testing.T) {
 		{"a banned node", says(good), &records.Node{Banned: true}, nil, ErrBanned},
 		{"a banned node of a type that attests once", says(attestor.Proof{Path: "test/one"}), &records.Node{Banned: true}, nil, ErrBanned},
 		{"a node that attested and may do so once", says(attestor.Proof{Path: "test/one"}), &records.Node{}, nil, attestor.ErrUsed},
-		{"a path of another type", says(attestor.Proof{Path: "other/one"}), nil, nil, nil},
+		{"a path of another type", says(attestor.Proof{Path: "another/one"}), nil, nil, nil},
+		{"a path without a place", says(attestor.Proof{Path: "one"}), nil, nil, nil},
+		{"the agent of another type at a path that an operator's template made", says(attestor.Proof{Path: "static/one", CanReattest: true}),
+			&records.Node{ID: spiffeid.RequireFromPath(td, "/spire/agent/static/one"), Type: "another"}, nil, attestor.ErrUsed},
 		{"a path that climbs out", says(attestor.Proof{Path: "test/../../server"}), nil, nil, attestor.ErrEvidence},
 		{"a path with an empty segment", says(attestor.Proof{Path: "test//one"}), nil, nil, attestor.ErrEvidence},
 		{"a path with a character that SPIFFE IDs do not have", says(attestor.Proof{Path: "test/a b"}), nil, nil, attestor.ErrEvidence},
@@ -165,7 +179,7 @@ func TestAttestRefuses(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			d, b, _ := newDesk(c.judge)
 			if c.node != nil {
-				b.nodes[agent] = c.node
+				b.nodes[cmp.Or(c.node.ID, agent)] = c.node
 			}
 			r := request
 			if c.req != nil {
@@ -227,7 +241,7 @@ func TestRenew(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			d, b, _ := newDesk(nil)
 			if c.node != nil {
-				b.nodes[agent] = c.node
+				b.nodes[cmp.Or(c.node.ID, agent)] = c.node
 			}
 			chain, rev, err := d.Renew(t.Context(), agent, "7", nil)
 			if !errors.Is(err, c.want) {

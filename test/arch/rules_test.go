@@ -23,6 +23,7 @@ type rule struct {
 var rules = []rule{
 	{pattern: "attestor", floor: words},
 	{pattern: "attestor/cgroup", floor: words, why: "which container a process is in, asked by more than one attestor, and these do not import each other"},
+	{pattern: "attestor/agentpath", floor: words, why: "how an operator's template makes an agent's path, for more than one attestor, and these do not import each other"},
 	{pattern: "workloadapi/identity", floor: words},
 	{pattern: "server/wire/...", floor: words},
 	{pattern: "agent/admin/wire/...", floor: words, why: "the wire of the agent's own socket, spoken by its command too"},
@@ -126,6 +127,7 @@ var homes = []struct {
 	{"github.com/vmware/govmomi", []string{"attestor/vsphere/server", "test/..."}},
 	{"github.com/smallstep/pkcs7", []string{"attestor/awsiid/server"}},
 	{"github.com/google/go-tpm", []string{"attestor/tpm/...", "agent/keep", "test/..."}},
+	{"golang.org/x/crypto/ssh", []string{"attestor/sshpop/...", "test/..."}},
 	{"github.com/godbus/dbus", []string{"attestor/systemd/...", "test/..."}},
 	{"github.com/envoyproxy", []string{"workloadapi/sds", "test/..."}},
 	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "deploy/images", "test/..."}},
