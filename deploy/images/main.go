@@ -40,6 +40,7 @@ type image struct {
 var images = []image{
 	{"assay-server", "Signs the identities of a trust domain", "65532:65532"},
 	{"assay-agent", "Attests the workloads of a node and serves their identities", "0:0"},
+	{"assay-csi", "Gives pods the agent's socket as a volume", "0:0"},
 	{"assay", "Pushes evidence about images from a pipeline", "65532:65532"},
 }
 
