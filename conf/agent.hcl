@@ -131,6 +131,16 @@ node_attestor "join_token" {}
   #host_cert_path = "/etc/ssh/ssh_host_rsa_key-cert.pub"
 #}
 
+# The name that this host has in DNS: the server fetches a nonce from it over HTTP.
+#node_attestor "http_challenge" {
+  # The name, this machine's by default, and what tells agents behind one name apart.
+  #hostname  = "web1.example.org"
+  #agentname = "default"
+  # Where the agent listens while it attests, any free port by default, and the port that leads there.
+  #port            = 80
+  #advertised_port = 80
+#}
+
 # The token that Kubernetes projects into the agent's pod, in the cluster that the server has this name for.
 #node_attestor "k8s_psat" {
   #cluster    = "production"

@@ -155,6 +155,21 @@ node_attestor "join_token" {}
   #agent_path_template = "{{ .PluginName }}/{{ .Hostname }}"
 #}
 
+# The name that a node has in DNS: this server fetches a nonce from it over HTTP.
+#node_attestor "http_challenge" {
+  # Regular expressions, one of which a name must match as a whole.
+  #allowed_dns_patterns = ["web[0-9]+\\.example\\.org"]
+  # The port that is asked, and whether it may be one that any user of the host can listen on.
+  #required_port        = 80
+  #allow_non_root_ports = true
+  # A name is believed once; it can be off only if the port is root's.
+  #tofu = true
+  # Where a name's address must be, in place of anywhere but on this machine and link-local; and a DNS
+  # server in place of the system's resolver.
+  #allowed_networks = ["10.0.0.0/8"]
+  #dns_server       = "10.0.0.53:53"
+#}
+
 # OpenID Connect discovery, so that verifiers that know nothing of SPIFFE (cloud providers, OAuth servers)
 # find the keys of JWT-SVIDs: /.well-known/openid-configuration and /keys. server.jwt_issuer must be the URL
 # that they are below. Keys are SPIRE's oidc-discovery-provider's where the meaning is the same.

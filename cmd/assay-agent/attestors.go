@@ -4,6 +4,7 @@ import (
 	"github.com/assay-id/assay/attestor"
 	awsiid "github.com/assay-id/assay/attestor/awsiid/node"
 	docker "github.com/assay-id/assay/attestor/docker/workload"
+	httpchallenge "github.com/assay-id/assay/attestor/httpchallenge/node"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	k8s "github.com/assay-id/assay/attestor/k8s/workload"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/node"
@@ -22,6 +23,7 @@ func nodes() []attestor.NodeKind {
 		k8spsat.Kind(),
 		x509pop.Kind(),
 		sshpop.Kind(),
+		httpchallenge.Kind(),
 		awsiid.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),

@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/assay-id/assay/attestor"
 	awsiid "github.com/assay-id/assay/attestor/awsiid/server"
+	httpchallenge "github.com/assay-id/assay/attestor/httpchallenge/server"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/server"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/server"
 	sshpop "github.com/assay-id/assay/attestor/sshpop/server"
@@ -18,6 +19,7 @@ func judges() []attestor.JudgeKind {
 		k8spsat.Kind(),
 		x509pop.Kind(),
 		sshpop.Kind(),
+		httpchallenge.Kind(),
 		awsiid.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),

@@ -1,7 +1,10 @@
 package compat
 
 import (
+	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -10,6 +13,7 @@ import (
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/assay-id/assay/test/fake/dns"
 	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/site"
 )
@@ -38,6 +42,47 @@ func TestSPIREAgentBySSHPoP(t *testing.T) {
 			}
 			serveThroughAlias(t, s, agent.socket, &types.Selector{Type: "sshpop", Value: "key-id:machine 7"})
 		})
+	}
+}
+
+// TestSPIREAgentByHTTPChallenge asks a port that only root can listen on, so that the agent may re-attest.
+func TestSPIREAgentByHTTPChallenge(t *testing.T) {
+	port := 0
+	for p := 1023; p > 600 && port == 0; p-- {
+		if l, err := net.Listen("tcp", fmt.Sprintf(":%d", p)); err == nil {
+			l.Close()
+			port = p
+		}
+	}
+	if port == 0 {
+		lab.Missing(t, "a port below 1024", errors.New("none is to be had: run as root"))
+	}
+	names, err := dns.Start(map[string][]netip.Addr{"web1.example.org": {netip.MustParseAddr("127.0.0.1")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(names.Close)
+	s := newSite(t, func(s *site.Site) {
+		s.ServerBlocks = fmt.Sprintf("node_attestor \"http_challenge\" {\n  allowed_dns_patterns = [\"web[0-9].example.org\"]\n  allowed_networks = [\"127.0.0.1/32\"]\n  dns_server = %q\n  required_port = %d\n  tofu = false\n}", names.Address(), port)
+	})
+	block := fmt.Sprintf(`"http_challenge" { plugin_data { hostname = "web1.example.org" port = %d } }`, port)
+	agent := startSPIREAgent(t, s, block)
+	if got := onlyAgent(t, s); got != "/spire/agent/http_challenge/web1.example.org" {
+		t.Fatalf("the agent is %s", got)
+	}
+	serveThroughAlias(t, s, agent.socket, &types.Selector{Type: "http_challenge", Value: "hostname:web1.example.org"})
+	if _, err := s.ServerCLI(t.Context(), "agent", "evict", "-spiffeID", "spiffe://"+site.TrustDomain+onlyAgent(t, s)); err != nil {
+		t.Fatal(err)
+	}
+	err = agent.WaitFor(patiently(t), "it to be back", func() error {
+		out, err := s.ServerCLI(t.Context(), "agent", "count")
+		if err == nil && !strings.HasPrefix(out, "1 ") {
+			err = fmt.Errorf("got %s", out)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
