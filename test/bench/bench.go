@@ -190,6 +190,12 @@ func open(ctx context.Context, socket string) (*stream, *workload.X509SVIDRespon
 	if err != nil {
 		return nil, nil, err
 	}
+	return openOn(ctx, conn)
+}
+
+// openOn opens a stream on a connection, which is the stream's from then on, and reads the first answer.
+func openOn(ctx context.Context, conn *grpc.ClientConn) (*stream, *workload.X509SVIDResponse, error) {
+	var err error
 	ctx, cancel := context.WithCancel(withHeader(ctx))
 	s := &stream{conn: conn, cancel: cancel}
 	if s.client, err = workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workload.X509SVIDRequest{}); err != nil {

@@ -82,7 +82,7 @@ func (p *proxy) eventually(t *testing.T, what string, good func(body string, err
 	t.Helper()
 	begun := time.Now()
 	err := p.WaitFor(patiently(t), what, func() error {
-		body, err := envoy.Get(t.Context(), envoy.Over(p.Listener), "/")
+		body, err := envoy.Get(t.Context(), envoy.Over(p.Listener), "http://envoy/")
 		if good(body, err) {
 			return nil
 		}
@@ -147,7 +147,7 @@ func TestEnvoy(t *testing.T) {
 		for range 2 {
 			wg.Go(func() {
 				for ctx.Err() == nil {
-					if _, err := envoy.Get(ctx, envoy.Over(before.Listener), "/"); err != nil && ctx.Err() == nil {
+					if _, err := envoy.Get(ctx, envoy.Over(before.Listener), "http://envoy/"); err != nil && ctx.Err() == nil {
 						failed.Add(1)
 						t.Error(err)
 						return

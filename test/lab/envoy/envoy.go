@@ -205,8 +205,8 @@ func Over(socket string) *http.Client {
 }
 
 // Get makes a request and returns what came of it: the body, or an error with the status.
-func Get(ctx context.Context, client *http.Client, path string) (string, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://envoy"+path, http.NoBody)
+func Get(ctx context.Context, client *http.Client, url string) (string, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, http.NoBody)
 	if err != nil {
 		return "", err
 	}
@@ -224,7 +224,7 @@ func Get(ctx context.Context, client *http.Client, path string) (string, error) 
 
 // Certificates returns what Envoy itself says of its own certificates, one in a line.
 func (p *Proxy) Certificates(ctx context.Context) (string, error) {
-	text, err := Get(ctx, Over(p.Admin), "/certs")
+	text, err := Get(ctx, Over(p.Admin), "http://envoy/certs")
 	if err != nil {
 		return "", err
 	}
@@ -247,7 +247,7 @@ func (p *Proxy) Certificates(ctx context.Context) (string, error) {
 
 // Stats returns Envoy's counters by name, those that begin with the prefix.
 func (p *Proxy) Stats(ctx context.Context, prefix string) (map[string]int64, error) {
-	text, err := Get(ctx, Over(p.Admin), "/stats")
+	text, err := Get(ctx, Over(p.Admin), "http://envoy/stats")
 	if err != nil {
 		return nil, err
 	}
