@@ -171,6 +171,19 @@ node_attestor "join_token" {}
   #endorsement_hierarchy_password = ""
 #}
 
+# A device identity whose key is in the machine's TPM 2.0.
+#node_attestor "tpm_devid" {
+  # Its certificate, and the key as the TPM gave it out when it was made.
+  #devid_cert_path = "/etc/assay/devid.pem"
+  #devid_priv_path = "/etc/assay/devid.priv"
+  #devid_pub_path  = "/etc/assay/devid.pub"
+  # The device, by default the one TPM in /dev, and passwords where there are any.
+  #tpm_device_path                = "/dev/tpmrm0"
+  #devid_password                 = ""
+  #owner_hierarchy_password       = ""
+  #endorsement_hierarchy_password = ""
+#}
+
 # What the agent can prove about the processes that call it: a block for each way.
 
 # User, group, and the program's path and hash.

@@ -288,6 +288,12 @@ node_attestor "join_token" {}
   #pcrs = [0, 2, 4, 7]
 #}
 
+# A device identity whose key is in the node's TPM 2.0: who issues them, and whose TPMs are accepted.
+#node_attestor "tpm_devid" {
+  #devid_ca_path       = "/etc/assay/devid-ca.pem"
+  #endorsement_ca_path = "/etc/assay/tpm-manufacturers.pem"
+#}
+
 # Where signing keys live: one of these.
 key_manager "disk" {
   # The default is keys.json in data_dir.

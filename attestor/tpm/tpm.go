@@ -7,8 +7,6 @@ package tpm
 
 import (
 	"crypto/sha256"
-	"crypto/x509"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -86,16 +84,6 @@ func QualifyingData(nonce []byte, trustDomain string) []byte {
 	digest.Write([]byte("assay tpm quote 1\x00" + trustDomain + "\x00"))
 	digest.Write(nonce)
 	return digest.Sum(nil)
-}
-
-// KeyHash names a public key: the SHA-256 of its DER in hex.
-func KeyHash(public any) (string, error) {
-	der, err := x509.MarshalPKIXPublicKey(public)
-	if err != nil {
-		return "", err
-	}
-	sum := sha256.Sum256(der)
-	return hex.EncodeToString(sum[:]), nil
 }
 
 // CheckPCRs says what is wrong with a list of registers, or nil: it must be in order, without repetition.

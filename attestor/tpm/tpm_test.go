@@ -22,6 +22,7 @@ import (
 	"github.com/assay-id/assay/attestor/tpm"
 	"github.com/assay-id/assay/attestor/tpm/node"
 	"github.com/assay-id/assay/attestor/tpm/server"
+	"github.com/assay-id/assay/attestor/tpmchip"
 	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/swtpm"
 )
@@ -137,7 +138,7 @@ func TestSuite(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				hash, err := tpm.KeyHash(key)
+				hash, err := tpmchip.KeyHash(key)
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -11,6 +11,7 @@ import (
 	sshpop "github.com/assay-id/assay/attestor/sshpop/node"
 	systemd "github.com/assay-id/assay/attestor/systemd/workload"
 	tpm "github.com/assay-id/assay/attestor/tpm/node"
+	tpmdevid "github.com/assay-id/assay/attestor/tpmdevid/node"
 	unix "github.com/assay-id/assay/attestor/unix/workload"
 	vsphere "github.com/assay-id/assay/attestor/vsphere/node"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/node"
@@ -27,6 +28,7 @@ func nodes() []attestor.NodeKind {
 		awsiid.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),
+		tpmdevid.Kind(),
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/server"
 	sshpop "github.com/assay-id/assay/attestor/sshpop/server"
 	tpm "github.com/assay-id/assay/attestor/tpm/server"
+	tpmdevid "github.com/assay-id/assay/attestor/tpmdevid/server"
 	vsphere "github.com/assay-id/assay/attestor/vsphere/server"
 	x509pop "github.com/assay-id/assay/attestor/x509pop/server"
 )
@@ -23,5 +24,6 @@ func judges() []attestor.JudgeKind {
 		awsiid.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),
+		tpmdevid.Kind(),
 	}
 }

@@ -11,11 +11,14 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-tpm/tpm2"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/assay-id/assay/attestor/tpmchip"
 	"github.com/assay-id/assay/test/fake/dns"
 	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/site"
+	"github.com/assay-id/assay/test/lab/swtpm"
 )
 
 // The real spire-agent and ours, by node attestors that both have.
@@ -83,6 +86,48 @@ func TestSPIREAgentByHTTPChallenge(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestSPIREAgentByTPMDevID has a software TPM, with a device identity of either kind.
+func TestSPIREAgentByTPMDevID(t *testing.T) {
+	if err := swtpm.Available(); err != nil {
+		lab.Missing(t, "a software TPM", err)
+	}
+	maker, err := swtpm.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { maker.Close() })
+	devices, err := swtpm.NewDevIDAuthority(maker.Dir(), "devices")
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket, err := maker.Make(t.Context(), "one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	roots, err := maker.Roots()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for kind, alg := range map[string]tpm2.TPMAlgID{"rsa": tpm2.TPMAlgRSA, "ecc": tpm2.TPMAlgECC} {
+		t.Run(kind, func(t *testing.T) {
+			d, err := devices.Provision(t.Context(), socket, maker.Dir(), "device-"+kind, alg, "secret", nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := newSite(t, func(s *site.Site) {
+				s.ServerBlocks = fmt.Sprintf("node_attestor \"tpm_devid\" {\n  devid_ca_path = %q\n  endorsement_ca_path = %q\n}", devices.Path, roots)
+			})
+			agent := startSPIREAgent(t, s, fmt.Sprintf(
+				`"tpm_devid" { plugin_data { devid_cert_path = %q devid_priv_path = %q devid_pub_path = %q tpm_device_path = %q devid_password = "secret" } }`,
+				d.Cert, d.Priv, d.Pub, socket))
+			if got, want := onlyAgent(t, s), "/spire/agent/tpm_devid/"+tpmchip.Fingerprint(d.Leaf); got != want {
+				t.Fatalf("the agent is %s, want %s", got, want)
+			}
+			serveThroughAlias(t, s, agent.socket, &types.Selector{Type: "tpm_devid", Value: "subject:cn:device-" + kind})
+		})
 	}
 }
 

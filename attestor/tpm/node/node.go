@@ -15,14 +15,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/tpm"
-)
-
-const (
-	// maxCertificate is the largest endorsement key certificate in bytes, piece how much is read at once.
-	maxCertificate, piece = 8 << 10, 512
-	// rsaCertificate and eccCertificate are where manufacturers store the certificates of their RSA-2048
-	// and P-256 endorsement keys (TCG EK Credential Profile, section 2.2.1.4).
-	rsaCertificate, eccCertificate = tpm2.TPMHandle(0x01c00002), tpm2.TPMHandle(0x01c0000a)
+	"github.com/assay-id/assay/attestor/tpmchip"
 )
 
 // Kind returns the agent's side of tpm.
@@ -36,8 +29,7 @@ func Kind() attestor.NodeKind {
 
 type node struct {
 	config      tpm.AgentConfig
-	template    tpm2.TPMTPublic
-	certificate tpm2.TPMHandle
+	ek          tpmchip.EndorsementKey
 	trustDomain string
 }
 
@@ -49,9 +41,9 @@ func open(config any, needs attestor.Needs) (attestor.Node, error) {
 	n := &node{config: *c, trustDomain: needs.TrustDomain.Name()}
 	switch c.EK {
 	case "rsa":
-		n.template, n.certificate = tpm2.RSAEKTemplate, rsaCertificate
+		n.ek = tpmchip.RSAEK
 	case "ecc":
-		n.template, n.certificate = tpm2.ECCEKTemplate, eccCertificate
+		n.ek = tpmchip.ECCEK
 	default:
 		return nil, fmt.Errorf("endorsement_key: %q is neither \"rsa\" nor \"ecc\"", c.EK)
 	}
@@ -73,26 +65,24 @@ var akTemplate = tpm2.TPMTPublic{
 
 // keys are both keys, loaded.
 type keys struct {
-	dev    *device
-	ek, ak *tpm2.CreatePrimaryResponse
-}
-
-func (n *node) endorsement() tpm2.AuthHandle {
-	return tpm2.AuthHandle{Handle: tpm2.TPMRHEndorsement, Auth: tpm2.PasswordAuth([]byte(n.config.EndorsementPassword))}
+	dev   *tpmchip.Device
+	ek    tpm2.NamedHandle
+	ekPub []byte
+	done  func() // lets go of ek; nil: there is none
+	ak    *tpm2.CreatePrimaryResponse
 }
 
 // load opens the TPM and makes the keys; close must be called.
 func (n *node) load(ctx context.Context) (*keys, error) {
-	dev, err := openDevice(ctx, n.config.Path)
+	dev, err := tpmchip.Open(ctx, n.config.Path)
 	if err != nil {
 		return nil, err
 	}
 	k := &keys{dev: dev}
-	make := func(template tpm2.TPMTPublic) (*tpm2.CreatePrimaryResponse, error) {
-		return tpm2.CreatePrimary{PrimaryHandle: n.endorsement(), InPublic: tpm2.New2B(template)}.Execute(dev)
-	}
-	if k.ek, err = make(n.template); err == nil {
-		k.ak, err = make(akTemplate)
+	if k.ek, k.ekPub, k.done, err = n.ek.Load(dev, n.config.EndorsementPassword); err == nil {
+		k.ak, err = tpm2.CreatePrimary{
+			PrimaryHandle: tpmchip.Hierarchy(tpm2.TPMRHEndorsement, n.config.EndorsementPassword), InPublic: tpm2.New2B(akTemplate),
+		}.Execute(dev)
 	}
 	if err != nil {
 		k.close()
@@ -102,10 +92,11 @@ func (n *node) load(ctx context.Context) (*keys, error) {
 }
 
 func (k *keys) close() {
-	for _, key := range []*tpm2.CreatePrimaryResponse{k.ek, k.ak} {
-		if key != nil {
-			_, _ = tpm2.FlushContext{FlushHandle: key.ObjectHandle}.Execute(k.dev) // without it the TPM is full soon
-		}
+	if k.done != nil {
+		k.done()
+	}
+	if k.ak != nil {
+		tpmchip.Flush(k.dev, k.ak.ObjectHandle)
 	}
 	_ = k.dev.Close()
 }
@@ -120,45 +111,11 @@ func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
 		return nil, nil, err
 	}
 	defer k.close()
-	ek, err := k.ek.OutPublic.Contents()
-	if err != nil {
-		return nil, nil, fmt.Errorf("read endorsement key: %w", err)
-	}
-	ak, err := k.ak.OutPublic.Contents()
-	if err != nil {
-		return nil, nil, fmt.Errorf("read attestation key: %w", err)
-	}
-	payload, err := json.Marshal(tpm.Evidence{EK: tpm2.Marshal(ek), AK: tpm2.Marshal(ak), EKCert: readCertificate(k.dev, n.certificate)})
+	payload, err := json.Marshal(tpm.Evidence{EK: k.ekPub, AK: k.ak.OutPublic.Bytes(), EKCert: tpmchip.ReadCertificate(k.dev, n.ek.Certificate)})
 	if err != nil {
 		return nil, nil, err
 	}
 	return payload, n.answer, nil
-}
-
-// readCertificate reads the certificate at an index, nil if there is none.
-func readCertificate(dev *device, index tpm2.TPMHandle) []byte {
-	public, err := tpm2.NVReadPublic{NVIndex: index}.Execute(dev)
-	if err != nil {
-		return nil
-	}
-	area, err := public.NVPublic.Contents()
-	if err != nil || int(area.DataSize) > maxCertificate {
-		return nil
-	}
-	var der []byte
-	for len(der) < int(area.DataSize) {
-		read, err := tpm2.NVRead{
-			AuthHandle: tpm2.AuthHandle{Handle: index, Name: public.NVName, Auth: tpm2.PasswordAuth(nil)},
-			NVIndex:    tpm2.NamedHandle{Handle: index, Name: public.NVName},
-			Size:       uint16(min(piece, int(area.DataSize)-len(der))), //nolint:gosec // within maxCertificate
-			Offset:     uint16(len(der)),                                //nolint:gosec // likewise
-		}.Execute(dev)
-		if err != nil || len(read.Data.Buffer) == 0 {
-			return nil
-		}
-		der = append(der, read.Data.Buffer...)
-	}
-	return der
 }
 
 // answer recovers the secret and quotes.
@@ -181,22 +138,11 @@ func (n *node) answer(ctx context.Context, challenge []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer k.close()
-	activated, err := tpm2.ActivateCredential{
-		ActivateHandle: tpm2.NamedHandle{Handle: k.ak.ObjectHandle, Name: k.ak.Name},
-		KeyHandle: tpm2.AuthHandle{
-			Handle: k.ek.ObjectHandle, Name: k.ek.Name,
-			Auth: tpm2.Policy(tpm2.TPMAlgSHA256, 16, func(t tpmTransport, session tpm2.TPMISHPolicy, nonce tpm2.TPM2BNonce) error {
-				_, err := tpm2.PolicySecret{AuthHandle: n.endorsement(), PolicySession: session, NonceTPM: nonce}.Execute(t)
-				return err
-			}),
-		},
-		CredentialBlob: tpm2.TPM2BIDObject{Buffer: c.Credential},
-		Secret:         tpm2.TPM2BEncryptedSecret{Buffer: c.Secret},
-	}.Execute(k.dev)
+	secret, err := tpmchip.Activate(k.dev, k.ek, tpm2.NamedHandle{Handle: k.ak.ObjectHandle, Name: k.ak.Name}, nil, n.config.EndorsementPassword, c.Credential, c.Secret)
 	if err != nil {
-		return nil, fmt.Errorf("activate credential: %w", err)
+		return nil, err
 	}
-	response := tpm.Response{Secret: activated.CertInfo.Buffer}
+	response := tpm.Response{Secret: secret}
 	// The quote covers a digest; the values beside it are read until both agree, as a register may be
 	// extended in between.
 	for range 3 {

@@ -6,13 +6,10 @@ import (
 	"slices"
 
 	"github.com/google/go-tpm/tpm2"
-	"github.com/google/go-tpm/tpm2/transport"
 
 	"github.com/assay-id/assay/attestor/tpm"
+	"github.com/assay-id/assay/attestor/tpmchip"
 )
-
-// tpmTransport is the library's name for an open TPM.
-type tpmTransport = transport.TPM
 
 // selection names registers of the SHA-256 bank.
 func selection(pcrs []int) tpm2.TPMLPCRSelection {
@@ -26,7 +23,7 @@ func selection(pcrs []int) tpm2.TPMLPCRSelection {
 }
 
 // readPCRs reads registers; a TPM gives at most eight at once.
-func readPCRs(dev *device, pcrs []int) ([][]byte, error) {
+func readPCRs(dev *tpmchip.Device, pcrs []int) ([][]byte, error) {
 	var values [][]byte
 	for part := range slices.Chunk(pcrs, 8) {
 		read, err := tpm2.PCRRead{PCRSelectionIn: selection(part)}.Execute(dev)

@@ -10,24 +10,16 @@ package server
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
+	"crypto"
 	"crypto/rand"
-	"crypto/rsa"
-	"crypto/sha1" //nolint:gosec // an identifier, as openssl and SPIRE print it, not a signature
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/x509"
-	"encoding/asn1"
 	"encoding/hex"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
-	"os"
 	"regexp"
-	"slices"
 	"strings"
 	"time"
 
@@ -35,21 +27,11 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/tpm"
-)
-
-const (
-	// maxPublic is the largest public area in bytes, maxCertificate the largest certificate.
-	maxPublic, maxCertificate = 1 << 10, 8 << 10
-	// maxBundle is the largest file of authorities in bytes.
-	maxBundle = 8 << 20
+	"github.com/assay-id/assay/attestor/tpmchip"
 )
 
 // hashForm is what the hash of an endorsement key looks like.
 var hashForm = regexp.MustCompile(`^[0-9a-f]{64}$`)
-
-// subjectAltName is an extension that endorsement certificates mark critical and that holds names of
-// hardware, of which the standard library knows nothing.
-var subjectAltName = asn1.ObjectIdentifier{2, 5, 29, 17}
 
 // Kind returns the server's side of tpm.
 func Kind() attestor.JudgeKind {
@@ -88,41 +70,11 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	}
 	if c.EKCAPath != "" {
 		var err error
-		if j.roots, err = readRoots(c.EKCAPath); err != nil {
+		if j.roots, err = tpmchip.ReadRoots(c.EKCAPath); err != nil {
 			return nil, fmt.Errorf("ek_ca_path: %w", err)
 		}
 	}
 	return j, nil
-}
-
-func readRoots(path string) (*x509.CertPool, error) {
-	stat, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if stat.Size() > maxBundle {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxBundle)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	roots, found := x509.NewCertPool(), 0
-	for block, rest := pem.Decode(text); block != nil; block, rest = pem.Decode(rest) {
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("%s: certificate %d: %w", path, found+1, err)
-		}
-		if !cert.IsCA {
-			return nil, fmt.Errorf("%s: certificate %d (%s) is not an authority's", path, found+1, cert.Subject)
-		}
-		roots.AddCert(cert)
-		found++
-	}
-	if found == 0 {
-		return nil, fmt.Errorf("%s: no PEM certificate in it", path)
-	}
-	return roots, nil
 }
 
 // Judge knows the endorsement key, challenges the TPM and describes it.
@@ -137,11 +89,11 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 	if err := tpm.Decode(payload, &evidence); err != nil {
 		return attestor.Proof{}, attestor.Refusef("read evidence: %w", err)
 	}
-	ek, hash, err := readEK(evidence.EK)
+	ek, hash, err := tpmchip.ReadEK(evidence.EK)
 	if err != nil {
 		return attestor.Proof{}, attestor.Refusef("read endorsement key: %w", err)
 	}
-	ak, key, err := readAK(evidence.AK)
+	ak, key, err := tpmchip.ReadAK(evidence.AK)
 	if err != nil {
 		return attestor.Proof{}, attestor.Refusef("read attestation key: %w", err)
 	}
@@ -151,7 +103,9 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 		if err != nil {
 			return attestor.Proof{}, attestor.Refusef("endorsement key is not accepted: %w", err)
 		}
-		values = append(values, authorities...)
+		for _, fingerprint := range authorities {
+			values = append(values, "ca:fingerprint:"+fingerprint)
+		}
 	}
 	registers, err := j.challenge(ctx, ek, ak, key, ask)
 	if err != nil {
@@ -169,155 +123,19 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 	return attestor.Proof{Path: tpm.Type + "/" + hash, Selectors: attestor.NewSet(found...).All(), CanReattest: true}, nil
 }
 
-// readPublic reads a public area and nothing after it.
-func readPublic(raw []byte) (*tpm2.TPMTPublic, error) {
-	if len(raw) == 0 || len(raw) > maxPublic {
-		return nil, fmt.Errorf("it has %d bytes", len(raw))
-	}
-	public, err := tpm2.Unmarshal[tpm2.TPMTPublic](raw)
-	if err != nil || !bytes.Equal(tpm2.Marshal(public), raw) {
-		return nil, errors.New("it is no public area of a TPM")
-	}
-	return public, nil
-}
-
-func readEK(raw []byte) (tpm2.LabeledEncapsulationKey, string, error) {
-	public, err := readPublic(raw)
-	if err != nil {
-		return nil, "", err
-	}
-	a := public.ObjectAttributes
-	if !a.FixedTPM || !a.FixedParent || !a.SensitiveDataOrigin || !a.Restricted || !a.Decrypt || a.SignEncrypt {
-		return nil, "", errors.New("it is no endorsement key: it must be fixed in its TPM, restricted, and decrypt only")
-	}
-	key, err := publicKey(public)
-	if err != nil {
-		return nil, "", err
-	}
-	hash, err := tpm.KeyHash(key)
-	if err != nil {
-		return nil, "", errors.New("it is no key")
-	}
-	encapsulation, err := tpm2.ImportEncapsulationKey(public)
-	if err != nil {
-		return nil, "", errors.New("it is of a kind that is not supported")
-	}
-	return encapsulation, hash, nil
-}
-
-// publicKey returns the key in a public area, of a size that is safe and bounded.
-func publicKey(public *tpm2.TPMTPublic) (any, error) {
-	switch public.Type {
-	case tpm2.TPMAlgRSA:
-		parms, err := public.Parameters.RSADetail()
-		if err != nil {
-			return nil, errors.New("it is no RSA key")
-		}
-		unique, err := public.Unique.RSA()
-		if err != nil {
-			return nil, errors.New("it is no RSA key")
-		}
-		key, err := tpm2.RSAPub(parms, unique)
-		if err != nil || key.N.BitLen() < 2048 || key.N.BitLen() > 4096 || key.E < 65537 {
-			return nil, errors.New("it is no RSA key of 2048 to 4096 bits")
-		}
-		return key, nil
-	case tpm2.TPMAlgECC:
-		parms, err := public.Parameters.ECCDetail()
-		if err != nil {
-			return nil, errors.New("it is no ECC key")
-		}
-		if parms.CurveID != tpm2.TPMECCNistP256 && parms.CurveID != tpm2.TPMECCNistP384 {
-			return nil, errors.New("it is no ECC key on P-256 or P-384")
-		}
-		unique, err := public.Unique.ECC()
-		if err != nil {
-			return nil, errors.New("it is no ECC key")
-		}
-		key, err := tpm2.ECDSAPub(parms, unique)
-		if err != nil {
-			return nil, errors.New("it is no ECC key")
-		}
-		if _, err := key.ECDH(); err != nil {
-			return nil, errors.New("it is no point on its curve")
-		}
-		return key, nil
-	}
-	return nil, errors.New("it is neither RSA nor ECC")
-}
-
-// readAK returns the name of the attestation key, which covers all of it, and the key.
-func readAK(raw []byte) (name []byte, key *ecdsa.PublicKey, err error) {
-	public, err := readPublic(raw)
-	if err != nil {
-		return nil, nil, err
-	}
-	a := public.ObjectAttributes
-	if !a.FixedTPM || !a.FixedParent || !a.SensitiveDataOrigin || !a.Restricted || !a.SignEncrypt || a.Decrypt {
-		return nil, nil, errors.New("it is no attestation key: it must be made in its TPM, fixed there, restricted, and sign only")
-	}
-	if public.NameAlg != tpm2.TPMAlgSHA256 {
-		return nil, nil, errors.New("its name is not made with SHA-256")
-	}
-	found, err := publicKey(public)
-	if err != nil {
-		return nil, nil, err
-	}
-	key, ok := found.(*ecdsa.PublicKey)
-	if !ok || key.Curve != elliptic.P256() {
-		return nil, nil, errors.New("it is no ECDSA key on P-256")
-	}
-	named, err := tpm2.ObjectName(public)
-	if err != nil {
-		return nil, nil, errors.New("it has no name")
-	}
-	return named.Buffer, key, nil
-}
-
-// certified verifies the certificate of the endorsement key and describes its authorities.
+// certified returns the authorities of an endorsement key that is not listed.
 func (j *judge) certified(der []byte, hash string) ([]string, error) {
 	switch {
 	case j.roots == nil:
 		return nil, fmt.Errorf("its hash %s is not one of the server's ek_hashes", hash)
 	case len(der) == 0:
 		return nil, fmt.Errorf("it has no certificate, and its hash %s is not one of the server's ek_hashes", hash)
-	case len(der) > maxCertificate:
-		return nil, errors.New("its certificate is too large")
 	}
-	// The store of a TPM is larger than what is in it: what follows the certificate is padding.
-	var outer asn1.RawValue
-	if rest, err := asn1.Unmarshal(der, &outer); err == nil {
-		der = der[:len(der)-len(rest)]
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, errors.New("its certificate cannot be read")
-	}
-	switch cert.PublicKey.(type) {
-	case *rsa.PublicKey, *ecdsa.PublicKey:
-	default:
-		return nil, errors.New("its certificate is for another kind of key")
-	}
-	if certified, err := tpm.KeyHash(cert.PublicKey); err != nil || certified != hash {
-		return nil, errors.New("its certificate is for another key")
-	}
-	cert.UnhandledCriticalExtensions = slices.DeleteFunc(cert.UnhandledCriticalExtensions, subjectAltName.Equal)
-	chains, err := cert.Verify(x509.VerifyOptions{Roots: j.roots, CurrentTime: j.now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
-	if err != nil {
-		return nil, errors.New("its certificate is not by an accepted authority, or not valid now")
-	}
-	var values []string
-	for _, chain := range chains {
-		for _, authority := range chain[1:] {
-			sum := sha1.Sum(authority.Raw) //nolint:gosec // see the import
-			values = append(values, "ca:fingerprint:"+hex.EncodeToString(sum[:]))
-		}
-	}
-	return values, nil
+	return tpmchip.Certified(der, hash, j.roots, j.now())
 }
 
 // challenge proves the keys to be in one TPM and returns its registers.
-func (j *judge) challenge(ctx context.Context, ek tpm2.LabeledEncapsulationKey, name []byte, ak *ecdsa.PublicKey, ask attestor.Ask) ([][]byte, error) {
+func (j *judge) challenge(ctx context.Context, ek tpm2.LabeledEncapsulationKey, name []byte, ak crypto.PublicKey, ask attestor.Ask) ([][]byte, error) {
 	secret, nonce := make([]byte, tpm.SecretSize), make([]byte, tpm.NonceSize)
 	_, _ = rand.Read(secret)
 	_, _ = rand.Read(nonce)
@@ -349,25 +167,12 @@ func (j *judge) challenge(ctx context.Context, ek tpm2.LabeledEncapsulationKey, 
 	return response.Values, nil
 }
 
-func (j *judge) checkQuote(r tpm.Response, nonce []byte, ak *ecdsa.PublicKey) error {
-	if len(r.Quote) > maxPublic || len(r.Signature) > maxPublic || len(r.Values) != len(j.pcrs) {
+func (j *judge) checkQuote(r tpm.Response, nonce []byte, ak crypto.PublicKey) error {
+	if len(r.Quote) > tpmchip.MaxPublic || len(r.Values) != len(j.pcrs) {
 		return errors.New("it is not of the registers that were asked for")
 	}
-	signature, err := tpm2.Unmarshal[tpm2.TPMTSignature](r.Signature)
-	if err != nil {
-		return errors.New("its signature cannot be read")
-	}
-	ecc, err := signature.Signature.ECDSA()
-	if err != nil || signature.SigAlg != tpm2.TPMAlgECDSA || ecc.Hash != tpm2.TPMAlgSHA256 {
-		return errors.New("its signature is not ECDSA with SHA-256")
-	}
-	size := (ak.Curve.Params().BitSize + 7) / 8
-	if len(ecc.SignatureR.Buffer) > size || len(ecc.SignatureS.Buffer) > size {
-		return errors.New("its signature is too large")
-	}
-	digest := sha256.Sum256(r.Quote)
-	if !ecdsa.Verify(ak, digest[:], new(big.Int).SetBytes(ecc.SignatureR.Buffer), new(big.Int).SetBytes(ecc.SignatureS.Buffer)) {
-		return errors.New("its signature is wrong")
+	if err := tpmchip.Verify(ak, r.Quote, r.Signature); err != nil {
+		return err
 	}
 	attest, err := tpm2.Unmarshal[tpm2.TPMSAttest](r.Quote)
 	if err != nil || attest.Magic != tpm2.TPMGeneratedValue || attest.Type != tpm2.TPMSTAttestQuote {

@@ -1,4 +1,7 @@
-package node
+// Package tpmchip is a TPM 2.0 as attestors and key stores see it: how it is spoken to, what its public areas
+// say, and who certified its endorsement key. Attestors do not import each other, so what they share of it is
+// here.
+package tpmchip
 
 import (
 	"context"
@@ -27,22 +30,22 @@ const (
 	commandTime = 30 * time.Second
 )
 
-// device is an open TPM: a character device, which answers each write with one read, or the socket of a
+// Device is an open TPM: a character device, which answers each write with one read, or the socket of a
 // software TPM, which answers in pieces.
-type device struct {
+type Device struct {
 	io.ReadWriteCloser
 	ctx      context.Context //nolint:containedctx // the library's transport has no place for one
 	deadline func(time.Time) error
 	gone     atomic.Bool // the context ended
 }
 
-// openDevice opens the TPM at path until ctx ends.
-func openDevice(ctx context.Context, path string) (*device, error) {
+// Open opens the TPM at path until ctx ends.
+func Open(ctx context.Context, path string) (*Device, error) {
 	stat, err := os.Stat(path)
 	if err != nil {
 		return nil, fmt.Errorf("find TPM: %w", err)
 	}
-	d := &device{ctx: ctx}
+	d := &Device{ctx: ctx}
 	if stat.Mode().Type() == os.ModeSocket {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 		if err != nil {
@@ -61,7 +64,7 @@ func openDevice(ctx context.Context, path string) (*device, error) {
 
 // Send sends a command and returns its response. A TPM that is busy is asked again, which the library
 // does not do.
-func (d *device) Send(command []byte) ([]byte, error) {
+func (d *Device) Send(command []byte) ([]byte, error) {
 	pause := resendPause
 	for try := 0; ; try++ {
 		response, err := d.once(command)
@@ -81,7 +84,7 @@ func (d *device) Send(command []byte) ([]byte, error) {
 	}
 }
 
-func (d *device) once(command []byte) ([]byte, error) {
+func (d *Device) once(command []byte) ([]byte, error) {
 	if err := d.ctx.Err(); err != nil {
 		return nil, err
 	}
