@@ -564,8 +564,8 @@ key_manager "disk" {
   # come by themselves.
   #resync_interval = "10m"
 
-  # The evidence source, or policy's "sources" name, that the VulnerabilityReports of Trivy Operator are
-  # taken in for. Whoever may write such objects speaks for it. Default: they are not looked at.
+  # The name that policies have the VulnerabilityReports of Trivy Operator by, among their sources. Whoever
+  # may write such objects speaks for it, unsigned. Default: they are not looked at.
   #vulnerability_reports = "trivy-operator"
 
   # One of several servers over one store keeps the entries: the holder of a Lease. The namespace is the

@@ -17,7 +17,7 @@ func migrateCommand() *cobra.Command {
 		shape.Plugins["node_attestor"][j.Type] = j.Config
 	}
 	return migrate.Command("assay-server", shape, migrate.Server, func(path string, expandEnv bool) error {
-		_, err := conf.LoadServer(path, judges(), conf.Options{ExpandEnv: expandEnv, Named: append(rules.Kinds(), clusterKind(), roles.Kind()), CheckNamed: rules.Check})
+		_, err := conf.LoadServer(path, judges(), conf.Options{ExpandEnv: expandEnv, Named: append(rules.Kinds(), clusterKind(), roles.Kind()), CheckNamed: checkNamed})
 		return err
 	})
 }

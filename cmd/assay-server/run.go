@@ -42,7 +42,7 @@ func settings(c *cobra.Command) *cli.Settings {
 // load reads the configuration.
 func load(s *cli.Settings) (*conf.Server, error) {
 	options := s.Options()
-	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind(), roles.Kind()), rules.Check
+	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind(), roles.Kind()), checkNamed
 	c, err := conf.LoadServer(s.Path(), judges(), options)
 	if err != nil {
 		return nil, cli.Invalid("Assay server", err)

@@ -103,6 +103,9 @@ func NewConfig(name string, b Block) (*Config, []Problem) {
 			say("resync_interval", "%q is no length of time of 10s or more, such as \"10m\".", b.Resync)
 		}
 	}
+	if b.ReportSource != "" && !clusterName.MatchString(b.ReportSource) {
+		say("vulnerability_reports", "%q is no name of a source: up to 63 letters, digits, '-' and '_'.", b.ReportSource)
+	}
 	if l := b.LeaderElection; l != nil {
 		c.LeaseNamespace, c.LeaseName, c.NoLease = l.Namespace, l.Name, l.Disabled
 	}

@@ -128,6 +128,7 @@ func TestRegistrar(t *testing.T) {
 		}
 		r.has()
 	})
+	t.Run("it takes all that the kustomizations and the chart make", r.manifests)
 	if log, err := os.ReadFile(r.site.ServerLog()); err != nil || strings.Contains(string(log), "may not watch") || strings.Contains(string(log), "forbidden") {
 		t.Errorf("the shipped role is not enough (%v):\n%s", err, site.Tail(r.site.ServerLog(), 20))
 	}

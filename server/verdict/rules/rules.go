@@ -80,8 +80,9 @@ func trustProblems(problems []trust.Problem) []conf.KeyProblem {
 	return list
 }
 
-// Check says what is wrong between the blocks.
-func Check(all []conf.Named) []conf.NamedProblem {
+// Check says what is wrong between the blocks. Others are sources that no block of evidence makes: what other
+// parts of the server take in unsigned is from them.
+func Check(all []conf.Named, others ...string) []conf.NamedProblem {
 	var problems []conf.NamedProblem
 	say := func(block, name, field, format string, args ...any) {
 		problems = append(problems, conf.NamedProblem{Block: block, Name: name, KeyProblem: conf.KeyProblem{Field: field, Text: fmt.Sprintf(format, args...)}})
@@ -100,7 +101,10 @@ func Check(all []conf.Named) []conf.NamedProblem {
 		sources = append(sources, s.Name())
 		silent[s.Name()] = !s.AllowUnsigned()
 	}
-	known := slices.Concat(signers, sources)
+	for _, name := range others {
+		silent[name] = false
+	}
+	known := slices.Concat(signers, sources, others)
 	for _, p := range conf.NamedOf[*policy.ScanPolicy](all, Scan) {
 		for _, list := range []struct {
 			field string

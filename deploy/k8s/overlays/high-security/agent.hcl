@@ -1,0 +1,37 @@
+agent {
+  trust_domain      = "example.org"
+  data_dir          = "/var/lib/assay/agent"
+  socket_path       = "/run/assay/agent/public/api.sock"
+  admin_socket_path = "/run/assay/agent/private/admin.sock"
+  server_address    = "assay-server.assay"
+  server_port       = 8081
+  trust_bundle_path = "/run/assay/bundle/bundle.pem"
+  log_format        = "json"
+  # A line for each answer of the Workload API, with the pod's log.
+  audit_log_file    = "-"
+  # Verdicts on images count this long without word from the server.
+  verdict_lease     = "5m"
+}
+
+node_attestor "k8s_psat" {
+  cluster = "quickstart"
+}
+
+key_manager "disk" {}
+
+workload_attestor "k8s" {}
+
+workload_attestor "unix" {}
+
+health_checks {
+  listener_enabled = true
+  bind_address     = "0.0.0.0"
+  bind_port        = 8082
+}
+
+telemetry {
+  prometheus {
+    host = "0.0.0.0"
+    port = 9989
+  }
+}
