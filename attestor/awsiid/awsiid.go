@@ -10,15 +10,13 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
-	"strings"
 	"time"
+
+	"github.com/assay-id/assay/attestor/awsapi"
 )
 
 // Type is the attestor's name in configuration, in evidence, in selectors and in agent IDs.
 const Type = "aws_iid"
-
-// NonceSize is the size in bytes of the server's nonce.
-const NonceSize = 32
 
 // AgentConfig is the agent's configuration block.
 type AgentConfig struct {
@@ -68,20 +66,6 @@ type Evidence struct {
 	Proof bool `json:"proof,omitempty"`
 }
 
-// Challenge asks for a signed request that says who the instance is.
-type Challenge struct {
-	// Region is the instance's, of whose STS the server will ask.
-	Region string `json:"region"`
-	Nonce  []byte `json:"nonce"`
-}
-
-// Response is that request, as far as the server does not know it anyway.
-type Response struct {
-	Authorization string `json:"authorization"`
-	Date          string `json:"date"`
-	Token         string `json:"token"`
-}
-
 // Document is what an identity document says.
 type Document struct {
 	AccountID        string    `json:"accountId"`
@@ -95,18 +79,10 @@ type Document struct {
 // What the parts of a document look like. They become parts of an agent's ID, of host names and of
 // queries, so nothing else is let through.
 var (
-	accountForm  = regexp.MustCompile(`^[0-9]{12}$`)
-	regionForm   = regexp.MustCompile(`^[a-z]{2}(-[a-z]+)+-[0-9]{1,2}$`)
 	zoneForm     = regexp.MustCompile(`^[a-z0-9-]{1,40}$`)
 	instanceForm = regexp.MustCompile(`^i-[0-9a-f]{8,17}$`)
 	imageForm    = regexp.MustCompile(`^ami-[0-9a-f]{8,17}$`)
 )
-
-// IsAccount reports whether a text is the number of an account.
-func IsAccount(text string) bool { return accountForm.MatchString(text) }
-
-// IsRegion reports whether a text is the name of a region.
-func IsRegion(text string) bool { return regionForm.MatchString(text) }
 
 // ParseDocument reads a document and checks its form.
 func ParseDocument(text []byte) (Document, error) {
@@ -116,13 +92,13 @@ func ParseDocument(text []byte) (Document, error) {
 	}
 	for _, part := range []struct {
 		name, value string
-		form        *regexp.Regexp
+		is          func(string) bool
 	}{
-		{"accountId", d.AccountID, accountForm},
-		{"region", d.Region, regionForm},
-		{"instanceId", d.InstanceID, instanceForm},
+		{"accountId", d.AccountID, awsapi.IsAccount},
+		{"region", d.Region, awsapi.IsRegion},
+		{"instanceId", d.InstanceID, instanceForm.MatchString},
 	} {
-		if !part.form.MatchString(part.value) {
+		if !part.is(part.value) {
 			return Document{}, fmt.Errorf("document has no %s that is one", part.name)
 		}
 	}
@@ -133,28 +109,4 @@ func ParseDocument(text []byte) (Document, error) {
 		return Document{}, errors.New("document has no imageId that is one")
 	}
 	return d, nil
-}
-
-// Suffix is the domain of AWS's services in a region.
-func Suffix(region string) string {
-	if strings.HasPrefix(region, "cn-") {
-		return "amazonaws.com.cn"
-	}
-	return "amazonaws.com"
-}
-
-// NonceHeader carries the server's nonce and the trust domain it is for, so that a server of another
-// trust domain cannot pass its own challenge on.
-const NonceHeader = "X-Assay-Nonce"
-
-// CallerRequest is the one request that is signed as proof, of the STS of a region.
-func CallerRequest(region, trustDomain string, nonce []byte) Request {
-	return Request{
-		Method: "POST", Host: "sts." + region + "." + Suffix(region), Path: "/",
-		Headers: map[string]string{
-			"Content-Type": "application/x-www-form-urlencoded; charset=utf-8",
-			NonceHeader:    trustDomain + ":" + fmt.Sprintf("%x", nonce),
-		},
-		Body: "Action=GetCallerIdentity&Version=2011-06-15",
-	}
 }

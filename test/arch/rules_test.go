@@ -25,6 +25,7 @@ var rules = []rule{
 	{pattern: "attestor/cgroup", floor: words, why: "which container a process is in, asked by more than one attestor, and these do not import each other"},
 	{pattern: "attestor/agentpath", floor: words, why: "how an operator's template makes an agent's path, for more than one attestor, and these do not import each other"},
 	{pattern: "attestor/tpmchip", floor: words, why: "what a TPM is and how it is spoken to, for more than one attestor and the agent's keys"},
+	{pattern: "attestor/awsapi", floor: words, why: "signed requests to AWS, which more than one attestor makes, and these do not import each other"},
 	{pattern: "workloadapi/identity", floor: words},
 	{pattern: "server/wire/...", floor: words},
 	{pattern: "agent/admin/wire/...", floor: words, why: "the wire of the agent's own socket, spoken by its command too"},

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/awsapi"
 	"github.com/assay-id/assay/attestor/awsiid"
 )
 
@@ -29,6 +30,30 @@ const (
 	// maxProfiles bounds how many are kept.
 	maxProfiles = 4096
 )
+
+// cloud asks EC2 and IAM.
+type cloud struct {
+	*awsapi.Client
+	config  awsiid.ServerConfig
+	now     func() time.Time
+	lookups lookups
+}
+
+func newCloud(c awsiid.ServerConfig, now func() time.Time) (*cloud, error) {
+	for key, endpoint := range map[string]string{"ec2_endpoint": c.EC2Endpoint, "iam_endpoint": c.IAMEndpoint} {
+		if err := awsapi.CheckEndpoint(key, endpoint); err != nil {
+			return nil, err
+		}
+	}
+	client, err := awsapi.NewClient(awsapi.Config{
+		AccessKeyID: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey,
+		MetadataEndpoint: c.MetadataEndpoint, STSEndpoint: c.STSEndpoint, Now: now,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &cloud{Client: client, config: c, now: now, lookups: newLookups()}, nil
+}
 
 // instance is what EC2 says of one.
 type instance struct {
@@ -91,7 +116,7 @@ func (c *cloud) describe(ctx context.Context, d awsiid.Document) (instance, erro
 			continue // somebody else leads the next
 		case ctx.Err() != nil:
 			return instance{}, fmt.Errorf("look instance up: %w", ctx.Err())
-		case errors.Is(err, errNoInstance):
+		case errors.Is(err, awsapi.ErrNoInstance):
 			return instance{}, attestor.Refusef("look instance up: EC2 does not know exactly one")
 		case err != nil:
 			return instance{}, fmt.Errorf("look instance up: %w", err)
@@ -157,7 +182,7 @@ func (b *batch) of(id string) (instance, error) {
 	}
 	found, ok := b.found[id]
 	if !ok {
-		return instance{}, errNoInstance
+		return instance{}, awsapi.ErrNoInstance
 	}
 	return found, nil
 }
@@ -183,7 +208,7 @@ func (c *cloud) describeAll(ctx context.Context, region string, ids []string) (m
 // isGone asks for one instance by its ID, about which EC2 says so if there is none.
 func (c *cloud) isGone(ctx context.Context, region, id string) (bool, error) {
 	_, err := c.page(ctx, region, url.Values{"InstanceId.1": {id}}, map[string]instance{})
-	if errors.Is(err, errNoInstance) {
+	if errors.Is(err, awsapi.ErrNoInstance) {
 		return true, nil
 	}
 	return false, err
@@ -200,7 +225,7 @@ func (c *cloud) page(ctx context.Context, region string, form url.Values, all ma
 	}
 	form.Set("Action", "DescribeInstances")
 	form.Set("Version", "2016-11-15")
-	if err := c.query(ctx, c.config.EC2Endpoint, "ec2."+region+"."+awsiid.Suffix(region), "ec2", region, form, &said); err != nil {
+	if err := c.Query(ctx, c.config.EC2Endpoint, "ec2."+region+"."+awsapi.Suffix(region), "ec2", region, form, &said); err != nil {
 		return "", err
 	}
 	for _, r := range said.Reservations {
@@ -233,7 +258,7 @@ func (c *cloud) roles(ctx context.Context, region, arn string) ([]string, error)
 	} else if strings.HasPrefix(region, "us-gov-") {
 		host, signing = "iam.us-gov.amazonaws.com", "us-gov-west-1"
 	}
-	err := c.query(ctx, c.config.IAMEndpoint, host, "iam", signing, url.Values{
+	err := c.Query(ctx, c.config.IAMEndpoint, host, "iam", signing, url.Values{
 		"Action": {"GetInstanceProfile"}, "Version": {"2010-05-08"}, "InstanceProfileName": {path.Base(arn)},
 	}, &said)
 	if err != nil {
@@ -246,20 +271,4 @@ func (c *cloud) roles(ctx context.Context, region, arn string) ([]string, error)
 	}
 	l.profiles[arn] = profile{said.Roles, c.now().Add(keepRoles)}
 	return said.Roles, nil
-}
-
-// account is whose credentials the server has.
-func (c *cloud) account(ctx context.Context, region string) (string, error) {
-	var said struct {
-		Account string `xml:"GetCallerIdentityResult>Account"`
-	}
-	err := c.query(ctx, c.config.STSEndpoint, "sts."+region+"."+awsiid.Suffix(region), "sts", region,
-		url.Values{"Action": {"GetCallerIdentity"}, "Version": {"2011-06-15"}}, &said)
-	if err != nil {
-		return "", fmt.Errorf("ask whose credentials the server has: %w", err)
-	}
-	if !awsiid.IsAccount(said.Account) {
-		return "", errors.New("ask whose credentials the server has: AWS does not say")
-	}
-	return said.Account, nil
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/awsapi"
 	"github.com/assay-id/assay/attestor/awsiid"
 )
 
@@ -108,7 +109,7 @@ func (j *judge) admitted(agents attestor.Admitted) map[string][]member {
 	found := map[string][]member{}
 	for path, selectors := range agents.Each() {
 		parts := strings.Split(path, "/")
-		if len(parts) != 4 || !awsiid.IsAccount(parts[1]) || !awsiid.IsRegion(parts[2]) {
+		if len(parts) != 4 || !awsapi.IsAccount(parts[1]) || !awsapi.IsRegion(parts[2]) {
 			continue
 		}
 		d := awsiid.Document{AccountID: parts[1], Region: parts[2], InstanceID: parts[3]}
@@ -153,7 +154,7 @@ func (j *judge) refreshMissing(ctx context.Context, region string, missing []mem
 	if len(missing) == 0 {
 		return nil
 	}
-	own, err := j.cloud.account(ctx, region)
+	own, err := j.cloud.Account(ctx, region)
 	if err != nil {
 		return err
 	}

@@ -11,7 +11,6 @@ package server
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
@@ -23,6 +22,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/awsapi"
 	"github.com/assay-id/assay/attestor/awsiid"
 )
 
@@ -61,7 +61,7 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 		return nil, errors.New("account_ids is empty: name the AWS accounts whose instances are accepted")
 	}
 	for _, id := range c.AccountIDs {
-		if !awsiid.IsAccount(id) {
+		if !awsapi.IsAccount(id) {
 			return nil, fmt.Errorf("account_ids: %q is no account, which is a number of twelve digits", id)
 		}
 	}
@@ -69,7 +69,7 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 		return nil, errors.New("region_certificates is empty: name the certificate of each region whose instances are accepted")
 	}
 	for region, path := range c.RegionCertificates {
-		if !awsiid.IsRegion(region) {
+		if !awsapi.IsRegion(region) {
 			return nil, fmt.Errorf("region_certificates: %q is no region", region)
 		}
 		cert, err := readCertificate(path)
@@ -97,9 +97,6 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	}
 	if c.RequireProof && len(c.InstanceRoles) == 0 {
 		return nil, errors.New("require_proof needs instance_roles, the roles by which instances prove themselves")
-	}
-	if (c.AccessKeyID == "") != (c.SecretAccessKey == "") {
-		return nil, errors.New("access_key_id and secret_access_key go together")
 	}
 	var err error
 	j.cloud, err = newCloud(*c, j.now)
@@ -161,42 +158,16 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 
 // challenge has the instance prove itself and returns the name of the role it did so by.
 func (j *judge) challenge(ctx context.Context, d awsiid.Document, ask attestor.Ask) (string, error) {
-	nonce := make([]byte, awsiid.NonceSize)
-	_, _ = rand.Read(nonce)
-	question, err := json.Marshal(awsiid.Challenge{Region: d.Region, Nonce: nonce})
-	if err != nil {
-		return "", err
-	}
-	said, err := ask(ctx, question)
-	if err != nil {
-		return "", fmt.Errorf("ask challenge: %w", err)
-	}
-	var response awsiid.Response
-	if len(said) > attestor.MaxEvidence || json.Unmarshal(said, &response) != nil {
-		return "", attestor.Refusef("read proof: it is not the JSON it should be")
-	}
-	account, arn, err := j.cloud.caller(ctx, d.Region, j.trustDomain, nonce, response)
-	if err != nil {
-		return "", err
-	}
-	// arn:aws:sts::123456789012:assumed-role/ROLE/i-0123456789abcdef0
-	role, session, ok := strings.Cut(arn[strings.LastIndexByte(arn, ':')+1:], "/")
-	if role, session, ok = cutRole(role, session, ok); !ok {
-		return "", attestor.Refusef("verify proof: it is not by the role of an instance")
-	}
+	session, err := j.cloud.Challenge(ctx, d.Region, j.trustDomain, ask)
 	switch {
-	case account != d.AccountID, session != d.InstanceID:
+	case err != nil:
+		return "", err
+	case session.Account != d.AccountID, session.Name != d.InstanceID:
 		return "", attestor.Refusef("verify proof: it is by another instance")
-	case !slices.Contains(j.config.InstanceRoles, role):
+	case !slices.Contains(j.config.InstanceRoles, session.Role):
 		return "", attestor.Refusef("verify proof: it is by a role that is not one of the server's instance_roles")
 	}
-	return role, nil
-}
-
-// cutRole takes "assumed-role" and "ROLE/SESSION" apart.
-func cutRole(kind, rest string, ok bool) (role, session string, found bool) {
-	role, session, found = strings.Cut(rest, "/")
-	return role, session, ok && found && kind == "assumed-role" && role != "" && !strings.Contains(session, "/")
+	return session.Role, nil
 }
 
 // lookUp asks AWS about the instance: it must be one that runs, and have the role it proved itself by.

@@ -1,4 +1,4 @@
-package awsiid
+package awsapi
 
 import (
 	"context"
@@ -22,8 +22,8 @@ const (
 	tokenHeader  = "X-aws-ec2-metadata-token" //nolint:gosec // the name of a header
 )
 
-// ErrNotThere is what the metadata service says of a thing that it does not have.
-var ErrNotThere = errors.New("the instance metadata service has no such thing")
+// ErrNotThere is what a metadata service says of a thing that it does not have.
+var ErrNotThere = errors.New("there is no such thing")
 
 // Metadata is a client of the instance metadata service, version 2: each session begins with a PUT that
 // a proxy or a confused web server would not make.

@@ -1,4 +1,4 @@
-package awsiid
+package awsapi
 
 import (
 	"crypto/hmac"
