@@ -155,6 +155,13 @@ node_attestor "join_token" {}
   #disable_proof = false
 #}
 
+# The task of Amazon ECS that the agent is a container of, and the task's role.
+#node_attestor "ecs" {
+  # Where the task metadata service and the role's credentials are, if not where the environment says.
+  #metadata_uri    = "http://169.254.170.2/v4/0123456789abcdef"
+  #credentials_uri = "http://169.254.170.2/v2/credentials/0123456789abcdef"
+#}
+
 # The virtual machine on VMware vSphere that the agent runs in.
 #node_attestor "vsphere" {
   # The program of open-vm-tools, and where the kernel shows the machine's UUID.
@@ -251,6 +258,17 @@ workload_attestor "unix" {
   #use_anonymous_authentication = false
   # Selectors of the pod only, not of the container.
   #disable_container_selectors = false
+#}
+
+# Containers of tasks of Amazon ECS, confirmed by the host's ECS agent; or, as a sidecar in Fargate, by the task
+# metadata service.
+#workload_attestor "ecs" {
+  # Where the ECS agent listens, and how long one answer may take.
+  #introspection_endpoint = "http://127.0.0.1:51678"
+  #timeout                = "2s"
+  # The agent is a container of the task itself; and where to ask, if not where the environment says.
+  #sidecar      = false
+  #metadata_uri = "http://169.254.170.2/v4/0123456789abcdef"
 #}
 
 # Where the agent's own key lives: "disk", or "memory", with which nothing survives a restart.

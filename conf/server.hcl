@@ -263,6 +263,25 @@ node_attestor "join_token" {}
   #ec2_metadata_endpoint = "http://169.254.169.254"
 #}
 
+# A task of Amazon ECS, as a sidecar in Fargate is, by its role.
+#node_attestor "ecs" {
+  # Whose tasks, of which regions, and the IAM roles by which they prove themselves.
+  #account_ids = ["123456789012"]
+  #regions     = ["us-east-1"]
+  #task_roles  = ["shop-task"]
+  # Ask ECS for cluster, family, revision and service, and whether the task runs, again and again.
+  #lookup_task      = false
+  #clusters         = ["prod"]
+  #refresh_interval = "1m"
+  # Credentials for that; by default those of the environment, then those of the server's own task or instance.
+  #access_key_id     = ""
+  #secret_access_key = ""
+  # Addresses in place of AWS's public ones, and of the server's own metadata service.
+  #sts_endpoint          = "https://sts.example.org"
+  #ecs_endpoint          = "https://ecs.example.org"
+  #ec2_metadata_endpoint = "http://169.254.169.254"
+#}
+
 # A virtual machine on VMware vSphere, by what vCenter writes into it.
 #node_attestor "vsphere" {
   #vcenter_url   = "https://vcenter.example.org"

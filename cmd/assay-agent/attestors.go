@@ -4,6 +4,8 @@ import (
 	"github.com/assay-id/assay/attestor"
 	awsiid "github.com/assay-id/assay/attestor/awsiid/node"
 	docker "github.com/assay-id/assay/attestor/docker/workload"
+	ecsnode "github.com/assay-id/assay/attestor/ecs/node"
+	ecs "github.com/assay-id/assay/attestor/ecs/workload"
 	httpchallenge "github.com/assay-id/assay/attestor/httpchallenge/node"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	k8s "github.com/assay-id/assay/attestor/k8s/workload"
@@ -26,6 +28,7 @@ func nodes() []attestor.NodeKind {
 		sshpop.Kind(),
 		httpchallenge.Kind(),
 		awsiid.Kind(),
+		ecsnode.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),
 		tpmdevid.Kind(),
@@ -39,5 +42,6 @@ func workloads() []attestor.WorkloadKind {
 		docker.Kind(),
 		systemd.Kind(),
 		k8s.Kind(),
+		ecs.Kind(),
 	}
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"github.com/assay-id/assay/attestor"
 	awsiid "github.com/assay-id/assay/attestor/awsiid/server"
+	ecs "github.com/assay-id/assay/attestor/ecs/server"
 	httpchallenge "github.com/assay-id/assay/attestor/httpchallenge/server"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/server"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/server"
@@ -22,6 +23,7 @@ func judges() []attestor.JudgeKind {
 		sshpop.Kind(),
 		httpchallenge.Kind(),
 		awsiid.Kind(),
+		ecs.Kind(),
 		vsphere.Kind(),
 		tpm.Kind(),
 		tpmdevid.Kind(),

@@ -1,5 +1,6 @@
-// Package aws stands in for the parts of Amazon's cloud that node attestation talks to: the instance
-// metadata service in its second version, STS, EC2 and IAM, over HTTP on the loopback interface. It checks
+// Package aws stands in for the parts of Amazon's cloud that attestation talks to: the instance metadata
+// service in its second version, STS, EC2, IAM and ECS, the metadata and credentials services of a task, and the
+// ECS agent of a container instance, over HTTP on the loopback interface. It checks
 // signatures as AWS does, with code of its own, and knows whose credentials are whose.
 package aws
 
@@ -38,6 +39,10 @@ type Cloud struct {
 	Keys map[string]Key
 	// Instances by ID.
 	Instances map[string]Instance
+	// Tasks are those of ECS, by ARN.
+	Tasks map[string]Task
+	// Role is the key that a task's credentials service hands out.
+	Role Key
 	// Page is how many instances EC2 shows at a time; 0 is all.
 	Page int
 	// Trouble answers in place of the service if it returns true.
@@ -51,7 +56,7 @@ type Cloud struct {
 
 // New starts the services; Close ends them.
 func New() *Cloud {
-	c := &Cloud{Metadata: map[string]string{}, Keys: map[string]Key{}, Instances: map[string]Instance{}, Asked: map[string]int{}, tokens: map[string]time.Time{}}
+	c := &Cloud{Metadata: map[string]string{}, Keys: map[string]Key{}, Instances: map[string]Instance{}, Tasks: map[string]Task{}, Asked: map[string]int{}, tokens: map[string]time.Time{}}
 	c.server = httptest.NewServer(c)
 	return c
 }
@@ -73,6 +78,10 @@ func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		c.metadata(w, r, path)
 		return
 	}
+	if r.URL.Path != "/" {
+		c.beside(w, r)
+		return
+	}
 	body, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
@@ -82,6 +91,10 @@ func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		w.WriteHeader(http.StatusForbidden)
 		fmt.Fprintf(w, "<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>%s</Message></Error></ErrorResponse>", err)
+		return
+	}
+	if service == "ecs" {
+		c.ecs(w, r.Header.Get("X-Amz-Target"), body, key)
 		return
 	}
 	form, err := url.ParseQuery(string(body))
