@@ -24,7 +24,9 @@ func (c *Cloud) AddTask(t Task, role Key) {
 }
 
 // MetadataURI is what ECS sets as ECS_CONTAINER_METADATA_URI_V4 in the containers of a task.
-func (c *Cloud) MetadataURI(arn string) string { return c.URL() + "/v4/" + arn[strings.LastIndexByte(arn, '/')+1:] }
+func (c *Cloud) MetadataURI(arn string) string {
+	return c.URL() + "/v4/" + arn[strings.LastIndexByte(arn, '/')+1:]
+}
 
 // CredentialsURI is where the task's credentials are.
 func (c *Cloud) CredentialsURI() string { return c.URL() + "/v2/credentials/4f3e" }
