@@ -39,11 +39,15 @@ var taskClient = &http.Client{
 // Local asks a service beside this program, of the instance or of the task, and decodes the JSON of its answer.
 // It is ErrNotThere if the service says so.
 func Local(ctx context.Context, what, address string, into any) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
+	u, err := url.Parse(address)
+	if err != nil || !isLocal(u) {
+		return fmt.Errorf("%s: it is not at an address of this host or its link", what)
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil) //nolint:gosec // G704: it goes to this host or its link, see above
 	if err != nil {
 		return err
 	}
-	resp, err := taskClient.Do(req)
+	resp, err := taskClient.Do(req) //nolint:gosec // G704: likewise
 	if err != nil {
 		return fmt.Errorf("ask %s: %w", what, err)
 	}
@@ -69,12 +73,15 @@ func Local(ctx context.Context, what, address string, into any) error {
 // and nowhere else.
 func CheckLocal(key, address string) error {
 	u, err := url.Parse(address)
-	if err == nil && u.Scheme == "http" && u.User == nil && u.RawQuery == "" {
-		if ip, err := netip.ParseAddr(u.Hostname()); err == nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast()) {
-			return nil
-		}
+	if err == nil && isLocal(u) && u.RawQuery == "" {
+		return nil
 	}
 	return fmt.Errorf("%s: %q is no http address of this host or its link", key, address)
+}
+
+func isLocal(u *url.URL) bool {
+	ip, err := netip.ParseAddr(u.Hostname())
+	return err == nil && u.Scheme == "http" && u.User == nil && (ip.IsLoopback() || ip.IsLinkLocalUnicast())
 }
 
 // TaskMetadataURI is where the task that this program runs in finds what ECS says of it; empty if it runs in
