@@ -25,58 +25,6 @@ import (
 // connectTime is how long the server may take to answer the test of the connection.
 const connectTime = 10 * time.Second
 
-// host is what setup looks at: paths below a root, which tests put elsewhere.
-type host struct{ root string }
-
-func (h host) exists(path string) bool {
-	_, err := os.Stat(filepath.Join(h.root, path))
-	return err == nil
-}
-
-// vendor is who the firmware says made the machine.
-func (h host) vendor() string {
-	text, err := os.ReadFile(filepath.Join(h.root, "sys/class/dmi/id/sys_vendor"))
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(text))
-}
-
-// way is a way to prove something, and why it was chosen.
-type way struct {
-	Type string `json:"type"`
-	Why  string `json:"why"`
-}
-
-// nodeWay finds how this machine can best prove what it is: what it was told first, then the strongest.
-func (h host) nodeWay(token bool) (way, bool) {
-	switch vendor := h.vendor(); {
-	case token:
-		return way{"join_token", "a join token was given"}, true
-	case vendor == "Amazon EC2":
-		return way{"aws_iid", "the firmware says Amazon EC2: its identity document and its role"}, true
-	case strings.HasPrefix(vendor, "VMware") && h.exists("usr/bin/vmtoolsd"):
-		return way{"vsphere", "the firmware says VMware and open-vm-tools are installed: a nonce through guestinfo"}, true
-	case h.exists("etc/assay/node.pem") && h.exists("etc/assay/node.key"):
-		return way{"x509pop", "/etc/assay/node.pem and node.key are there: the machine's own certificate"}, true
-	case h.exists("dev/tpmrm0"):
-		return way{"tpm", "/dev/tpmrm0 is there: the TPM's endorsement key, and what was booted"}, true
-	}
-	return way{}, false
-}
-
-// workloadWays finds what can be proved about processes here.
-func (h host) workloadWays() []way {
-	ways := []way{{"unix", "user, group and program of a process"}}
-	if h.exists("run/systemd/system") {
-		ways = append(ways, way{"systemd", "systemd runs here: the unit of a process"})
-	}
-	if h.exists("var/run/docker.sock") {
-		ways = append(ways, way{"docker", "a Docker Engine listens at /var/run/docker.sock: image, labels and environment"})
-	}
-	return ways
-}
-
 // found is what setup says when it is done.
 type found struct {
 	Config    string `json:"config"`
@@ -88,9 +36,10 @@ type found struct {
 }
 
 type setupFlags struct {
-	config, root, trustDomain, address, bundle, token, node, dataDir string
-	port                                                             int
-	force, offline                                                   bool
+	config, root, trustDomain, address, bundle, token, node, dataDir, cluster string
+
+	port                    int
+	force, offline, askNone bool
 }
 
 func setup() *cobra.Command {
@@ -98,8 +47,9 @@ func setup() *cobra.Command {
 	var output cli.Output
 	c := &cobra.Command{
 		Use: "setup", Short: "Finds out where it runs and writes the configuration", Args: cli.NoArgs,
-		Long: `Finds out where it runs (EC2, vSphere, a machine with a certificate or a TPM), writes a configuration that
-proves that, and tests the connection to the server. What it cannot find out it takes from flags.`,
+		Long: `Finds out where it runs (EC2, ECS, vSphere, Kubernetes, a machine with a certificate or a TPM), writes a
+configuration that proves that, and tests the connection to the server. What it cannot find out it takes from
+flags, or asks if it runs at a terminal. A file that is there is replaced only with -force, or when the answer is yes.`,
 		Example: `  assay-agent setup -trustDomain example.org -serverAddress assay.example.org -trustBundle /etc/assay/bundle.pem`,
 	}
 	flags := c.Flags()
@@ -111,12 +61,18 @@ proves that, and tests the connection to the server. What it cannot find out it 
 	flags.StringVar(&f.token, "joinTokenFile", "", "File with a join token: prove the node by that")
 	flags.StringVar(&f.node, "nodeAttestor", "", "How to prove the node, in place of what is found")
 	flags.StringVar(&f.dataDir, "dataDir", "/var/lib/assay/agent", "Directory for what is kept over a restart")
+	flags.StringVar(&f.cluster, "cluster", "", "In Kubernetes: the name that the server has for the cluster")
+	flags.BoolVar(&f.askNone, "noQuestions", false, "Ask nothing, even at a terminal")
 	flags.BoolVar(&f.force, "force", false, "Replace the file if there is one; it is kept aside")
 	flags.BoolVar(&f.offline, "offline", false, "Do not test the connection")
 	flags.StringVar(&f.root, "root", "/", "Look for what is here below another directory")
 	output.AddTo(c)
 	c.RunE = func(c *cobra.Command, _ []string) error {
-		result, err := f.run(c.Context())
+		var a *asker
+		if !f.askNone {
+			a = newAsker(c)
+		}
+		result, err := f.run(c, a)
 		if err != nil {
 			return err
 		}
@@ -131,32 +87,58 @@ proves that, and tests the connection to the server. What it cannot find out it 
 	return c
 }
 
-func (f *setupFlags) run(ctx context.Context) (*found, error) {
+func (f *setupFlags) run(c *cobra.Command, a *asker) (*found, error) {
+	h := host{f.root, os.Getenv}
+	ways := h.nodeWays(f.cluster)
+	if a != nil {
+		if err := f.fill(c, a, ways); err != nil {
+			return nil, err
+		}
+		ways = h.nodeWays(f.cluster)
+	}
 	if f.trustDomain == "" || f.address == "" {
 		return nil, errors.New("-trustDomain and -serverAddress are required: they cannot be found out here")
 	}
-	h := host{f.root}
-	node, ok := h.nodeWay(f.token != "")
-	if f.node != "" {
-		node, ok = way{f.node, "it was asked for by -nodeAttestor"}, true
-	}
-	if !ok {
-		return nil, errors.New("nothing here proves what this machine is: no EC2, no vSphere, no certificate, no TPM; " +
-			`give it a join token ("assay-server token generate") in a file and name it with -joinTokenFile`)
+	node, err := f.choose(ways)
+	if err != nil {
+		return nil, err
 	}
 	result := &found{Config: f.config, Node: node, Workloads: h.workloadWays(), Server: net.JoinHostPort(f.address, strconv.Itoa(f.port))}
-	if err := f.write(result); err != nil {
+	if err := f.write(result, a); err != nil {
 		return nil, err
 	}
 	if f.offline {
 		return result, nil
 	}
-	if err := f.connect(ctx); err != nil {
+	if err := f.connect(c.Context()); err != nil {
 		result.Problem = err.Error()
 	} else {
 		result.Reached = true
 	}
 	return result, nil
+}
+
+// choose chooses how to prove the node: what was asked for, then the best of what was found.
+func (f *setupFlags) choose(ways []way) (way, error) {
+	if f.token != "" && (f.node == "" || f.node == "join_token") {
+		return nodeWay("join_token", "a join token was given"), nil
+	}
+	if f.node == "" {
+		if len(ways) == 0 {
+			return way{}, errors.New(nothingSeen + `; give it a join token ("assay-server token generate") in a file and name it with -joinTokenFile`)
+		}
+		f.node = ways[0].Type
+	}
+	for _, w := range ways {
+		if w.Type != f.node {
+			continue
+		}
+		if w.Type == "k8s_psat" && f.cluster == "" {
+			return way{}, errors.New("-cluster is required: which name the server has for this cluster cannot be found out here")
+		}
+		return w, nil
+	}
+	return nodeWay(f.node, "it was asked for by -nodeAttestor"), nil
 }
 
 // text is the configuration.
@@ -176,15 +158,18 @@ func (f *setupFlags) text(result *found) string {
 	line("}")
 	line("")
 	line("# %s", result.Node.Why)
-	if result.Node.Type == "x509pop" {
-		line("node_attestor \"x509pop\" {\n  private_key_path = \"/etc/assay/node.key\"\n  certificate_path = \"/etc/assay/node.pem\"\n}")
-	} else {
-		line("node_attestor %s {}", quote(result.Node.Type))
+	block := func(role string, w way) {
+		if len(w.Body) == 0 {
+			line("%s %s {}", role, quote(w.Type))
+			return
+		}
+		line("%s %s {\n  %s\n}", role, quote(w.Type), strings.Join(w.Body, "\n  "))
 	}
+	block("node_attestor", result.Node)
 	for _, w := range result.Workloads {
 		line("")
 		line("# %s", w.Why)
-		line("workload_attestor %s {}", quote(w.Type))
+		block("workload_attestor", w)
 	}
 	return b.String()
 }
@@ -195,9 +180,17 @@ func quote(text string) string {
 }
 
 // write puts the configuration in place, once it is known to be right.
-func (f *setupFlags) write(result *found) error {
+func (f *setupFlags) write(result *found, a *asker) error {
 	if _, err := os.Lstat(f.config); err == nil && !f.force {
-		return fmt.Errorf("%s is there already; -force replaces it and keeps it aside", f.config)
+		replace := false
+		if a != nil {
+			if replace, err = a.confirm(f.config + " is there already. Replace it, and keep it as " + f.config + ".old?"); err != nil {
+				return err
+			}
+		}
+		if !replace {
+			return fmt.Errorf("%s is there already; -force replaces it and keeps it aside", f.config)
+		}
 	}
 	if err := os.MkdirAll(filepath.Dir(f.config), 0o755); err != nil { //nolint:gosec // /etc/assay is for everybody to read
 		return err
@@ -242,7 +235,7 @@ func (f *setupFlags) connect(ctx context.Context) error {
 }
 
 func (r *found) print(w io.Writer) error {
-	_, err := fmt.Fprintf(w, "Written      %s\nThe node     %s: %s\n", r.Config, r.Node.Type, r.Node.Why)
+	_, err := fmt.Fprintf(w, "Written      %s\nThe node     %s: %s\nIt proves    %s\n", r.Config, r.Node.Type, r.Node.Why, r.Node.Proves)
 	for _, way := range r.Workloads {
 		if err == nil {
 			_, err = fmt.Fprintf(w, "Workloads    %s: %s\n", way.Type, way.Why)

@@ -6,8 +6,18 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/spf13/cobra"
+
 	"github.com/assay-id/assay/conf"
 )
+
+// command is one with the test's context.
+func command(t *testing.T) *cobra.Command {
+	t.Helper()
+	c := &cobra.Command{}
+	c.SetContext(t.Context())
+	return c
+}
 
 // furnish makes a machine out of files.
 func furnish(t *testing.T, files map[string]string) string {
@@ -30,18 +40,27 @@ func TestSetup(t *testing.T) {
 	for _, c := range []struct {
 		why       string
 		files     map[string]string
+		env       map[string]string
 		token     bool
 		node      string
 		workloads string
 	}{
-		{"an EC2 instance", map[string]string{vendor: "Amazon EC2\n", "run/systemd/system/x": ""}, false, "aws_iid", "unix systemd"},
-		{"a virtual machine on vSphere", map[string]string{vendor: "VMware, Inc.\n", "usr/bin/vmtoolsd": "", "dev/tpmrm0": ""}, false, "vsphere", "unix"},
-		{"one without open-vm-tools, but with a TPM", map[string]string{vendor: "VMware, Inc.\n", "dev/tpmrm0": ""}, false, "tpm", "unix"},
-		{"a machine with a certificate", map[string]string{"etc/assay/node.pem": "", "etc/assay/node.key": "", "dev/tpmrm0": ""}, false, "x509pop", "unix"},
-		{"a machine with a token", map[string]string{vendor: "Amazon EC2\n", "var/run/docker.sock": ""}, true, "join_token", "unix docker"},
-		{"a machine with nothing", nil, false, "", ""},
+		{"an EC2 instance", map[string]string{vendor: "Amazon EC2\n", "run/systemd/system/x": ""}, nil, false, "aws_iid", "unix systemd"},
+		{"a virtual machine on vSphere", map[string]string{vendor: "VMware, Inc.\n", "usr/bin/vmtoolsd": "", "dev/tpmrm0": ""}, nil, false, "vsphere", "unix"},
+		{"one without open-vm-tools, but with a TPM", map[string]string{vendor: "VMware, Inc.\n", "dev/tpmrm0": ""}, nil, false, "tpm", "unix"},
+		{"a machine with a certificate", map[string]string{"etc/assay/node.pem": "", "etc/assay/node.key": "", "dev/tpmrm0": ""}, nil, false, "x509pop", "unix"},
+		{"a machine with a token", map[string]string{vendor: "Amazon EC2\n", "var/run/docker.sock": ""}, nil, true, "join_token", "unix docker"},
+		{"one with an SSH host certificate", map[string]string{"etc/ssh/ssh_host_rsa_key-cert.pub": ""}, nil, false, "sshpop", "unix"},
+		{"a task in Fargate", map[string]string{vendor: "Amazon EC2\n"}, map[string]string{"ECS_CONTAINER_METADATA_URI_V4": "http://169.254.170.2/v4/x", "AWS_EXECUTION_ENV": "AWS_ECS_FARGATE"}, false, "ecs", "unix ecs"},
+		{"a container instance of ECS", map[string]string{vendor: "Amazon EC2\n", "etc/ecs/ecs.config": "", "var/run/docker.sock": ""}, nil, false, "aws_iid", "unix docker ecs"},
+		{"a pod", map[string]string{podToken: "x", vendor: "Amazon EC2\n"}, map[string]string{"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, false, "k8s_psat", "unix k8s"},
+		{"a machine with Podman", map[string]string{"dev/tpmrm0": "", "run/podman/podman.sock": ""}, nil, false, "tpm", "unix docker"},
+		{"a machine with nothing", nil, nil, false, "", ""},
 	} {
 		t.Run(c.why, func(t *testing.T) {
+			for _, name := range []string{"ECS_CONTAINER_METADATA_URI_V4", "AWS_EXECUTION_ENV", "KUBERNETES_SERVICE_HOST", "MY_NODE_NAME"} {
+				t.Setenv(name, c.env[name])
+			}
 			dir := t.TempDir()
 			for name, text := range map[string]string{"token": "0f7ba2b4\n", "bundle.pem": ""} {
 				if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -50,12 +69,12 @@ func TestSetup(t *testing.T) {
 			}
 			f := &setupFlags{
 				config: filepath.Join(dir, "etc", "agent.hcl"), root: furnish(t, c.files), trustDomain: "example.org", address: "assay.example.org",
-				port: 8081, bundle: filepath.Join(dir, "bundle.pem"), dataDir: filepath.Join(dir, "data"), offline: true,
+				port: 8081, cluster: "production", bundle: filepath.Join(dir, "bundle.pem"), dataDir: filepath.Join(dir, "data"), offline: true,
 			}
 			if c.token {
 				f.token = filepath.Join(dir, "token")
 			}
-			result, err := f.run(t.Context())
+			result, err := f.run(command(t), nil)
 			if c.node == "" {
 				if err == nil || !strings.Contains(err.Error(), "join token") {
 					t.Errorf("error is %v", err)
@@ -76,14 +95,17 @@ func TestSetup(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if result.Node.Proves == "" {
+				t.Error("it does not say what that proves")
+			}
 			if read.ServerAddress != "assay.example.org" || read.TrustDomain.Name() != "example.org" || len(read.Workloads) != len(ways) {
 				t.Errorf("the file says %+v", read)
 			}
-			if _, err := f.run(t.Context()); err == nil || !strings.Contains(err.Error(), "-force") {
+			if _, err := f.run(command(t), nil); err == nil || !strings.Contains(err.Error(), "-force") {
 				t.Errorf("it was overwritten: %v", err)
 			}
 			f.force = true
-			if _, err := f.run(t.Context()); err != nil {
+			if _, err := f.run(command(t), nil); err != nil {
 				t.Error(err)
 			}
 			if _, err := os.Stat(f.config + ".old"); err != nil {
@@ -97,7 +119,7 @@ func TestSetup(t *testing.T) {
 		if err := os.WriteFile(f.bundle, nil, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		result, err := f.run(t.Context())
+		result, err := f.run(command(t), nil)
 		if err != nil || result.Reached || result.Problem == "" {
 			t.Errorf("%+v, %v", result, err)
 		}
