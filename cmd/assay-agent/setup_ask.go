@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -37,7 +38,7 @@ func isTerminal(stream any) bool {
 	if !ok {
 		return false
 	}
-	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS) //nolint:gosec // a descriptor fits
+	_, err := unix.IoctlGetTermios(int(file.Fd()), unix.TCGETS)
 	return err == nil
 }
 
@@ -132,10 +133,8 @@ func (f *setupFlags) fillNode(a *asker, ways []way) error {
 	names = append(names, "join_token")
 	fmt.Fprintf(a.out, "  %-12s a token of \"assay-server token generate\", in a file.\n  %-12s It proves %s.\n", "join_token", "", proofs["join_token"])
 	chosen, err := a.ask("Prove it by", names[0], func(text string) error {
-		for _, name := range names {
-			if name == text {
-				return nil
-			}
+		if slices.Contains(names, text) {
+			return nil
 		}
 		return fmt.Errorf("one of %s", strings.Join(names, ", "))
 	})

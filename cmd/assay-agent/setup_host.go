@@ -80,7 +80,8 @@ func (h host) nodeWays(cluster string) []way {
 	return ways
 }
 
-const podToken = "var/run/secrets/tokens/spire-agent"
+// podToken is where manifests mount the token that is projected for the server.
+const podToken = "var/run/secrets/tokens/spire-agent" //nolint:gosec // a path, no credential
 
 func (h host) inCluster() bool { return h.env("KUBERNETES_SERVICE_HOST") != "" && h.exists(podToken) }
 
