@@ -50,12 +50,14 @@ func settings(c *cobra.Command) *cli.Settings {
 	return s
 }
 
+func tryBundle(td spiffeid.TrustDomain, path, format string) error {
+	return join.Bootstrap{Path: path, SPIFFE: format == agent.BundleSPIFFE}.Check(td)
+}
+
 // load reads the configuration.
 func load(s *cli.Settings) (*conf.Agent, error) {
 	options := s.Options()
-	options.TryBundle = func(td spiffeid.TrustDomain, path, format string) error {
-		return join.Bootstrap{Path: path, SPIFFE: format == agent.BundleSPIFFE}.Check(td)
-	}
+	options.TryBundle = tryBundle
 	c, err := conf.LoadAgent(s.Path(), nodes(), workloads(), options)
 	if err != nil {
 		return nil, cli.Invalid("Assay agent", err)

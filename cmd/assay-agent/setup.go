@@ -199,7 +199,9 @@ func (f *setupFlags) write(result *found, a *asker) error {
 	if err := os.WriteFile(written, []byte(f.text(result)), 0o600); err != nil {
 		return err
 	}
-	if _, err := conf.LoadAgent(written, nodes(), workloads(), conf.Options{}); err != nil {
+	// As "validate" does; attestors of a machine below another root cannot be opened here.
+	options := conf.Options{Try: f.root == "/", TryBundle: tryBundle}
+	if _, err := conf.LoadAgent(written, nodes(), workloads(), options); err != nil {
 		_ = os.Remove(written)
 		return fmt.Errorf("what was found makes no configuration: %w", err)
 	}
