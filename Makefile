@@ -93,7 +93,7 @@ $(BIN)/k8s/%: test/lab/k8s/go.mod test/lab/k8s/go.sum
 	@mkdir -p $(BIN)/k8s
 	cd test/lab/k8s && nice $(GO) build -o ../../../$(BIN)/k8s/$* -ldflags '$(K8S_LDFLAGS)' $(K8S)/$*
 
-k8s: $(BIN)/k8s/kube-apiserver $(BIN)/k8s/kube-controller-manager $(BIN)/k8s/kube-scheduler $(BIN)/k8s/kubelet ## build the Kubernetes that the labs run
+k8s: $(BIN)/k8s/kube-apiserver $(BIN)/k8s/kube-controller-manager $(BIN)/k8s/kube-scheduler $(BIN)/k8s/kubelet $(BIN)/k8s/kube-proxy $(BIN)/k8s/kubectl ## build the Kubernetes that the labs run
 
 lab-k8s: build k8s ## a whole real Kubernetes: pods get, lose and regain identity; prints the times
 	$(TEST) -count=1 -v -timeout 20m ./test/labk8s

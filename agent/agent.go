@@ -35,7 +35,16 @@ func Run(ctx context.Context, cfg Config) error {
 	if err := cfg.Check(); err != nil {
 		return fmt.Errorf("check agent configuration: %w", err)
 	}
-	a, err := open(cfg.filled())
+	cfg = cfg.filled()
+	turn, err := take(ctx, cfg)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil // told to end while standing by
+		}
+		return err
+	}
+	defer turn.End()
+	a, err := open(cfg)
 	if err != nil {
 		return err
 	}

@@ -62,6 +62,8 @@ type Config struct {
 
 	// DataDir holds what survives a restart, sealed, with mode 0700. It is made if missing.
 	DataDir string
+	// Standby has the agent wait, ready, for another that has DataDir to end; without it that is an error.
+	Standby bool
 	// KeyManager says where the agent's own key and the key that seals DataDir live: KeysDisk (the
 	// default) or KeysMemory, with which nothing survives a restart.
 	KeyManager string
@@ -151,6 +153,8 @@ type Config struct {
 	// Ready is called once, when the Workload API accepts callers; nil is fine. It must not block. The
 	// server may still be away: whether there is something to serve, Health says.
 	Ready func()
+	// StandingBy is called if the agent has to wait for another one's end; nil is fine. It must not block.
+	StandingBy func()
 	// Health, if set, says at any time how the agent is.
 	Health *Health
 }

@@ -20,7 +20,8 @@ func (h *Health) Live() error {
 
 // Ready returns nil when the Workload API listens, there is a picture to answer from, and the agent has
 // a valid SVID of its own to ask the server with. Its error says what is missing, why, and what was lost.
-// An agent that is not ready serves all the same what is valid.
+// An agent that is not ready serves all the same what is valid. One that stands by for another is ready: its
+// node is served.
 func (h *Health) Ready() error {
 	_, ready := h.state()
 	return ready

@@ -49,6 +49,7 @@ type Agent struct {
 	SyncInterval                  time.Duration
 	WorkloadHold                  time.Duration // negative: none
 	VerdictLease                  time.Duration
+	Standby                       bool
 	AllowUnauthenticatedVerifiers bool
 	AllowedForeignJWTClaims       []string
 	LogSelectors                  []string
@@ -118,6 +119,7 @@ type agentBlock struct {
 	SyncInterval                  string   `hcl:"sync_interval,optional"`
 	WorkloadHold                  string   `hcl:"workload_hold,optional"`
 	VerdictLease                  string   `hcl:"verdict_lease,optional"`
+	Standby                       bool     `hcl:"standby,optional"`
 	AllowUnauthenticatedVerifiers bool     `hcl:"allow_unauthenticated_verifiers,optional"`
 	AllowedForeignJWTClaims       []string `hcl:"allowed_foreign_jwt_claims,optional"`
 	LogSelectors                  []string `hcl:"log_selectors,optional"`
@@ -192,6 +194,7 @@ func (l *loader) agent(b *agentBlock) *Agent {
 		SyncInterval:                  l.duration("agent.sync_interval", b.SyncInterval, 5*time.Second, time.Second),
 		WorkloadHold:                  l.duration("agent.workload_hold", b.WorkloadHold, 3*time.Second, 0),
 		VerdictLease:                  l.duration("agent.verdict_lease", b.VerdictLease, 15*time.Minute, time.Second),
+		Standby:                       b.Standby,
 		AllowUnauthenticatedVerifiers: b.AllowUnauthenticatedVerifiers,
 		AllowedForeignJWTClaims:       b.AllowedForeignJWTClaims,
 		LogSelectors:                  b.LogSelectors,

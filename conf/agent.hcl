@@ -18,6 +18,10 @@ agent {
   # made with mode 0700.
   data_dir = "/var/lib/assay/agent"
 
+  # Where another agent has data_dir: true waits for its end, and says all the while that it is ready, for the
+  # node is served. It is for updates that start the next agent before the last one ends, as in deploy/k8s.
+  #standby = false
+
   # How the agent knows the server before it has a bundle of its own: a file, an https URL, or, for
   # trials only, trust in whoever answers first. Exactly one of the three.
   # "assay-server bundle show > /etc/assay/bundle.pem" makes the file; "-format spiffe" there and

@@ -113,7 +113,7 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c := agent.Defaults()
 	c.TrustDomain = from.TrustDomain
 	c.ServerAddress, c.ServerPort = from.ServerAddress, from.ServerPort
-	c.DataDir, c.KeyManager, c.KeyDir = from.DataDir, from.KeyManager, from.KeysDir
+	c.DataDir, c.KeyManager, c.KeyDir, c.Standby = from.DataDir, from.KeyManager, from.KeysDir, from.Standby
 	c.SocketPath, c.AdminSocketPath = from.SocketPath, from.AdminSocketPath
 	c.AuthorizedDelegates = from.AuthorizedDelegates
 	c.TrustBundlePath, c.TrustBundleURL, c.TrustBundleFormat = from.TrustBundlePath, from.TrustBundleURL, from.TrustBundleFormat
@@ -160,5 +160,6 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.Log, c.Metrics, c.Version = d.Log, d.Registry, cli.VersionText()
 	c.Health = new(agent.Health)
 	c.Ready = func() { d.Up(c.Health.Live, c.Health.Ready) }
+	c.StandingBy = c.Ready
 	return c, nil
 }

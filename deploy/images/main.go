@@ -82,11 +82,16 @@ func (i image) write(bin, out, tag, arch string) error {
 	if err != nil {
 		return err
 	}
-	ref, err := name.NewTag(i.binary+":"+tag, name.WithDefaultRegistry("docker.io"))
-	if err != nil {
-		return err
+	// latest is what the quickstart in deploy/k8s asks for.
+	refs := map[name.Tag]v1.Image{}
+	for _, t := range []string{tag, "latest"} {
+		ref, err := name.NewTag(i.binary+":"+t, name.WithDefaultRegistry("docker.io"))
+		if err != nil {
+			return err
+		}
+		refs[ref] = img
 	}
-	if err := tarball.WriteToFile(filepath.Join(out, i.binary+".tar"), ref, img); err != nil {
+	if err := tarball.MultiWriteToFile(filepath.Join(out, i.binary+".tar"), refs); err != nil {
 		return fmt.Errorf("write image: %w", err)
 	}
 	if err := os.WriteFile(filepath.Join(out, i.binary+".cdx.json"), bill, 0o600); err != nil {

@@ -28,16 +28,7 @@ var (
 // its queue instead of being refused, and is pinned when it is accepted, by the credentials it had when
 // it connected.
 func takeInherited(path string) *net.UnixListener {
-	inheritedOnce.Do(func() {
-		listeners := fromEnvironment(os.Getpid(), os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), firstInherited)
-		for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
-			_ = os.Unsetenv(name) // not for children
-		}
-		for _, l := range listeners {
-			name := l.Addr().String()
-			inherited[name] = append(inherited[name], l)
-		}
-	})
+	inheritedOnce.Do(inherit)
 	inheritedMu.Lock()
 	defer inheritedMu.Unlock()
 	for name, all := range inherited {
@@ -47,6 +38,31 @@ func takeInherited(path string) *net.UnixListener {
 		}
 	}
 	return nil
+}
+
+// isInherited reports whether takeInherited would return a listener.
+func isInherited(path string) bool {
+	inheritedOnce.Do(inherit)
+	inheritedMu.Lock()
+	defer inheritedMu.Unlock()
+	for name, all := range inherited {
+		if len(all) > 0 && samePlace(name, path) {
+			return true
+		}
+	}
+	return false
+}
+
+// inherit fills inherited.
+func inherit() {
+	listeners := fromEnvironment(os.Getpid(), os.Getenv("LISTEN_PID"), os.Getenv("LISTEN_FDS"), firstInherited)
+	for _, name := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
+		_ = os.Unsetenv(name) // not for children
+	}
+	for _, l := range listeners {
+		name := l.Addr().String()
+		inherited[name] = append(inherited[name], l)
+	}
 }
 
 // samePlace compares two paths, of which one may lead through a link, as /var/run does.

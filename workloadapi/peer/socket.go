@@ -108,6 +108,22 @@ func makeDir(dir string, mode os.FileMode) error {
 	return os.Chmod(dir, mode) //nolint:gosec // the path is the operator's
 }
 
+// ErrInUse is the error of a socket on which another process listens.
+var ErrInUse = errors.New("in use")
+
+// Vacant says why Listen would not take the path, or nil. The error is ErrInUse if another process listens
+// there.
+func Vacant(path string) error {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	if isInherited(path) {
+		return nil
+	}
+	return vacant(path)
+}
+
 // vacant says why the path cannot be taken, or nil.
 func vacant(path string) error {
 	st, err := os.Lstat(path) //nolint:gosec // the path is the operator's
@@ -135,7 +151,7 @@ func vacant(path string) error {
 	if pid == os.Getpid() {
 		return nil
 	}
-	return fmt.Errorf("listen on %s: process %d already listens there", path, pid)
+	return fmt.Errorf("listen on %s: %w: process %d already listens there", path, ErrInUse, pid)
 }
 
 func listenerPID(c net.Conn) (int, error) {

@@ -50,6 +50,7 @@ func (c *Cluster) makeKeys() error {
 		{"kubelet", "system:node:" + NodeName, "system:nodes", nil, nil},
 		{"kcm", "system:kube-controller-manager", "", nil, nil},
 		{"sched", "system:kube-scheduler", "", nil, nil},
+		{"proxy", "system:kube-proxy", "", nil, nil},
 	} {
 		own, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 		if err != nil {

@@ -39,8 +39,11 @@ const (
 // startTime is how long a part may take to start; on a busy small machine they are slow.
 const startTime = 4 * time.Minute
 
-// Cluster is a private Kubernetes. Only one can run on a machine, and only one goroutine may start and stop
-// its parts.
+// turn is locked by the one cluster that runs on a machine at a time.
+const turn = "/run/lock/assay-k8s.lock"
+
+// Cluster is a private Kubernetes. Only one can run on a machine: Start waits for its turn. Only one goroutine
+// may start and stop its parts.
 type Cluster struct {
 	// Dir holds everything that the cluster writes.
 	Dir string
@@ -52,6 +55,8 @@ type Cluster struct {
 	bin   string
 	parts map[string]*part
 	node  bool
+	mine  *os.File // the lock of turn
+	names *names   // nil without a node
 }
 
 type part struct {
@@ -60,7 +65,7 @@ type part struct {
 }
 
 // Binaries are what a cluster needs from `make k8s`: the first is enough for Start, StartNode needs all.
-var Binaries = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet"}
+var Binaries = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"}
 
 // Available says why there can be no private cluster here, or nil; bin is where the binaries are.
 func Available(bin string, node bool) error {
@@ -70,7 +75,7 @@ func Available(bin string, node bool) error {
 	tools := []string{"etcd", "ip"}
 	need := Binaries[:1]
 	if node {
-		tools, need = append(tools, "containerd", "runc", "iptables", "ctr"), Binaries
+		tools, need = append(tools, "containerd", "runc", "iptables", "ctr", "unshare", "nsenter"), Binaries
 	}
 	for _, tool := range tools {
 		if _, err := find(tool); err != nil {
@@ -108,15 +113,37 @@ func Start(ctx context.Context, bin string) (*Cluster, error) {
 	if err := Available(bin, false); err != nil {
 		return nil, err
 	}
-	dir, err := os.MkdirTemp("", "assay-k8s-")
+	mine, err := takeTurn(ctx)
 	if err != nil {
 		return nil, err
 	}
-	c := &Cluster{Dir: dir, bin: bin, parts: map[string]*part{}}
+	dir, err := os.MkdirTemp("", "assay-k8s-")
+	if err != nil {
+		return nil, errors.Join(err, mine.Close())
+	}
+	c := &Cluster{Dir: dir, bin: bin, parts: map[string]*part{}, mine: mine}
 	if err := c.up(ctx); err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
+}
+
+// takeTurn waits until no other cluster runs on the machine.
+func takeTurn(ctx context.Context) (*os.File, error) {
+	file, err := os.OpenFile(turn, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		if err = syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+			return file, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(fmt.Errorf("another private cluster runs (%s): %w", turn, err), file.Close())
+		case <-time.After(time.Second):
+		}
+	}
 }
 
 func (c *Cluster) up(ctx context.Context) error {
@@ -164,7 +191,8 @@ func (c *Cluster) StartAPIServer(ctx context.Context) error {
 		"--service-account-key-file="+pki("sa.key"), "--service-account-signing-key-file="+pki("sa.key"),
 		"--service-account-issuer=https://kubernetes.default.svc.cluster.local",
 		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged=true",
-		"--kubelet-preferred-address-types=InternalIP"); err != nil {
+		"--kubelet-preferred-address-types=InternalIP",
+		"--feature-gates=ClusterTrustBundle=true", "--runtime-config=certificates.k8s.io/v1beta1/clustertrustbundles=true"); err != nil {
 		return err
 	}
 	return c.wait(ctx, "kube-apiserver", func(ctx context.Context) error {
@@ -177,6 +205,15 @@ func (c *Cluster) Kubeconfig(user string) string { return c.path(user + ".conf")
 
 // CA is the path of the cluster's CA certificate.
 func (c *Cluster) CA() string { return c.path("pki", "ca.crt") }
+
+// Kubectl runs the real kubectl as the administrator.
+func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig", c.Kubeconfig("admin")}, args...)...).CombinedOutput()
+	if err != nil {
+		return string(out), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return string(out), nil
+}
 
 // Log is the path of a part's log.
 func (c *Cluster) Log(name string) string { return c.path(name + ".log") }
@@ -263,7 +300,7 @@ func (c *Cluster) Close() error {
 		c.Stop(name)
 	}
 	_ = run(context.Background(), "ip", "link", "del", link) // it may not be there
-	return os.RemoveAll(c.Dir)
+	return errors.Join(os.RemoveAll(c.Dir), c.mine.Close())
 }
 
 func get(ctx context.Context, url string) error {

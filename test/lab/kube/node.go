@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -53,27 +54,90 @@ func (c *Cluster) StartNode(ctx context.Context, pause string) error {
 	if _, err := c.Import(ctx, "lab.local/pause:1", map[string]string{"/pause": pause}, "/pause"); err != nil {
 		return err
 	}
-	// In place of kube-proxy: the one service that there is.
-	for _, chain := range []string{"PREROUTING", "OUTPUT"} {
-		if err := run(ctx, "iptables", c.toAPIServer("-A", chain)...); err != nil {
-			return err
-		}
+	if err := c.startProxy(); err != nil {
+		return err
+	}
+	var err error
+	if c.names, err = serveNames(c.Client); err != nil {
+		return err
 	}
 	return c.StartKubelet(ctx)
 }
 
-func (c *Cluster) toAPIServer(action, chain string) []string {
-	return []string{"-t", "nat", action, chain, "-d", serviceIP + "/32", "-p", "tcp", "--dport", "443", "-j", "DNAT", "--to", NodeIP + ":6443"}
+// nodeFolders are where a node has things, and where in the cluster's own folder they are here. The parts of
+// the node, and with them its pods, see them in a mount namespace of their own: manifests are applied as they
+// are, beside whatever the machine runs itself.
+var nodeFolders = [][2]string{
+	{"/var/lib/kubelet", "kubelet"}, {"/run/containerd", "cd"}, {"/run/assay", "run"}, {"/var/lib/assay", "state"},
+}
+
+// startNamespace starts the process that holds the node's mount namespace.
+func (c *Cluster) startNamespace(ctx context.Context) error {
+	script := "set -e\n"
+	for _, f := range nodeFolders {
+		for _, dir := range []string{f[0], c.path(f[1])} {
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return err
+			}
+		}
+		script += fmt.Sprintf("mount --bind %s %s\nmount --make-shared %[2]s\n", c.path(f[1]), f[0])
+	}
+	ready := c.path("namespace.ready")
+	script += fmt.Sprintf("touch %s\nexec sleep infinity\n", ready)
+	if err := c.start("namespace", "unshare", "--mount", "--propagation", "private", "sh", "-c", script); err != nil {
+		return err
+	}
+	return c.wait(ctx, "namespace", func(context.Context) error {
+		_, err := os.Stat(ready)
+		return err
+	})
+}
+
+// startInside starts a part in the node's mount namespace.
+func (c *Cluster) startInside(name, program string, args ...string) error {
+	program, err := find(program)
+	if err != nil {
+		return err
+	}
+	return c.start(name, "nsenter", append([]string{"--mount=/proc/" + strconv.Itoa(c.parts["namespace"].cmd.Process.Pid) + "/ns/mnt", "--", program}, args...)...)
+}
+
+// OnNode is where a path of the node's is found from outside of its mount namespace.
+func (c *Cluster) OnNode(path string) string {
+	return filepath.Join("/proc", strconv.Itoa(c.parts["namespace"].cmd.Process.Pid), "root", path)
+}
+
+// startProxy starts kube-proxy. Everything it forwards is masqueraded: pods of one bridge would otherwise answer
+// each other past it.
+func (c *Cluster) startProxy() error {
+	config := fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: iptables
+clientConnection: {kubeconfig: %s}
+hostnameOverride: %s
+clusterCIDR: %s.0/24
+healthzBindAddress: 127.0.0.1:10256
+metricsBindAddress: 127.0.0.1:10249
+iptables: {masqueradeAll: true, syncPeriod: 30s, minSyncPeriod: 100ms}
+conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
+`, c.Kubeconfig("proxy"), NodeName, podNet)
+	if err := os.WriteFile(c.path("proxy.yaml"), []byte(config), 0o600); err != nil {
+		return err
+	}
+	return c.start("kube-proxy", filepath.Join(c.bin, "kube-proxy"), "--config="+c.path("proxy.yaml"))
 }
 
 // RuntimeSocket is containerd's.
-func (c *Cluster) RuntimeSocket() string { return c.path("cd", "cd.sock") }
+func (c *Cluster) RuntimeSocket() string { return c.path("cd", "containerd.sock") }
 
 func (c *Cluster) startContainerd(ctx context.Context) error {
-	for _, dir := range []string{"cd", "cni", "kubelet", "podlogs"} {
+	for _, dir := range []string{"cni", "podlogs"} {
 		if err := os.MkdirAll(c.path(dir), 0o755); err != nil {
 			return err
 		}
+	}
+	if err := c.startNamespace(ctx); err != nil {
+		return err
 	}
 	files := map[string]string{
 		c.path("cni", "10-lab.conflist"): fmt.Sprintf(`{"cniVersion":"0.4.0","name":"lab","plugins":[{"type":"bridge","bridge":%q,"isGateway":true,"ipMasq":false,
@@ -102,15 +166,12 @@ state = %q
 			return err
 		}
 	}
-	if err := c.StartContainerd(ctx); err != nil {
-		return err
-	}
-	return nil
+	return c.StartContainerd(ctx)
 }
 
 // StartContainerd starts the container runtime, again after Stop("containerd").
 func (c *Cluster) StartContainerd(ctx context.Context) error {
-	if err := c.start("containerd", "containerd", "-c", c.path("cd", "config.toml")); err != nil {
+	if err := c.startInside("containerd", "containerd", "-c", c.path("cd", "config.toml")); err != nil {
 		return err
 	}
 	return c.wait(ctx, "containerd", func(ctx context.Context) error { return c.ctr(ctx, "version") })
@@ -134,6 +195,7 @@ authorization: {mode: Webhook}
 healthzBindAddress: 127.0.0.1
 makeIPTablesUtilChains: false
 resolvConf: ""
+clusterDNS: [%s]
 clusterDomain: cluster.local
 podLogsDir: %s
 volumePluginDir: %s
@@ -141,12 +203,12 @@ maxPods: 250
 registryPullQPS: 0
 imageGCHighThresholdPercent: 100
 evictionHard: {memory.available: "50Mi"}
-`, c.RuntimeSocket(), NodeIP, c.path("pki", "kubelet-server.crt"), c.path("pki", "kubelet-server.key"), c.CA(), c.path("podlogs"), c.path("plugins"))
+`, c.RuntimeSocket(), NodeIP, c.path("pki", "kubelet-server.crt"), c.path("pki", "kubelet-server.key"), c.CA(), NodeIP, c.path("podlogs"), c.path("plugins"))
 	if err := os.WriteFile(c.path("kubelet.yaml"), []byte(config), 0o600); err != nil {
 		return err
 	}
-	if err := c.start("kubelet", filepath.Join(c.bin, "kubelet"), "--config="+c.path("kubelet.yaml"), "--kubeconfig="+c.Kubeconfig("kubelet"),
-		"--root-dir="+c.KubeletDir(), "--hostname-override="+NodeName, "--node-ip="+NodeIP, "--v=2"); err != nil {
+	if err := c.startInside("kubelet", filepath.Join(c.bin, "kubelet"), "--config="+c.path("kubelet.yaml"), "--kubeconfig="+c.Kubeconfig("kubelet"),
+		"--root-dir=/var/lib/kubelet", "--hostname-override="+NodeName, "--node-ip="+NodeIP, "--v=2"); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -164,14 +226,19 @@ evictionHard: {memory.available: "50Mi"}
 	})
 }
 
-// KubeletDir is the kubelet's root folder.
-func (c *Cluster) KubeletDir() string { return c.path("kubelet") }
+// KubeletDir is the kubelet's root folder, with what is mounted there.
+func (c *Cluster) KubeletDir() string { return c.OnNode("/var/lib/kubelet") }
 
 // PodLogs is the folder of the pods' logs.
 func (c *Cluster) PodLogs() string { return c.path("podlogs") }
 
 func (c *Cluster) ctr(ctx context.Context, args ...string) error {
 	return run(ctx, "ctr", append([]string{"-a", c.RuntimeSocket(), "-n", "k8s.io"}, args...)...)
+}
+
+// Load gives the node an image from a file, as `docker save` and `make images` write them.
+func (c *Cluster) Load(ctx context.Context, path string) error {
+	return c.ctr(ctx, "images", "import", path)
 }
 
 // Import makes an image FROM scratch of files (the path in it, and what to put there), and gives it to the
@@ -270,17 +337,10 @@ func (c *Cluster) closeNode() {
 		_ = c.ctr(ctx, "containers", "rm", id)
 	}
 	c.Stop("containerd")
-	for _, chain := range []string{"PREROUTING", "OUTPUT"} {
-		_ = run(ctx, "iptables", c.toAPIServer("-D", chain)...)
-	}
-	mounts, _ := os.ReadFile("/proc/mounts")
-	lines := strings.Split(string(mounts), "\n")
-	slices.Reverse(lines)
-	for _, line := range lines {
-		if fields := strings.Fields(line); len(fields) > 1 && strings.HasPrefix(fields[1], c.Dir+"/") {
-			_ = run(ctx, "umount", "-l", fields[1])
-		}
-	}
+	c.Stop("kube-proxy")
+	_ = run(ctx, filepath.Join(c.bin, "kube-proxy"), "--cleanup")
+	c.Stop("namespace") // and with it everything that was mounted in it
+	c.names.close()
 	_ = run(ctx, "ip", "link", "del", bridge)
 	for _, root := range []string{"/sys/fs/cgroup/*/kubepods", "/sys/fs/cgroup/*/k8s.io", "/sys/fs/cgroup/kubepods"} {
 		found, _ := filepath.Glob(root)
