@@ -95,7 +95,7 @@ $(BIN)/k8s/%: test/lab/k8s/go.mod test/lab/k8s/go.sum
 
 k8s: $(BIN)/k8s/kube-apiserver $(BIN)/k8s/kube-controller-manager $(BIN)/k8s/kube-scheduler $(BIN)/k8s/kubelet $(BIN)/k8s/kube-proxy $(BIN)/k8s/kubectl ## build the Kubernetes that the labs run
 
-lab-k8s: build k8s ## a whole real Kubernetes: pods get, lose and regain identity; prints the times
+lab-k8s: images k8s ## a whole real Kubernetes: pods get, lose and regain identity; prints the times
 	$(TEST) -count=1 -v -timeout 20m ./test/labk8s
 
 robust: build ## kill, fill, damage, take away; history compared with a model after each

@@ -56,7 +56,7 @@ func take(ctx context.Context, cfg Config) (*keep.Turn, error) {
 		}
 	}
 	if waits {
-		log.WithField("after", cfg.Now().Sub(began)).Info("the node is this agent's now")
+		log.WithField("after", cfg.Now().Sub(began).String()).Info("the node is this agent's now")
 	}
 	return turn, nil
 }

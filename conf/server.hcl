@@ -514,6 +514,8 @@ key_manager "disk" {
   #svid {
     #ids = ["spiffe://example.org/ci/*"]
   #}
+  # Or nobody over the network: what vulnerability_reports of a kubernetes block brings in for this source.
+  #kubernetes = true
 #}
 
 #evidence {

@@ -114,13 +114,39 @@ func TestManifests(t *testing.T) {
 	t.Run("the agent's pod is not privileged and has the one capability that it needs", func(t *testing.T) {
 		for _, o := range all {
 			d, ok := o.(*appsv1.DaemonSet)
-			if !ok {
+			if !ok || d.Name != "assay-agent" {
 				continue
 			}
 			c := d.Spec.Template.Spec.Containers[0].SecurityContext
 			if c.Privileged != nil || *c.AllowPrivilegeEscalation || !*c.ReadOnlyRootFilesystem || !slices.Equal(c.Capabilities.Add, []corev1.Capability{"SYS_PTRACE"}) {
 				t.Errorf("security context %+v", c)
 			}
+		}
+	})
+	t.Run("the CSI driver's pod, which must be privileged, has no token, no network of the node and nothing to write to", func(t *testing.T) {
+		for _, o := range all {
+			d, ok := o.(*appsv1.DaemonSet)
+			if !ok || d.Name != "assay-csi" {
+				continue
+			}
+			p := d.Spec.Template.Spec
+			c := p.Containers[0].SecurityContext
+			if p.HostPID || p.HostNetwork || p.AutomountServiceAccountToken == nil || *p.AutomountServiceAccountToken || !*c.Privileged || !*c.ReadOnlyRootFilesystem {
+				t.Errorf("pod %+v, security context %+v", p, c)
+			}
+		}
+	})
+	t.Run("the next agent starts before the last one ends", func(t *testing.T) {
+		for _, o := range all {
+			if d, ok := o.(*appsv1.DaemonSet); ok && d.Name == "assay-agent" {
+				u := d.Spec.UpdateStrategy.RollingUpdate
+				if u.MaxSurge.IntValue() != 1 || u.MaxUnavailable.IntValue() != 0 {
+					t.Errorf("update strategy %v", u)
+				}
+			}
+		}
+		if text, err := os.ReadFile(filepath.Join(base, "agent.hcl")); err != nil || !strings.Contains(string(text), "standby           = true") {
+			t.Errorf("agent.hcl does not say standby: %v", err)
 		}
 	})
 	t.Run("no role may do everything, and none reads secrets", func(t *testing.T) {
@@ -193,7 +219,9 @@ func containerTexts(all []runtime.Object) map[string][]string {
 		case *appsv1.StatefulSet:
 			add("server", o.Spec.Template.Spec.Containers[0])
 		case *appsv1.DaemonSet:
-			add("agent", o.Spec.Template.Spec.Containers[0])
+			if o.Name == "assay-agent" {
+				add("agent", o.Spec.Template.Spec.Containers[0])
+			}
 		}
 	}
 	return texts

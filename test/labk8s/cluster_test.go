@@ -1,6 +1,5 @@
-// Package labk8s holds the tests on a whole private Kubernetes: the built server as a StatefulSet, the built
-// agent as a DaemonSet, and pods that get, lose and regain their identity. `make lab-k8s` runs them and prints
-// the times.
+// Package labk8s holds the tests on a whole private Kubernetes: what deploy/k8s has is applied as its README.md
+// says, and pods get, lose and regain their identity. `make lab-k8s` runs them and prints the times.
 package labk8s
 
 import (
@@ -16,59 +15,57 @@ import (
 	"testing"
 	"time"
 
-	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
-	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/dynamic"
 
 	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/kube"
 )
 
 const (
-	space = "assay"
+	space   = "assay"
+	cluster = "quickstart"
+	k8s     = "../../deploy/k8s/"
 	// patience is how long anything may take on a busy machine before it counts as not happening.
 	patience = 3 * time.Minute
+	// shop is the namespace of the pods, which may do as little as Kubernetes lets pods do.
+	shop = "shop"
+	// nodeAlias is the parent of entries that are made by hand.
+	nodeAlias = "spiffe://example.org/k8s/lab"
 )
 
 // world is a cluster with a server and an agent in it.
 type world struct {
 	*kube.Cluster
+	dyn       dynamic.Interface
 	bin       string
-	run       string // where the server's and the agent's sockets are on the node
 	appImage  string // digest of the configuration of the image that pods run
-	agentNode string // the alias that entries have for a parent
+	socket    string // the server's, for its commands
+	installed time.Duration
 }
 
 func start(t *testing.T) *world {
 	t.Helper()
 	bin, err := filepath.Abs("../../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
 	if err := kube.Available(filepath.Join(bin, "k8s"), true); err != nil {
 		lab.Missing(t, "Kubernetes", err)
 	}
 	ctx := t.Context()
 	c, err := kube.Start(ctx, filepath.Join(bin, "k8s"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	must(t, err)
+	w := &world{Cluster: c, bin: bin, socket: filepath.Join(c.Dir, "server.sock")}
 	t.Cleanup(func() {
 		if t.Failed() {
-			for _, name := range []string{"kubelet", "containerd"} {
-				t.Logf("%s: %s", name, tail(c.Log(name)))
-			}
-			logs, _ := filepath.Glob(filepath.Join(c.PodLogs(), space+"_*", "*", "*.log"))
-			for _, path := range logs {
-				t.Logf("%s: %s", path, tail(path))
-			}
+			w.tellAll(t)
 		}
 		if err := c.Close(); err != nil {
 			t.Errorf("close cluster: %v", err)
 		}
 	})
-	w := &world{Cluster: c, bin: bin, run: filepath.Join(c.Dir, "run"), agentNode: "spiffe://example.org/k8s/lab"}
+	w.dyn, err = dynamic.NewForConfig(c.Config)
+	must(t, err)
 	pod := filepath.Join(t.TempDir(), "pod")
 	build := exec.CommandContext(ctx, "go", "build", "-o", pod, "../lab/kube/pod")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -76,20 +73,26 @@ func start(t *testing.T) *world {
 		t.Fatalf("build pod: %v: %s", err, out)
 	}
 	began := time.Now()
-	if err := c.StartNode(ctx, pod); err != nil {
-		t.Fatal(err)
-	}
+	must(t, c.StartNode(ctx, pod))
 	t.Logf("node is ready after %s", time.Since(began).Round(time.Millisecond))
-	if w.appImage, err = c.Import(ctx, "lab.local/app:1", map[string]string{"/pod": pod}, "/pod"); err != nil {
-		t.Fatal(err)
+	w.appImage, err = c.Import(ctx, "lab.local/app:1", map[string]string{"/pod": pod}, "/pod")
+	must(t, err)
+	for _, name := range []string{"assay-server", "assay-agent", "assay-csi"} { // of `make images`
+		must(t, c.Load(ctx, filepath.Join(bin, "images", name+".tar")))
 	}
-	for _, name := range []string{"assay-server", "assay-agent"} {
-		if _, err := c.Import(ctx, "lab.local/"+name+":1", map[string]string{"/" + name: filepath.Join(bin, name)}, "/"+name); err != nil {
-			t.Fatal(err)
-		}
-	}
-	w.install(t)
 	return w
+}
+
+// tellAll logs what may say why a test failed.
+func (w *world) tellAll(t *testing.T) {
+	t.Helper()
+	for _, name := range []string{"kubelet", "containerd", "kube-proxy"} {
+		t.Logf("%s: %s", name, tail(w.Log(name)))
+	}
+	logs, _ := filepath.Glob(filepath.Join(w.PodLogs(), space+"_*", "*", "*.log"))
+	for _, path := range logs {
+		t.Logf("%s: %s", path, tail(path))
+	}
 }
 
 func tail(path string) string {
@@ -122,146 +125,123 @@ func eventually(t *testing.T, what string, is func() error) {
 	}
 }
 
-const serverConfig = `server {
-  trust_domain = "example.org"
-  bind_address = "` + kube.NodeIP + `"
-  bind_port = 8081
-  data_dir = "/run/assay/server/data"
-  socket_path = "/run/assay/server/api.sock"
-  audit_log_file = "-"
-}
-node_attestor "k8s_psat" {
-  cluster "lab" {
-    service_account_allow_list = ["assay:agent"]
-    allowed_node_label_keys = ["zone"]
-  }
-}
-key_manager "disk" {}
-`
-
-const agentConfig = `agent {
-  trust_domain = "example.org"
-  server_address = "` + kube.NodeIP + `"
-  server_port = 8081
-  data_dir = "/run/assay/agent-data"
-  trust_bundle_path = "/run/assay/bundle.pem"
-  socket_path = "/run/assay/agent/public/api.sock"
-  admin_socket_path = "/run/assay/agent/private/admin.sock"
-  log_level = "debug"
-}
-node_attestor "k8s_psat" { cluster = "lab" }
-workload_attestor "k8s" {
-  runtime_socket_path = "/run/cri/cd.sock"
-  kubelet_address = "` + kube.NodeIP + `"
-  enable_namespace_labels = true
-}
-key_manager "disk" {}
-`
-
-// install puts server and agent into the cluster, as an operator does.
-func (w *world) install(t *testing.T) {
+// kubectl runs the real one.
+func (w *world) kubectl(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, c := t.Context(), w.Client
-	must(t, os.MkdirAll(w.run, 0o755))
-	_, err := c.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: space}}, metav1.CreateOptions{})
+	out, err := w.Kubectl(t.Context(), args...)
 	must(t, err)
-	_, err = c.CoreV1().Namespaces().Create(ctx, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"team": "red"}}}, metav1.CreateOptions{})
-	must(t, err)
-	rule := func(group, resource string, verbs ...string) rbacv1.PolicyRule {
-		return rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{resource}, Verbs: verbs}
-	}
-	for account, rules := range map[string][]rbacv1.PolicyRule{
-		"server": {rule("authentication.k8s.io", "tokenreviews", "create"), rule("", "nodes", "get", "list", "watch"), rule("", "pods", "get")},
-		"agent":  {rule("", "pods", "list", "watch"), rule("", "nodes/pods", "get"), rule("", "namespaces", "list", "watch")},
-	} {
-		_, err := c.CoreV1().ServiceAccounts(space).Create(ctx, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: account}}, metav1.CreateOptions{})
-		must(t, err)
-		name := metav1.ObjectMeta{Name: "assay-" + account}
-		_, err = c.RbacV1().ClusterRoles().Create(ctx, &rbacv1.ClusterRole{ObjectMeta: name, Rules: rules}, metav1.CreateOptions{})
-		must(t, err)
-		_, err = c.RbacV1().ClusterRoleBindings().Create(ctx, &rbacv1.ClusterRoleBinding{
-			ObjectMeta: name, RoleRef: rbacv1.RoleRef{APIGroup: "rbac.authorization.k8s.io", Kind: "ClusterRole", Name: name.Name},
-			Subjects: []rbacv1.Subject{{Kind: "ServiceAccount", Namespace: space, Name: account}},
-		}, metav1.CreateOptions{})
-		must(t, err)
-	}
-	_, err = c.CoreV1().ConfigMaps(space).Create(ctx, &corev1.ConfigMap{
-		ObjectMeta: metav1.ObjectMeta{Name: "assay"}, Data: map[string]string{"server.hcl": serverConfig, "agent.hcl": agentConfig},
-	}, metav1.CreateOptions{})
-	must(t, err)
-
-	server := w.template("server")
-	server.Spec.Containers[0].Args = []string{"run", "-config", "/etc/assay/server.hcl"}
-	_, err = c.AppsV1().StatefulSets(space).Create(ctx, &appsv1.StatefulSet{
-		ObjectMeta: metav1.ObjectMeta{Name: "server"},
-		Spec:       appsv1.StatefulSetSpec{Selector: &metav1.LabelSelector{MatchLabels: server.Labels}, Template: server, ServiceName: "server"},
-	}, metav1.CreateOptions{})
-	must(t, err)
-	eventually(t, "the server gives its bundle", func() error {
-		out, err := w.server("bundle", "show")
-		if err != nil {
-			return err
-		}
-		return os.WriteFile(filepath.Join(w.run, "bundle.pem"), []byte(out), 0o644)
-	})
-	agent := w.template("agent")
-	agent.Spec.HostPID = true
-	agent.Spec.Containers[0].Args = []string{"run", "-config", "/etc/assay/agent.hcl"}
-	agent.Spec.Containers[0].Env = []corev1.EnvVar{{Name: "MY_NODE_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}}
-	seconds := int64(600)
-	w.mount(&agent.Spec, "cri", filepath.Dir(w.RuntimeSocket()), "/run/cri", true)
-	agent.Spec.Volumes = append(agent.Spec.Volumes, corev1.Volume{Name: "token", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
-		Sources: []corev1.VolumeProjection{{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Path: "spire-agent", Audience: "spire-server", ExpirationSeconds: &seconds}}},
-	}}})
-	agent.Spec.Containers[0].VolumeMounts = append(agent.Spec.Containers[0].VolumeMounts, corev1.VolumeMount{Name: "token", MountPath: "/var/run/secrets/tokens"})
-	_, err = c.AppsV1().DaemonSets(space).Create(ctx, &appsv1.DaemonSet{
-		ObjectMeta: metav1.ObjectMeta{Name: "agent"},
-		Spec:       appsv1.DaemonSetSpec{Selector: &metav1.LabelSelector{MatchLabels: agent.Labels}, Template: agent},
-	}, metav1.CreateOptions{})
-	must(t, err)
-	w.mustServer(t, "entry", "create", "-node", "-spiffeID", w.agentNode, "-selector", "k8s_psat:cluster:lab")
-	eventually(t, "the agent attests", func() error {
-		out, err := w.server("agent", "list")
-		if err != nil {
-			return err
-		}
-		if !strings.Contains(out, "k8s_psat/lab/") {
-			return fmt.Errorf("agents: %s", out)
-		}
-		return nil
-	})
+	return out
 }
 
-// template is the pod of the server or the agent: no privileges but root's in its own container.
-func (w *world) template(name string) corev1.PodTemplateSpec {
-	grace, no := int64(1), false
-	spec := corev1.PodSpec{
-		ServiceAccountName: name, HostNetwork: true, TerminationGracePeriodSeconds: &grace,
-		Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}},
-		Containers: []corev1.Container{{
-			Name: name, Image: "lab.local/assay-" + name + ":1", ImagePullPolicy: corev1.PullNever,
-			SecurityContext: &corev1.SecurityContext{AllowPrivilegeEscalation: &no, Privileged: &no},
-			VolumeMounts:    []corev1.VolumeMount{{Name: "config", MountPath: "/etc/assay"}},
-		}},
-		Volumes: []corev1.Volume{{Name: "config", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{LocalObjectReference: corev1.LocalObjectReference{Name: "assay"}}}}},
-	}
-	w.mount(&spec, "run", w.run, "/run/assay", false)
-	return corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: map[string]string{"app": name}}, Spec: spec}
+// apply applies a manifest that is written here.
+func (w *world) apply(t *testing.T, manifest string) {
+	t.Helper()
+	path := filepath.Join(w.Dir, "manifest.yaml")
+	must(t, os.WriteFile(path, []byte(manifest), 0o600))
+	w.kubectl(t, "apply", "-f", path)
 }
 
-// mount mounts a folder of the node.
-func (*world) mount(spec *corev1.PodSpec, name, from, to string, readOnly bool) {
-	spec.Volumes = append(spec.Volumes, corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: from}}})
-	for i := range spec.Containers {
-		spec.Containers[i].VolumeMounts = append(spec.Containers[i].VolumeMounts, corev1.VolumeMount{Name: name, MountPath: to, ReadOnly: readOnly})
+// quickstart runs the commands of kubectl that README.md of deploy/k8s begins with, with a volume for the server's
+// claim: there is no storage class here.
+func (w *world) quickstart(t *testing.T) {
+	t.Helper()
+	must(t, os.MkdirAll(filepath.Join(w.Dir, "state", "volume"), 0o755))
+	w.kubectl(t, "apply", "-f", "testdata/volume.yaml")
+	text, err := os.ReadFile(k8s + "README.md")
+	must(t, err)
+	_, block, _ := strings.Cut(string(text), "```\n")
+	block, _, _ = strings.Cut(block, "```\n")
+	began, n := time.Now(), 0
+	for line := range strings.Lines(block) {
+		line, _, _ = strings.Cut(line, "#")
+		line, ours := strings.CutPrefix(line, "kubectl ")
+		if !ours {
+			continue // the images are there
+		}
+		args := strings.Fields(line)
+		for i, arg := range args {
+			if strings.HasPrefix(arg, "deploy/") {
+				args[i] = filepath.Join("../..", arg)
+			}
+		}
+		w.kubectl(t, args...)
+		n++
 	}
+	if n < 4 {
+		t.Fatalf("README.md has %d commands of kubectl", n)
+	}
+	w.installed = time.Since(began)
+	_, err = w.Client.CoreV1().Namespaces().Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{
+		Name: shop, Labels: map[string]string{"team": "red", "pod-security.kubernetes.io/enforce": "restricted"},
+	}}, metav1.CreateOptions{})
+	must(t, err)
 }
+
+// more applies an overlay with what the tests need beyond the quickstart, as README.md says, and waits until it
+// is in force.
+func (w *world) more(t *testing.T) {
+	t.Helper()
+	w.kubectl(t, "apply", "-f", "testdata/reports.yaml")
+	w.kubectl(t, "apply", "-k", "overlay")
+	for _, what := range []string{"statefulset/assay-server", "daemonset/assay-agent"} {
+		w.kubectl(t, "-n", space, "rollout", "status", what, "--timeout=180s")
+	}
+	w.findServer(t)
+	w.mustServer(t, "entry", "create", "-node", "-spiffeID", nodeAlias, "-selector", "k8s_psat:cluster:"+cluster)
+}
+
+// findServer leads a short path to the socket in the server's pod: that of a socket may have 107 bytes.
+func (w *world) findServer(t *testing.T) {
+	t.Helper()
+	pod, err := w.Client.CoreV1().Pods(space).Get(t.Context(), "assay-server-0", metav1.GetOptions{})
+	must(t, err)
+	_ = os.Remove(w.socket) // that of the last pod
+	must(t, os.Symlink(filepath.Join(w.KubeletDir(), "pods", string(pod.UID), "volumes/kubernetes.io~empty-dir/run/server/api.sock"), w.socket))
+}
+
+// audit returns the lines of the server's audit log whose text has all of these in it.
+func (w *world) audit(t *testing.T, has ...string) []auditLine {
+	t.Helper()
+	file, err := os.Open(filepath.Join(w.Dir, "state", "volume", "server", "audit.log"))
+	must(t, err)
+	defer file.Close()
+	var found []auditLine
+	for lines := bufio.NewScanner(file); lines.Scan(); {
+		text := lines.Text()
+		var one auditLine
+		if !slices.ContainsFunc(has, func(s string) bool { return !strings.Contains(text, s) }) && json.Unmarshal([]byte(text), &one) == nil {
+			found = append(found, one)
+		}
+	}
+	return found
+}
+
+type auditLine struct {
+	Time    time.Time
+	Event   string
+	EntryID string `json:"entry_id"`
+}
+
+// signed counts what the server has signed for workloads since a moment.
+func (w *world) signed(t *testing.T, since time.Time) int {
+	t.Helper()
+	n := 0
+	for _, line := range w.audit(t, `"event":"svid.x509.new","outcome":"allow"`) {
+		if line.Time.After(since) {
+			n++
+		}
+	}
+	return n
+}
+
+// admin is the agent's admin socket.
+func (w *world) admin() string { return filepath.Join(w.Dir, "run", "agent", "private", "admin.sock") }
 
 // server runs a command of the server's.
 func (w *world) server(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	args = append(args, "-socketPath", filepath.Join(w.run, "server", "api.sock"))
+	args = append(args, "-socketPath", w.socket)
 	out, err := exec.CommandContext(ctx, filepath.Join(w.bin, "assay-server"), args...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("assay-server %s: %w: %s", strings.Join(args, " "), err, out)
@@ -279,7 +259,7 @@ func (w *world) mustServer(t *testing.T, args ...string) string {
 // entry makes an entry for pods of the node and returns its ID.
 func (w *world) entry(t *testing.T, id string, selectors ...string) string {
 	t.Helper()
-	args := []string{"entry", "create", "-parentID", w.agentNode, "-spiffeID", id, "-output", "json"}
+	args := []string{"entry", "create", "-parentID", nodeAlias, "-spiffeID", id, "-output", "json"}
 	for _, s := range selectors {
 		args = append(args, "-selector", s)
 	}
@@ -293,20 +273,25 @@ func (w *world) entry(t *testing.T, id string, selectors ...string) string {
 	return made.Results[0].Entry.ID
 }
 
-// workload is a pod that watches the Workload API.
-func (w *world) workload(name string, labels map[string]string) *corev1.Pod {
-	grace, no := int64(1), false
-	p := &corev1.Pod{
-		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: "shop", Labels: labels},
+// workload is a pod that watches the Workload API, whose socket the CSI driver shows it.
+func (*world) workload(name string, labels map[string]string) *corev1.Pod {
+	grace, no, yes, user := int64(1), false, true, int64(1000)
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: name, Namespace: shop, Labels: labels},
 		Spec: corev1.PodSpec{
 			RestartPolicy: corev1.RestartPolicyNever, TerminationGracePeriodSeconds: &grace, AutomountServiceAccountToken: &no,
 			Containers: []corev1.Container{{
-				Name: "main", Image: "lab.local/app:1", ImagePullPolicy: corev1.PullNever, Args: []string{"watch", "unix:///run/spiffe/api.sock"},
+				Name: "main", Image: "lab.local/app:1", ImagePullPolicy: corev1.PullNever, Args: []string{"watch", "unix:///spiffe-workload-api/api.sock"},
+				VolumeMounts: []corev1.VolumeMount{{Name: "spiffe", MountPath: "/spiffe-workload-api", ReadOnly: true}},
+				SecurityContext: &corev1.SecurityContext{
+					RunAsNonRoot: &yes, RunAsUser: &user, AllowPrivilegeEscalation: &no, ReadOnlyRootFilesystem: &yes,
+					Capabilities:   &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+					SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+				},
 			}},
+			Volumes: []corev1.Volume{{Name: "spiffe", VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: "csi.spiffe.io", ReadOnly: &yes}}}},
 		},
 	}
-	w.mount(&p.Spec, "spiffe", filepath.Join(w.run, "agent", "public"), "/run/spiffe", true)
-	return p
 }
 
 // create makes a pod and returns when it was asked for.
@@ -330,20 +315,22 @@ type said struct {
 	What, ID, Error string
 }
 
-// lines reads what a pod said, from the file that the runtime keeps of it.
+// lines reads what a pod said, from the files that the runtime keeps of it, one for each start.
 func (w *world) lines(p *corev1.Pod, container string) []said {
-	path := filepath.Join(w.PodLogs(), p.Namespace+"_"+p.Name+"_"+string(p.UID), container, "0.log")
-	file, err := os.Open(path)
-	if err != nil {
-		return nil
-	}
-	defer file.Close()
+	paths, _ := filepath.Glob(filepath.Join(w.PodLogs(), p.Namespace+"_"+p.Name+"_"+string(p.UID), container, "*.log"))
+	slices.Sort(paths)
 	var all []said
-	for lines := bufio.NewScanner(file); lines.Scan(); {
-		_, text, ok := strings.Cut(lines.Text(), " F ")
-		var one said
-		if ok && json.Unmarshal([]byte(text), &one) == nil {
-			all = append(all, one)
+	for _, path := range paths {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(text)) {
+			_, text, ok := strings.Cut(line, " F ")
+			var one said
+			if ok && json.Unmarshal([]byte(text), &one) == nil {
+				all = append(all, one)
+			}
 		}
 	}
 	return all

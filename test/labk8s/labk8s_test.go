@@ -1,7 +1,6 @@
 package labk8s
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -11,229 +10,243 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
-	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/assay-id/assay/test/lab/kube"
 )
 
-// report collects the times for the end. They are printed, never judged: machines differ.
-type report struct {
-	rows []string
-}
+const (
+	cart    = "spiffe://example.org/ns/shop/cart"
+	till    = "spiffe://example.org/till"
+	short   = "spiffe://example.org/ns/shop/short"
+	guarded = "spiffe://example.org/ns/shop/guarded"
+)
 
-func (r *report) add(what string, times ...time.Duration) {
-	if len(times) == 0 {
-		return
-	}
-	slices.Sort(times)
-	at := func(p int) time.Duration { return times[min(len(times)-1, len(times)*p/100)].Round(time.Millisecond) }
-	r.rows = append(r.rows, fmt.Sprintf("%-62s %4d %10s %10s", what, len(times), at(50), at(99)))
-}
-
-func (r *report) note(what, value string) {
-	r.rows = append(r.rows, fmt.Sprintf("%-62s %15s", what, value))
-}
-
-func (r *report) String() string {
-	return fmt.Sprintf("%-62s %4s %10s %10s\n%s\n", "Kubernetes on one node", "n", "p50", "p99", strings.Join(r.rows, "\n"))
-}
-
-// many is how many pods start at once.
-const many = 100
+// identities are ClusterSPIFFEIDs for pods by their label app.
+const identities = `apiVersion: spire.spiffe.io/v1alpha1
+kind: ClusterSPIFFEID
+metadata: {name: cart}
+spec:
+  spiffeIDTemplate: "spiffe://{{ .TrustDomain }}/ns/{{ .PodMeta.Namespace }}/cart"
+  podSelector: {matchLabels: {app: cart}}
+---
+apiVersion: spire.spiffe.io/v1alpha1
+kind: ClusterSPIFFEID
+metadata: {name: short}
+spec:
+  spiffeIDTemplate: "spiffe://{{ .TrustDomain }}/ns/{{ .PodMeta.Namespace }}/short"
+  podSelector: {matchLabels: {app: short}}
+  ttl: 20s
+---
+apiVersion: spire.spiffe.io/v1alpha1
+kind: ClusterSPIFFEID
+metadata: {name: guarded}
+spec:
+  spiffeIDTemplate: "spiffe://{{ .TrustDomain }}/ns/{{ .PodMeta.Namespace }}/guarded"
+  podSelector: {matchLabels: {app: guarded}}
+  scanPolicy: prod
+`
 
 func TestKubernetes(t *testing.T) {
 	w := start(t)
 	r := &report{}
-	defer func() {
-		t.Logf("\n%s", r)
-		if path := os.Getenv("LAB_REPORT"); path != "" {
-			if err := os.WriteFile(path, []byte(r.String()), 0o600); err != nil {
-				t.Error(err)
-			}
+	defer r.print(t)
+	t.Run("the quickstart, as README.md says it", func(t *testing.T) {
+		w.quickstart(t)
+		r.note("the quickstart's commands -> pods may come", w.installed.Round(time.Millisecond).String())
+		p, began := w.create(t, w.workload("first", nil))
+		w.until(t, p, began, "svid", "spiffe://example.org/ns/shop/sa/default")
+		if out := w.kubectl(t, "-n", space, "exec", "assay-server-0", "--", "assay-server", "entry", "show"); !strings.Contains(out, string(p.UID)) {
+			t.Errorf("the server's command says %s", out)
 		}
-	}()
-	const cart = "spiffe://example.org/shop/cart"
-	entry := w.entry(t, cart, "k8s:ns:shop", "k8s:sa:default", "k8s:pod-label:app:cart", "k8s:ns-label:team:red")
-	label := func(p *corev1.Pod, value string) time.Time {
-		t.Helper()
-		patch := fmt.Sprintf(`{"metadata":{"labels":{"app":%s}}}`, value)
-		began := time.Now()
-		_, err := w.Client.CoreV1().Pods(p.Namespace).Patch(t.Context(), p.Name, types.MergePatchType, []byte(patch), metav1.PatchOptions{})
-		must(t, err)
-		return began
-	}
-
-	t.Run("a pod has its identity as it starts", func(t *testing.T) {
-		var main, svid, late []time.Duration
-		for i := range 10 {
-			p, began := w.create(t, w.workload(fmt.Sprintf("one-%d", i), map[string]string{"app": "cart"}))
-			got := w.until(t, p, began, "svid", cart)
-			first := w.until(t, p, began, "main", "")
-			main, svid, late = append(main, first.At.Sub(began)), append(svid, got.At.Sub(began)), append(late, got.At.Sub(first.At))
-		}
-		r.add("pod created -> its main()", main...)
-		r.add("pod created -> SVID in the workload", svid...)
-		r.add("main() -> SVID in the workload", late...)
+		w.isSocketVolume(t, p)
+		w.leastPrivilege(t)
+		w.gone(t, p)
 	})
+	if t.Failed() {
+		return
+	}
+	w.more(t)
+	w.kubectl(t, "delete", "-f", k8s+"quickstart/identities.yaml")
+	w.apply(t, identities)
+	w.entry(t, till, "k8s:ns:shop", "k8s:sa:default", "k8s:pod-label:role:till", "k8s:ns-label:team:red")
+	rotating, rotatingSince := w.create(t, w.workload("rotating", map[string]string{"app": "short"}))
+
+	t.Run("a pod has its identity as it starts", func(t *testing.T) { w.oneByOne(t, r) })
 	p, began := w.create(t, w.workload("probe", map[string]string{"app": "cart"}))
 	w.until(t, p, began, "svid", cart)
-
-	t.Run("every selector is there, and the true image", func(t *testing.T) {
-		all := w.explain(t, p)
-		for _, want := range []string{
-			"k8s:ns:shop", "k8s:sa:default", "k8s:node-name:" + kube.NodeName, "k8s:pod-uid:" + string(p.UID), "k8s:pod-name:probe",
-			"k8s:pod-label:app:cart", "k8s:ns-label:team:red", "k8s:pod-image:lab.local/app:1", "k8s:pod-image-count:1", "k8s:pod-init-image-count:0",
-			"k8s:container-name:main", "k8s:container-image:lab.local/app:1", "image:id:" + w.appImage, "image:platform:linux/amd64",
-		} {
-			if !strings.Contains(all, want) {
-				t.Errorf("no %s in %s", want, all)
+	t.Run("every selector is there, and the true image", func(t *testing.T) { w.selectors(t, p) })
+	t.Run("a label that is taken away takes the identity, and brings it back", func(t *testing.T) { w.labels(t, r, p) })
+	t.Run("a label of the node reaches the agent's selectors", func(t *testing.T) { w.nodeLabel(t, r) })
+	t.Run("an init container is told from its pod's main one", func(t *testing.T) { w.initContainer(t) })
+	t.Run("the bundle is published", func(t *testing.T) { w.bundle(t) })
+	t.Run("a CVE takes the identity, an Event says why, and a VEX statement brings it back", func(t *testing.T) { w.cve(t, r) })
+	t.Run("the spire-controller-manager registers too", func(t *testing.T) { w.manager(t) })
+	t.Run("the API server is away", func(t *testing.T) { w.withoutAPIServer(t, p) })
+	t.Run("the kubelet is away", func(t *testing.T) { w.withoutKubelet(t, p) })
+	t.Run("both are away", func(t *testing.T) { w.withoutBoth(t, r, p) })
+	t.Run("many pods at once, and the agent replaced below them", func(t *testing.T) { w.manyPods(t, r) })
+	t.Run("attestations of a container that is known", func(t *testing.T) { w.hammer(t, r) })
+	t.Run("the agent's pod is deleted", func(t *testing.T) { w.agentDeleted(t, r, p) })
+	t.Run("an SVID is renewed in time, through all of this", func(t *testing.T) {
+		lost := slices.ContainsFunc(w.lines(rotating, "main"), func(s said) bool {
+			return s.What == "none" && !strings.Contains(s.Error, "Unavailable") // that is an agent that was replaced
+		})
+		n := 0
+		for _, s := range w.lines(rotating, "main") {
+			if s.What == "svid" && s.ID == short && s.At.After(rotatingSince) {
+				n++
 			}
 		}
-	})
-	t.Run("a label that is taken away takes the identity, and brings it back", func(t *testing.T) {
-		var gone, back []time.Duration
-		for range 10 {
-			began := label(p, "null")
-			gone = append(gone, w.until(t, p, began, "none", "").At.Sub(began))
-			began = label(p, `"cart"`)
-			back = append(back, w.until(t, p, began, "svid", cart).At.Sub(began))
+		if n < 2 || lost {
+			t.Errorf("%d SVIDs, lost meanwhile: %v", n, lost)
 		}
-		r.add("label removed -> open stream has lost the SVID", gone...)
-		r.add("label given back -> SVID", back...)
+		r.note("SVIDs of a pod with a lifetime of 20 s", fmt.Sprint(n))
 	})
-	t.Run("the entry's end takes the identity", func(t *testing.T) {
+	t.Run("a pod that is deleted is gone, and its entry", func(t *testing.T) {
 		began := time.Now()
-		w.mustServer(t, "entry", "delete", "-entryID", entry)
-		r.add("entry deleted -> open stream has lost the SVID", w.until(t, p, began, "none", "").At.Sub(began))
-		began = time.Now()
-		entry = w.entry(t, cart, "k8s:ns:shop", "k8s:sa:default", "k8s:pod-label:app:cart", "k8s:ns-label:team:red")
-		r.add("entry created -> SVID", w.until(t, p, began, "svid", cart).At.Sub(began))
-	})
-	t.Run("a label of the node reaches the agent's selectors", func(t *testing.T) {
-		began := time.Now()
-		_, err := w.Client.CoreV1().Nodes().Patch(t.Context(), kube.NodeName, types.MergePatchType, []byte(`{"metadata":{"labels":{"zone":"b"}}}`), metav1.PatchOptions{})
-		must(t, err)
-		eventually(t, "the selector is there", func() error {
-			out, err := w.server("agent", "list")
-			if err == nil && !strings.Contains(out, "agent_node_label:zone:b") {
-				id := agentID(out)
-				if out, err = w.server("agent", "show", "-spiffeID", id); err == nil && !strings.Contains(out, "agent_node_label:zone:b") {
-					err = fmt.Errorf("agent is %s", out)
+		w.gone(t, p)
+		eventually(t, "its entry is deleted", func() error {
+			for _, line := range w.audit(t, `"event":"entry.delete"`, string(p.UID)) {
+				if line.Time.After(began) {
+					r.add("pod deleted -> its entry gone (the process had a second to end)", line.Time.Sub(began))
+					return nil
 				}
 			}
-			return err
-		})
-		r.add("label of the node changed -> in the agent's selectors", time.Since(began))
-	})
-	t.Run("an init container is told from its pod's main one", func(t *testing.T) {
-		w.entry(t, "spiffe://example.org/shop/init", "k8s:container-name:setup")
-		two := w.workload("two", map[string]string{"app": "cart"})
-		two.Spec.InitContainers = slices.Clone(two.Spec.Containers)
-		two.Spec.InitContainers[0].Name = "setup"
-		two.Spec.Containers[0].Name = "other"
-		made, began := w.create(t, two)
-		eventually(t, "the init container has its own identity", func() error {
-			all := w.lines(made, "setup")
-			if !slices.ContainsFunc(all, func(s said) bool { return s.At.After(began) && s.What == "svid" }) {
-				return fmt.Errorf("it says %v", all)
-			}
-			return nil
-		})
-	})
-	t.Run("a volume of the CSI driver shows the socket, and nothing else", func(t *testing.T) { w.csi(t, cart) })
-	t.Run("the API server may be away", func(t *testing.T) {
-		w.Stop("kube-apiserver")
-		pid := w.mainPID(t, p)
-		if all := w.explain(t, p); pid == 0 || !strings.Contains(all, "k8s:sa:default") {
-			t.Errorf("a pod that is known says %s", all)
-		}
-		must(t, w.StartAPIServer(t.Context()))
-		eventually(t, "the watch is back", func() error {
-			began := label(p, "null")
-			_ = w.until(t, p, began, "none", "")
-			return nil
-		})
-		w.until(t, p, label(p, `"cart"`), "svid", cart)
-	})
-	t.Run("the kubelet may be restarted", func(t *testing.T) {
-		w.Stop("kubelet")
-		w.until(t, p, label(p, "null"), "none", "")
-		w.until(t, p, label(p, `"cart"`), "svid", cart)
-		must(t, w.StartKubelet(t.Context()))
-		again, began := w.create(t, w.workload("after-kubelet", map[string]string{"app": "cart"}))
-		w.until(t, again, began, "svid", cart)
-	})
-	t.Run("a hundred pods at once", func(t *testing.T) { w.hundred(t, r, cart) })
-	t.Run("the agent's pod is replaced", func(t *testing.T) {
-		pods, err := w.Client.CoreV1().Pods(space).List(t.Context(), metav1.ListOptions{LabelSelector: "app=agent"})
-		must(t, err)
-		began := time.Now()
-		must(t, w.Client.CoreV1().Pods(space).Delete(t.Context(), pods.Items[0].Name, metav1.DeleteOptions{}))
-		lost := w.until(t, p, began, "none", "").At
-		r.add("agent's pod replaced: streams without an agent", w.until(t, p, lost, "svid", cart).At.Sub(lost))
-	})
-	t.Run("a pod that is deleted is gone", func(t *testing.T) {
-		must(t, w.Client.CoreV1().Pods("shop").Delete(t.Context(), p.Name, metav1.DeleteOptions{}))
-		eventually(t, "its process ends", func() error {
-			if _, err := w.Client.CoreV1().Pods("shop").Get(t.Context(), p.Name, metav1.GetOptions{}); err == nil {
-				return fmt.Errorf("pod is there")
-			}
-			return nil
+			return errors.New("it is there")
 		})
 	})
 }
 
-// csi runs the driver beside the real kubelet and has a pod use it.
-func (w *world) csi(t *testing.T, id string) {
-	const driver = "csi.spiffe.io"
-	sockets := filepath.Join(w.run, "agent", "public")
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	var log bytes.Buffer
-	cmd := exec.CommandContext(ctx, filepath.Join(w.bin, "assay-csi"), "run", "-driverName", driver, "-nodeID", kube.NodeName,
-		"-socketDir", sockets, "-kubeletDir", w.KubeletDir())
-	cmd.Stdout, cmd.Stderr = &log, &log
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	must(t, cmd.Start())
-	defer func() {
-		cancel()
-		if err := cmd.Wait(); t.Failed() {
-			t.Logf("driver ended with %v: %s", err, log.String())
-		}
-	}()
-	no, yes := false, true
-	_, err := w.Client.StorageV1().CSIDrivers().Create(t.Context(), &storagev1.CSIDriver{
-		ObjectMeta: metav1.ObjectMeta{Name: driver},
-		Spec: storagev1.CSIDriverSpec{
-			AttachRequired: &no, PodInfoOnMount: &yes, VolumeLifecycleModes: []storagev1.VolumeLifecycleMode{storagev1.VolumeLifecycleEphemeral},
-		},
-	}, metav1.CreateOptions{})
-	must(t, err)
-	p := w.workload("by-csi", map[string]string{"app": "cart"})
-	p.Spec.Volumes = []corev1.Volume{{Name: "spiffe", VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: driver, ReadOnly: &yes}}}}
-	made, began := w.create(t, p)
-	w.until(t, made, began, "svid", id)
-	mount := filepath.Join(w.KubeletDir(), "pods", string(made.UID), "volumes", "kubernetes.io~csi", "spiffe", "mount")
-	if err := os.WriteFile(filepath.Join(mount, "x"), nil, 0o600); err == nil {
-		t.Error("the volume can be written to")
-	}
-	must(t, w.Client.CoreV1().Pods("shop").Delete(t.Context(), p.Name, metav1.DeleteOptions{}))
-	eventually(t, "the volume is unmounted", func() error {
-		if _, err := os.Lstat(mount); !os.IsNotExist(err) {
-			return fmt.Errorf("its target is there: %w", errors.Join(err, os.ErrExist))
+// gone deletes a pod and waits until it is.
+func (w *world) gone(t *testing.T, p *corev1.Pod) {
+	t.Helper()
+	must(t, w.Client.CoreV1().Pods(p.Namespace).Delete(t.Context(), p.Name, metav1.DeleteOptions{}))
+	eventually(t, "the pod has ended", func() error {
+		if _, err := w.Client.CoreV1().Pods(p.Namespace).Get(t.Context(), p.Name, metav1.GetOptions{}); err == nil {
+			return errors.New("it is there")
 		}
 		return nil
 	})
-	if _, err := os.Stat(filepath.Join(sockets, "api.sock")); err != nil {
-		t.Errorf("the agent's socket went with the volume: %v", err)
+}
+
+// isSocketVolume looks at the volume of the CSI driver: it shows the socket, and can be no more than that.
+func (w *world) isSocketVolume(t *testing.T, p *corev1.Pod) {
+	t.Helper()
+	mount := filepath.Join(w.KubeletDir(), "pods", string(p.UID), "volumes", "kubernetes.io~csi", "spiffe", "mount")
+	if err := os.WriteFile(filepath.Join(mount, "x"), nil, 0o600); err == nil {
+		t.Error("the volume can be written to")
 	}
+	if _, err := os.Stat(filepath.Join(mount, "api.sock")); err != nil {
+		t.Error(err)
+	}
+}
+
+// leastPrivilege looks at what the kernel lets the processes do, whatever the manifests say.
+func (w *world) leastPrivilege(t *testing.T) {
+	t.Helper()
+	const ptrace = "0000000000080000" // CAP_SYS_PTRACE
+	for name, capabilities := range map[string]string{"assay-server": "0000000000000000", "assay-agent": ptrace} {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", w.processOf(t, name)))
+		must(t, err)
+		for _, want := range []string{"CapEff:\t" + capabilities, "CapBnd:\t" + capabilities, "NoNewPrivs:\t1", "Seccomp:\t2"} {
+			if !strings.Contains(string(text), want+"\n") {
+				t.Errorf("%s has not %q:\n%s", name, want, text)
+			}
+		}
+		mounts, err := os.ReadFile(fmt.Sprintf("/proc/%d/mounts", w.processOf(t, name)))
+		must(t, err)
+		if root, _, _ := strings.Cut(string(mounts), "\n"); !strings.Contains(root, " / ") || !strings.Contains(root, " ro,") {
+			t.Errorf("%s's root is %s", name, root)
+		}
+	}
+}
+
+// oneByOne starts pods one after the other.
+func (w *world) oneByOne(t *testing.T, r *report) {
+	var main, entry, svid, late []time.Duration
+	for i := range 10 {
+		p, began := w.create(t, w.workload(fmt.Sprintf("one-%d", i), map[string]string{"app": "cart"}))
+		got := w.until(t, p, began, "svid", cart)
+		first := w.until(t, p, began, "main", "")
+		main, svid, late = append(main, first.At.Sub(began)), append(svid, got.At.Sub(began)), append(late, got.At.Sub(first.At))
+		for _, line := range w.audit(t, `"event":"entry.create"`, string(p.UID)) {
+			entry = append(entry, line.Time.Sub(began))
+		}
+	}
+	r.add("pod created -> its main()", main...)
+	r.add("pod created -> its entry", entry...)
+	r.add("pod created -> SVID in the workload", svid...)
+	r.add("main() -> SVID in the workload", late...)
+}
+
+func (w *world) selectors(t *testing.T, p *corev1.Pod) {
+	all := w.explain(t, p)
+	for _, want := range []string{
+		"k8s:ns:shop", "k8s:sa:default", "k8s:node-name:" + kube.NodeName, "k8s:pod-uid:" + string(p.UID), "k8s:pod-name:probe",
+		"k8s:pod-label:app:cart", "k8s:ns-label:team:red", "k8s:pod-image:lab.local/app:1", "k8s:pod-image-count:1", "k8s:pod-init-image-count:0",
+		"k8s:container-name:main", "k8s:container-image:lab.local/app:1", "image:id:" + w.appImage, "image:platform:linux/amd64",
+	} {
+		if !strings.Contains(all, want) {
+			t.Errorf("no %s in %s", want, all)
+		}
+	}
+}
+
+// label sets a label of a pod, or takes it away where value is null, and returns when.
+func (w *world) label(t *testing.T, p *corev1.Pod, key, value string) time.Time {
+	t.Helper()
+	began := time.Now()
+	_, err := w.Client.CoreV1().Pods(p.Namespace).Patch(t.Context(), p.Name, types.MergePatchType,
+		fmt.Appendf(nil, `{"metadata":{"labels":{%q:%s}}}`, key, value), metav1.PatchOptions{})
+	must(t, err)
+	return began
+}
+
+// labels takes labels away and gives them back: one that a ClusterSPIFFEID selects by, with which the entry
+// goes, and one that an entry asks for, which stays where it is.
+func (w *world) labels(t *testing.T, r *report, p *corev1.Pod) {
+	role, began := w.create(t, w.workload("role", map[string]string{"role": "till"}))
+	w.until(t, role, began, "svid", till)
+	for _, one := range []struct {
+		what, key, value, id string
+		pod                  *corev1.Pod
+	}{
+		{"of a ClusterSPIFFEID", "app", `"cart"`, cart, p}, {"of an entry", "role", `"till"`, till, role},
+	} {
+		var gone, back []time.Duration
+		for range 5 {
+			began := w.label(t, one.pod, one.key, "null")
+			gone = append(gone, w.until(t, one.pod, began, "none", "").At.Sub(began))
+			began = w.label(t, one.pod, one.key, one.value)
+			back = append(back, w.until(t, one.pod, began, "svid", one.id).At.Sub(began))
+		}
+		r.add("label "+one.what+" removed -> open stream has lost the SVID", gone...)
+		r.add("label "+one.what+" given back -> SVID", back...)
+	}
+	w.gone(t, role)
+}
+
+func (w *world) nodeLabel(t *testing.T, r *report) {
+	began := time.Now()
+	_, err := w.Client.CoreV1().Nodes().Patch(t.Context(), kube.NodeName, types.MergePatchType, []byte(`{"metadata":{"labels":{"zone":"b"}}}`), metav1.PatchOptions{})
+	must(t, err)
+	eventually(t, "the selector is there", func() error {
+		out, err := w.server("agent", "list")
+		if err == nil && !strings.Contains(out, "agent_node_label:zone:b") {
+			id := agentID(out)
+			if out, err = w.server("agent", "show", "-spiffeID", id); err == nil && !strings.Contains(out, "agent_node_label:zone:b") {
+				err = fmt.Errorf("agent is %s", out)
+			}
+		}
+		return err
+	})
+	r.add("label of the node changed -> in the agent's selectors", time.Since(began))
 }
 
 func agentID(list string) string {
@@ -245,96 +258,37 @@ func agentID(list string) string {
 	return ""
 }
 
-// hundred starts pods at once and measures the agent meanwhile.
-func (w *world) hundred(t *testing.T, r *report, id string) {
-	agent := w.processOf(t, "assay-agent")
-	before := cpuOf(agent)
-	var pods []*corev1.Pod
-	var began []time.Time
-	var mu sync.Mutex
-	var group sync.WaitGroup
-	for i := range many {
-		group.Go(func() {
-			at := time.Now()
-			p, err := w.Client.CoreV1().Pods("shop").Create(t.Context(), w.workload(fmt.Sprintf("many-%d", i), map[string]string{"app": "cart"}), metav1.CreateOptions{})
-			if err != nil {
-				t.Errorf("create pod: %v", err)
-				return
+func (w *world) initContainer(t *testing.T) {
+	const id = "spiffe://example.org/shop/init"
+	w.entry(t, id, "k8s:ns:shop", "k8s:container-name:setup")
+	two := w.workload("two", map[string]string{"app": "none"})
+	two.Spec.InitContainers = slices.Clone(two.Spec.Containers)
+	two.Spec.InitContainers[0].Name = "setup"
+	made, began := w.create(t, two)
+	eventually(t, "the init container has its own identity", func() error {
+		all := w.lines(made, "setup")
+		if !slices.ContainsFunc(all, func(s said) bool { return s.At.After(began) && s.What == "svid" && s.ID == id }) {
+			return fmt.Errorf("it says %v", all)
+		}
+		return nil
+	})
+	w.gone(t, made)
+}
+
+// bundle looks for the trust domain's bundle where the configuration has it published.
+func (w *world) bundle(t *testing.T) {
+	want := strings.TrimSpace(w.mustServer(t, "bundle", "show"))
+	for what, args := range map[string][]string{
+		"ConfigMap":          {"-n", space, "get", "configmap", "assay-bundle", "-o", `jsonpath={.data.bundle\.pem}`},
+		"ClusterTrustBundle": {"get", "clustertrustbundle", "assay.example.org:workloads:workloads", "-o", "jsonpath={.spec.trustBundle}"},
+	} {
+		eventually(t, "the bundle is in the "+what, func() error {
+			out, err := w.Kubectl(t.Context(), args...)
+			if err == nil && strings.TrimSpace(out) != want {
+				err = fmt.Errorf("it is %q, not %q", out, want)
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			pods, began = append(pods, p), append(began, at)
+			return err
 		})
-	}
-	group.Wait()
-	var all, late []time.Duration
-	var lastMain, lastSVID time.Time
-	for i, p := range pods {
-		got := w.until(t, p, began[i], "svid", id)
-		first := w.until(t, p, began[i], "main", "")
-		all, late = append(all, got.At.Sub(began[i])), append(late, got.At.Sub(first.At))
-		if first.At.After(lastMain) {
-			lastMain = first.At
-		}
-		if got.At.After(lastSVID) {
-			lastSVID = got.At
-		}
-	}
-	r.add(fmt.Sprintf("%d pods at once: created -> SVID", many), all...)
-	r.add(fmt.Sprintf("%d pods at once: main() -> SVID", many), late...)
-	r.note(fmt.Sprintf("%d pods at once: last main() -> last SVID", many), lastSVID.Sub(lastMain).Round(time.Millisecond).String())
-	r.note(fmt.Sprintf("%d pods at once: agent's CPU a pod", many), ((cpuOf(agent) - before) / many).String())
-	r.note(fmt.Sprintf("agent's memory at %d pods (VmRSS)", many), rssOf(agent))
-	must(t, w.Client.CoreV1().Pods("shop").DeleteCollection(t.Context(), metav1.DeleteOptions{}, metav1.ListOptions{FieldSelector: "metadata.name!=probe"}))
-	eventually(t, "the node has ended them", func() error {
-		left, err := w.Client.CoreV1().Pods("shop").List(t.Context(), metav1.ListOptions{})
-		if err == nil && len(left.Items) > 1 {
-			err = fmt.Errorf("%d pods are left", len(left.Items))
-		}
-		return err
-	})
-}
-
-// mainPID is the process of a pod's container, as the node sees it.
-func (w *world) mainPID(t *testing.T, p *corev1.Pod) int {
-	t.Helper()
-	found := 0
-	each(func(pid int, dir string) {
-		text, _ := os.ReadFile(filepath.Join(dir, "cgroup"))
-		line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		if strings.Contains(string(text), "pod"+string(p.UID)+"/") && strings.Contains(string(line), "watch") {
-			found = pid
-		}
-	})
-	if found == 0 {
-		t.Fatalf("pod %s has no process", p.Name)
-	}
-	return found
-}
-
-func (w *world) processOf(t *testing.T, name string) int {
-	t.Helper()
-	found := 0
-	each(func(pid int, dir string) {
-		text, _ := os.ReadFile(filepath.Join(dir, "cgroup"))
-		line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		if strings.Contains(string(text), "kubepods") && strings.HasPrefix(string(line), "/"+name) {
-			found = pid
-		}
-	})
-	if found == 0 {
-		t.Fatalf("no process of %s", name)
-	}
-	return found
-}
-
-func each(f func(pid int, dir string)) {
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, dir := range dirs {
-		var pid int
-		if _, err := fmt.Sscan(filepath.Base(dir), &pid); err == nil {
-			f(pid, dir)
-		}
 	}
 }
 
@@ -344,7 +298,7 @@ func (w *world) explain(t *testing.T, p *corev1.Pod) string {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	out, err := exec.CommandContext(ctx, filepath.Join(w.bin, "assay-agent"), "explain", "-pid", fmt.Sprint(w.mainPID(t, p)),
-		"-socketPath", filepath.Join(w.run, "agent", "private", "admin.sock"), "-output", "json").CombinedOutput()
+		"-socketPath", w.admin(), "-output", "json").CombinedOutput()
 	if err != nil && !json.Valid(out) {
 		t.Fatalf("explain: %v: %s", err, out)
 	}
@@ -361,30 +315,4 @@ func (w *world) explain(t *testing.T, p *corev1.Pod) string {
 		}
 	}
 	return strings.Join(all, "\n")
-}
-
-// cpuOf is the processor time of a process, which the kernel counts in hundredths of a second.
-func cpuOf(pid int) time.Duration {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0
-	}
-	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	var user, system int64
-	_, _ = fmt.Sscan(fields[11], &user)
-	_, _ = fmt.Sscan(fields[12], &system)
-	return time.Duration(user+system) * 10 * time.Millisecond
-}
-
-func rssOf(pid int) string {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return err.Error()
-	}
-	for line := range strings.Lines(string(text)) {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			return strings.Join(strings.Fields(rest), " ")
-		}
-	}
-	return "?"
 }

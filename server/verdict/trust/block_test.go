@@ -234,6 +234,15 @@ trust_policy "p" {
 		compare(t, problems, []string{"key[2].path: " + dir + "/both.pem: key " + k.fingerprint, "key[2].path: " + dir + "/both.pem: key " + other.fingerprint})
 	})
 
+	t.Run("a source that clusters speak for needs nobody who pushes", func(t *testing.T) {
+		for block, sound := range map[string]bool{"kubernetes = true": true, "": false} {
+			f := parse(t, dir, "evidence_source \"operator\" {\n  repositories = [\"**\"]\n  "+block+"\n}")
+			if _, problems := trust.NewSource(f.Sources[0]); (len(problems) == 0) != sound {
+				t.Errorf("with %q: %v", block, problems)
+			}
+		}
+	})
+
 	t.Run("all mistakes of a source are said at once", func(t *testing.T) {
 		f := parse(t, dir, `
 evidence_source "" {

@@ -14,11 +14,14 @@ import (
 // SourceBlock is evidence_source "name" { … } as it stands in the file: who may push evidence, for which
 // repositories. The tags are gohcl's.
 type SourceBlock struct {
-	Name          string      `hcl:"name,label"`
-	Repositories  []string    `hcl:"repositories,optional"`
-	AllowUnsigned bool        `hcl:"allow_unsigned,optional"`
-	OIDC          []OIDCBlock `hcl:"oidc,block"`
-	SVID          []SVIDBlock `hcl:"svid,block"`
+	Name          string   `hcl:"name,label"`
+	Repositories  []string `hcl:"repositories,optional"`
+	AllowUnsigned bool     `hcl:"allow_unsigned,optional"`
+	// Kubernetes says that what comes from it is what clusters report (vulnerability_reports): without oidc and
+	// svid nobody else may push.
+	Kubernetes bool        `hcl:"kubernetes,optional"`
+	OIDC       []OIDCBlock `hcl:"oidc,block"`
+	SVID       []SVIDBlock `hcl:"svid,block"`
 }
 
 // OIDCBlock is oidc { … }: the tokens of a CI system. Keys come from jwks_path or, without it, from the
@@ -95,8 +98,8 @@ func NewSource(b SourceBlock) (*Source, []Problem) {
 		c.in("svid", i+1, func() { s.ids = append(s.ids, c.ids(v.IDs)...) })
 	}
 	switch {
-	case len(b.OIDC)+len(b.SVID) == 0:
-		c.say("oidc", "say who may push: oidc { issuer = …, audience = … } for tokens of a CI system, or svid { ids = … }.")
+	case len(b.OIDC)+len(b.SVID) == 0 && !b.Kubernetes:
+		c.say("oidc", "say who may push: oidc { issuer = …, audience = … } for tokens of a CI system, svid { ids = … }, or kubernetes = true for what a cluster's vulnerability_reports say.")
 	case len(b.OIDC) > maxRules || len(b.SVID) > maxRules:
 		c.say("oidc", "there are more than %d blocks.", maxRules)
 	}

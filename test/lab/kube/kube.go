@@ -208,9 +208,12 @@ func (c *Cluster) CA() string { return c.path("pki", "ca.crt") }
 
 // Kubectl runs the real kubectl as the administrator.
 func (c *Cluster) Kubectl(ctx context.Context, args ...string) (string, error) {
-	out, err := exec.CommandContext(ctx, filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig", c.Kubeconfig("admin")}, args...)...).CombinedOutput()
+	cmd := exec.CommandContext(ctx, filepath.Join(c.bin, "kubectl"), append([]string{"--kubeconfig", c.Kubeconfig("admin")}, args...)...)
+	var said bytes.Buffer
+	cmd.Stderr = &said // warnings too
+	out, err := cmd.Output()
 	if err != nil {
-		return string(out), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, out)
+		return string(out), fmt.Errorf("kubectl %s: %w: %s%s", strings.Join(args, " "), err, out, said.String())
 	}
 	return string(out), nil
 }
@@ -293,11 +296,22 @@ func (c *Cluster) Stop(name string) {
 	}
 }
 
+// Kill ends a part at once, as a crash would.
+func (c *Cluster) Kill(name string) {
+	p := c.parts[name]
+	if p == nil {
+		return
+	}
+	delete(c.parts, name)
+	_ = p.cmd.Process.Kill() // it may have ended
+	<-p.exited
+}
+
 // Close ends everything and removes what it wrote.
 func (c *Cluster) Close() error {
 	c.closeNode()
 	for _, name := range []string{"kube-scheduler", "kube-controller-manager", "kube-apiserver", "etcd"} {
-		c.Stop(name)
+		c.Kill(name) // nothing of it is needed any more, and an API server takes its time
 	}
 	_ = run(context.Background(), "ip", "link", "del", link) // it may not be there
 	return errors.Join(os.RemoveAll(c.Dir), c.mine.Close())

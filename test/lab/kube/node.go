@@ -99,7 +99,12 @@ func (c *Cluster) startInside(name, program string, args ...string) error {
 	if err != nil {
 		return err
 	}
-	return c.start(name, "nsenter", append([]string{"--mount=/proc/" + strconv.Itoa(c.parts["namespace"].cmd.Process.Pid) + "/ns/mnt", "--", program}, args...)...)
+	return c.start(name, "nsenter", append([]string{c.namespace(), "--", program}, args...)...)
+}
+
+// namespace is the node's mount namespace, for nsenter.
+func (c *Cluster) namespace() string {
+	return "--mount=/proc/" + strconv.Itoa(c.parts["namespace"].cmd.Process.Pid) + "/ns/mnt"
 }
 
 // OnNode is where a path of the node's is found from outside of its mount namespace.
@@ -234,6 +239,17 @@ func (c *Cluster) PodLogs() string { return c.path("podlogs") }
 
 func (c *Cluster) ctr(ctx context.Context, args ...string) error {
 	return run(ctx, "ctr", append([]string{"-a", c.RuntimeSocket(), "-n", "k8s.io"}, args...)...)
+}
+
+// Exec runs a program in a container and returns what it printed; no part but the runtime is asked.
+func (c *Cluster) Exec(ctx context.Context, container string, args ...string) (string, error) {
+	program, err := find("ctr")
+	if err != nil {
+		return "", err
+	}
+	out, err := exec.CommandContext(ctx, "nsenter", append([]string{c.namespace(), "--", program, "-a", c.RuntimeSocket(), "-n", "k8s.io", "tasks", "exec",
+		"--exec-id", "lab-" + strconv.FormatInt(time.Now().UnixNano(), 36), container}, args...)...).CombinedOutput()
+	return string(out), err
 }
 
 // Load gives the node an image from a file, as `docker save` and `make images` write them.

@@ -1,6 +1,7 @@
 // Command pod is what the pods of the private cluster run: "pause" waits for its end, as every pod's sandbox
 // does; "watch" keeps a stream of the Workload API open and prints a line of JSON at its start, and each time
-// it has another identity or none.
+// it has another identity or none; "fetch" has it once; "hammer" fetches its identity from eight connections for some seconds, each
+// time on a new one, and prints how often it had it.
 package main
 
 import (
@@ -9,6 +10,9 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -19,17 +23,57 @@ func main() {
 	say("main", "", nil)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if len(os.Args) < 2 || os.Args[1] != "watch" || filepath.Base(os.Args[0]) == "pause" {
+	if len(os.Args) < 3 || filepath.Base(os.Args[0]) == "pause" {
 		<-ctx.Done()
 		return
 	}
-	client, err := workloadapi.New(ctx, workloadapi.WithAddr(os.Args[2]), workloadapi.WithBackoffStrategy(often{}))
-	if err != nil {
-		say("error", "", err)
-		os.Exit(1)
+	switch os.Args[1] {
+	case "watch":
+		client, err := workloadapi.New(ctx, workloadapi.WithAddr(os.Args[2]), workloadapi.WithBackoffStrategy(often{}))
+		if err != nil {
+			say("error", "", err)
+			os.Exit(1)
+		}
+		defer client.Close()
+		_ = client.WatchX509Context(ctx, watcher{}) // it ends with ctx
+	case "fetch":
+		svid, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr(os.Args[2]))
+		if err != nil {
+			say("error", "", err)
+			os.Exit(1)
+		}
+		say("svid", svid.ID.String(), nil)
+	case "hammer":
+		hammer(ctx, os.Args[2])
+		<-ctx.Done()
 	}
-	defer client.Close()
-	_ = client.WatchX509Context(ctx, watcher{}) // it ends with ctx
+}
+
+// How hammer asks.
+const (
+	callers   = 8
+	hammering = 4 * time.Second
+)
+
+func hammer(ctx context.Context, address string) {
+	ctx, cancel := context.WithTimeout(ctx, hammering)
+	defer cancel()
+	var had atomic.Int64
+	var group sync.WaitGroup
+	say("hammer", "", nil)
+	for range callers {
+		group.Go(func() {
+			for ctx.Err() == nil {
+				if _, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr(address)); err == nil {
+					had.Add(1)
+				} else if ctx.Err() == nil {
+					say("error", "", err)
+				}
+			}
+		})
+	}
+	group.Wait()
+	say("hammered", strconv.FormatInt(had.Load(), 10), nil)
 }
 
 type watcher struct{}
