@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"sigs.k8s.io/yaml"
 )
 
 // csiDriver is what makes the chart the same as base and csi.
@@ -31,8 +32,16 @@ func TestChart(t *testing.T) {
 	t.Run("with its own values it makes what the base makes", func(t *testing.T) {
 		same(t, helm(t), kustomize(t, base))
 	})
-	t.Run("with the default identity it makes what the quickstart makes", func(t *testing.T) {
-		same(t, helm(t, `defaultIdentity.enabled=true`), kustomize(t, "../../deploy/k8s/quickstart"))
+	t.Run("with the CSI driver and the default identity it makes what the quickstart makes", func(t *testing.T) {
+		text, err := os.ReadFile("../../deploy/k8s/quickstart/identities.yaml")
+		if err != nil {
+			t.Fatal(err)
+		}
+		identities := &unstructured.Unstructured{}
+		if err := yaml.Unmarshal(text, &identities.Object); err != nil {
+			t.Fatal(err)
+		}
+		same(t, helm(t, csiDriver, `defaultIdentity.enabled=true`), append(kustomize(t, "../../deploy/k8s/quickstart"), identities))
 	})
 	t.Run("with the CSI driver it makes what base and csi make", func(t *testing.T) {
 		same(t, helm(t, csiDriver), append(kustomize(t, base), kustomize(t, "../../deploy/k8s/csi")...))
@@ -172,7 +181,7 @@ func TestValuesOfTheChart(t *testing.T) {
 		{`registrar.pathFence="ns/"`, "at '/registrar/pathFence'"},
 		{`agent.runtime.dir="run"`, "at '/agent/runtime/dir'"},
 		{`agent.hostPaths.data="/a b"`, "at '/agent/hostPaths/data'"},
-		{`agent.maxUnavailable=0`, "at '/agent/maxUnavailable'"},
+		{`agent.maxSurge=0`, "at '/agent/maxSurge'"},
 		{`csi.enabled="yes"`, "got string, want boolean"},
 		{`nonsense=1`, "additional properties 'nonsense' not allowed"},
 	} {

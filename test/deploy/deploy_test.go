@@ -145,8 +145,14 @@ func TestManifests(t *testing.T) {
 				}
 			}
 		}
-		if text, err := os.ReadFile(filepath.Join(base, "agent.hcl")); err != nil || !strings.Contains(string(text), "standby           = true") {
-			t.Errorf("agent.hcl does not say standby: %v", err)
+		configs, err := filepath.Glob("../../deploy/k8s/overlays/*/agent.hcl")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range append(configs, filepath.Join(base, "agent.hcl")) {
+			if text, err := os.ReadFile(path); err != nil || !strings.Contains(string(text), "standby           = true") {
+				t.Errorf("%s does not say standby, and the next agent would not wait: %v", path, err)
+			}
 		}
 	})
 	t.Run("no role may do everything, and none reads secrets", func(t *testing.T) {

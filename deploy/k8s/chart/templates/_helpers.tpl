@@ -119,6 +119,7 @@ telemetry {
 agent {
   trust_domain      = {{ include "assay.hcl" .Values.trustDomain }}
   data_dir          = "/var/lib/assay/agent"
+  standby           = true # an update starts the next agent before the last one ends
   socket_path       = "/run/assay/agent/public/api.sock"
   admin_socket_path = "/run/assay/agent/private/admin.sock"
   server_address    = {{ include "assay.hcl" (printf "%s-server" .Values.name) }}

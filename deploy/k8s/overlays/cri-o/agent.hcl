@@ -1,6 +1,7 @@
 agent {
   trust_domain      = "example.org"
   data_dir          = "/var/lib/assay/agent"
+  standby           = true # an update starts the next agent before the last one ends
   socket_path       = "/run/assay/agent/public/api.sock"
   admin_socket_path = "/run/assay/agent/private/admin.sock"
   server_address    = "assay-server"
