@@ -29,7 +29,7 @@ func Take(dir string) (*Turn, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make data directory: %w", err)
 	}
-	f, err := os.Open(dir) //nolint:gosec // the path is the operator's
+	f, err := os.Open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open data directory: %w", err)
 	}

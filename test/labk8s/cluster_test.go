@@ -222,18 +222,6 @@ type auditLine struct {
 	EntryID string `json:"entry_id"`
 }
 
-// signed counts what the server has signed for workloads since a moment.
-func (w *world) signed(t *testing.T, since time.Time) int {
-	t.Helper()
-	n := 0
-	for _, line := range w.audit(t, `"event":"svid.x509.new","outcome":"allow"`) {
-		if line.Time.After(since) {
-			n++
-		}
-	}
-	return n
-}
-
 // admin is the agent's admin socket.
 func (w *world) admin() string { return filepath.Join(w.Dir, "run", "agent", "private", "admin.sock") }
 

@@ -73,18 +73,19 @@ var nodeFolders = [][2]string{
 
 // startNamespace starts the process that holds the node's mount namespace.
 func (c *Cluster) startNamespace(ctx context.Context) error {
-	script := "set -e\n"
+	var script strings.Builder
+	script.WriteString("set -e\n")
 	for _, f := range nodeFolders {
 		for _, dir := range []string{f[0], c.path(f[1])} {
 			if err := os.MkdirAll(dir, 0o755); err != nil {
 				return err
 			}
 		}
-		script += fmt.Sprintf("mount --bind %s %s\nmount --make-shared %[2]s\n", c.path(f[1]), f[0])
+		fmt.Fprintf(&script, "mount --bind %s %s\nmount --make-shared %[2]s\n", c.path(f[1]), f[0])
 	}
 	ready := c.path("namespace.ready")
-	script += fmt.Sprintf("touch %s\nexec sleep infinity\n", ready)
-	if err := c.start("namespace", "unshare", "--mount", "--propagation", "private", "sh", "-c", script); err != nil {
+	fmt.Fprintf(&script, "touch %s\nexec sleep infinity\n", ready)
+	if err := c.start("namespace", "unshare", "--mount", "--propagation", "private", "sh", "-c", script.String()); err != nil {
 		return err
 	}
 	return c.wait(ctx, "namespace", func(context.Context) error {
