@@ -74,6 +74,7 @@ type Agent struct {
 type SDS struct {
 	DefaultSVIDName, DefaultBundleName, DefaultAllBundlesName string
 	DisableSPIFFEValidation, KeepWithdrawn                    bool
+	CRL                                                       string // "auto", "always" or "never"
 }
 
 // agentFile is the file's shape. Pointers tell 0 from "not given".
@@ -137,6 +138,7 @@ type sdsBlock struct {
 	DefaultAllBundlesName   string `hcl:"default_all_bundles_name,optional"`
 	DisableSPIFFEValidation bool   `hcl:"disable_spiffe_cert_validation,optional"`
 	KeepWithdrawn           bool   `hcl:"keep_withdrawn,optional"`
+	CRL                     string `hcl:"crl,optional"`
 }
 
 // diskDirectory is key_manager "disk" of the agent.
@@ -247,6 +249,7 @@ func (l *loader) sds(b *sdsBlock) SDS {
 	s := SDS{
 		DefaultSVIDName: b.DefaultSVIDName, DefaultBundleName: b.DefaultBundleName, DefaultAllBundlesName: b.DefaultAllBundlesName,
 		DisableSPIFFEValidation: b.DisableSPIFFEValidation, KeepWithdrawn: b.KeepWithdrawn,
+		CRL: l.oneOf("agent.sds.crl", b.CRL, "auto", "always", "never"),
 	}
 	seen := map[string]string{}
 	for _, n := range []struct {

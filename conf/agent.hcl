@@ -116,6 +116,10 @@ agent {
     # Envoy has no word for "withdrawn" and uses what it has until it expires. So its certificate is
     # replaced by one that nobody trusts; true leaves it, as SPIRE does.
     #keep_withdrawn = false
+    # Lists of revoked certificates in the bundles, while there is anything on them ("withdraw+revoke" in
+    # server.hcl). Given one, Envoy refuses what it has no list for: "auto" leaves them out unless every
+    # authority of the trust domain has one, "always" does not, "never" does. See workloadapi/sds/README.md.
+    #crl = "auto"
   #}
 }
 

@@ -111,7 +111,7 @@ func TestAgentSample(t *testing.T) {
 		t.Fatal(err)
 	}
 	if a.TrustBundlePath != bundle || a.WorkloadHold != 3*time.Second || a.Node.Kind.Type != "join_token" || len(a.Workloads) != 1 ||
-		a.AdminSocketPath != DefaultAdminSocket || a.SDS != (SDS{DefaultSVIDName: "default", DefaultBundleName: "ROOTCA", DefaultAllBundlesName: "ALL"}) {
+		a.AdminSocketPath != DefaultAdminSocket || a.SDS != (SDS{DefaultSVIDName: "default", DefaultBundleName: "ROOTCA", DefaultAllBundlesName: "ALL", CRL: "auto"}) {
 		t.Errorf("the sample loads as %+v", a)
 	}
 	t.Run("every key is in it, and nothing else", func(t *testing.T) {
@@ -394,6 +394,8 @@ func TestAgentMistakes(t *testing.T) {
 			`F:6,26-35: Invalid SPIFFE ID; "proxy" is no SPIFFE ID: scheme is missing or invalid.`},
 		{"delegates without their socket", replace(goodAgent, "}\nnode", "  admin_socket_path = \"\"\n  authorized_delegates = [\"spiffe://example.org/proxy\"]\n}\nnode"),
 			`F:7,26-56: Missing admin socket; Delegates are served at admin_socket_path, which is off.`},
+		{"lists that are given sometimes", replace(goodAgent, "}\nnode", "  sds {\n    crl = \"sometimes\"\n  }\n}\nnode"),
+			`F:7,11-22: Invalid value; "sometimes" is unknown; there are "auto", "always" and "never".`},
 		{"one name for two secrets", replace(goodAgent, "}\nnode", "  sds {\n    default_all_bundles_name = \"ROOTCA\"\n  }\n}\nnode"),
 			`F:7,32-40: Conflicting names; "ROOTCA" is what default_bundle_name is asked for by; choose another name for one of them.`},
 		{"a bundle by http", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_url = "http://x.example"`),

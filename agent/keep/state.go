@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -158,6 +159,8 @@ type pictureJSON struct {
 	HeardAt  int64    `json:"heard_at,omitempty"` // Unix seconds
 	// CRLs are those of the bundles by trust domain, DER.
 	CRLs map[string][][]byte `json:"crl_lists,omitempty"`
+	// Nested are the trust domains of which servers below sign too.
+	Nested []string `json:"nested,omitempty"`
 }
 
 // Picture returns the kept picture, or nil.
@@ -196,6 +199,7 @@ func (s *pictureJSON) parse() (*Picture, error) {
 			return nil, err
 		}
 		b.CRLs = s.CRLs[b.TrustDomain.Name()]
+		b.Nested = slices.Contains(s.Nested, b.TrustDomain.Name())
 		p.Bundles = append(p.Bundles, b)
 	}
 	for _, raw := range s.Verdicts {
@@ -232,6 +236,9 @@ func (k *Keep) SavePicture(p *Picture) {
 				return nil, err
 			}
 			stored.Bundles = append(stored.Bundles, raw)
+			if b.Nested {
+				stored.Nested = append(stored.Nested, b.TrustDomain.Name())
+			}
 			if len(b.CRLs) > 0 {
 				if stored.CRLs == nil {
 					stored.CRLs = map[string][][]byte{}

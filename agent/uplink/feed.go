@@ -195,6 +195,7 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabiliti
 			for _, b := range up.Bundles {
 				if b.TrustDomain.Name() == l.GetTrustDomain() {
 					b.CRLs = append(b.CRLs, l.GetDer())
+					b.Nested = b.Nested || l.GetNested()
 				}
 			}
 		}

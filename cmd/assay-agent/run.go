@@ -128,7 +128,7 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.SDS = sds.Config{
 		DefaultSVIDName: from.SDS.DefaultSVIDName, DefaultBundleName: from.SDS.DefaultBundleName,
 		DefaultAllBundlesName: from.SDS.DefaultAllBundlesName, DisableSPIFFEValidation: from.SDS.DisableSPIFFEValidation,
-		KeepWithdrawn: from.SDS.KeepWithdrawn,
+		KeepWithdrawn: from.SDS.KeepWithdrawn, CRL: from.SDS.CRL,
 	}
 	needs := func(kind string) attestor.Needs {
 		return attestor.Needs{TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", "attestor/"+kind), Now: time.Now, JoinToken: from.JoinToken}

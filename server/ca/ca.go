@@ -150,6 +150,7 @@ type CA struct {
 	x509, jwt, wit atomic.Pointer[authority]
 	// Those that sign lists of revoked certificates, likewise.
 	listers atomic.Pointer[listers]
+	nested  atomic.Bool // the bundle says that there are servers below
 
 	mu sync.Mutex // held during Open and while Run turns the wheel, but not while an authority is made
 	// lines is the journal as it is stored, and pending an authority per kind that has a key and

@@ -13,6 +13,7 @@ import (
 
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // maxRevoked bounds a list: every verifier reads all of it.
@@ -37,26 +38,12 @@ func (c *CA) SignCRLs(_ context.Context, number uint64, revoked []records.Serial
 		if a.expired(now) {
 			continue
 		}
-		template := &x509.RevocationList{
-			Number: new(big.Int).SetUint64(number), ThisUpdate: now.Add(-c.cfg.Backdate).UTC(), NextUpdate: until.UTC(),
-		}
-		for _, one := range revoked {
-			if by := one.GetAuthorityId(); by != "" && by != a.line.AuthorityID {
-				continue
-			}
-			n, ok := new(big.Int).SetString(one.Number, 10)
-			if !ok || n.Sign() <= 0 {
-				return nil, fmt.Errorf("sign CRL: %q is no serial number", one.Number)
-			}
-			template.RevokedCertificateEntries = append(template.RevokedCertificateEntries,
-				x509.RevocationListEntry{SerialNumber: n, RevocationTime: time.Unix(one.GetRevokedAt(), 0).UTC()})
-		}
-		slices.SortFunc(template.RevokedCertificateEntries, func(a, b x509.RevocationListEntry) int {
-			return strings.Compare(a.SerialNumber.Text(62), b.SerialNumber.Text(62))
+		mine := slices.DeleteFunc(slices.Clone(revoked), func(one records.Serial) bool {
+			return one.GetAuthorityId() != "" && one.GetAuthorityId() != a.line.AuthorityID
 		})
-		der, err := x509.CreateRevocationList(rand.Reader, template, a.cert, a.lister)
+		der, err := c.signCRL(a, new(big.Int).SetUint64(number), mine, now, until)
 		if err != nil {
-			return nil, fmt.Errorf("sign CRL of authority %s: %w", a.line.AuthorityID, err)
+			return nil, err
 		}
 		lists = append(lists, der)
 	}
@@ -64,6 +51,46 @@ func (c *CA) SignCRLs(_ context.Context, number uint64, revoked []records.Serial
 		return nil, fmt.Errorf("sign CRL: %w", ErrNoAuthority)
 	}
 	return lists, nil
+}
+
+// signCRL signs the list of one authority.
+func (c *CA) signCRL(a *authority, number *big.Int, revoked []records.Serial, now, until time.Time) ([]byte, error) {
+	template := &x509.RevocationList{Number: number, ThisUpdate: now.Add(-c.cfg.Backdate).UTC(), NextUpdate: until.UTC()}
+	for _, one := range revoked {
+		n, ok := new(big.Int).SetString(one.Number, 10)
+		if !ok || n.Sign() <= 0 {
+			return nil, fmt.Errorf("sign CRL: %q is no serial number", one.Number)
+		}
+		template.RevokedCertificateEntries = append(template.RevokedCertificateEntries,
+			x509.RevocationListEntry{SerialNumber: n, RevocationTime: time.Unix(one.GetRevokedAt(), 0).UTC()})
+	}
+	slices.SortFunc(template.RevokedCertificateEntries, func(a, b x509.RevocationListEntry) int {
+		return strings.Compare(a.SerialNumber.Text(62), b.SerialNumber.Text(62))
+	})
+	der, err := x509.CreateRevocationList(rand.Reader, template, a.cert, a.lister)
+	if err != nil {
+		return nil, fmt.Errorf("sign CRL of authority %s: %w", a.line.AuthorityID, err)
+	}
+	return der, nil
+}
+
+// listAlong gives the lists that are in a bundle one of an authority that comes to it: with the same number
+// and end, and empty, for it has signed nothing. Without it there would be a moment in which verifiers
+// that demand a list of each authority have one too few.
+func (c *CA) listAlong(b *identity.Bundle, a *authority, now time.Time) {
+	if len(b.CRLs) == 0 || a.lister == nil {
+		return
+	}
+	var der []byte
+	like, err := x509.ParseRevocationList(b.CRLs[0])
+	if err == nil {
+		der, err = c.signCRL(a, like.Number, nil, now, like.NextUpdate)
+	}
+	if err != nil {
+		c.log.WithError(err).Warn("The list of revoked certificates of a new authority comes later than the authority")
+		return
+	}
+	b.CRLs = append(slices.Clip(b.CRLs), der)
 }
 
 // listers are the authorities that can sign lists of revoked certificates.

@@ -1,6 +1,7 @@
 package ca
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/pem"
@@ -89,10 +90,20 @@ func TestRevocationLists(t *testing.T) {
 	want("before", verdict(c, kept, revokedNow(gone)), "good")
 	want("before, revoked", verdict(c, gone, revokedNow(gone)), "revoked")
 
+	before, err := c.SignCRLs(ctx, number+1, []records.Serial{revokedNow(gone)}, time.Now().Add(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	store.bundle.CRLs = before
 	due := c.CRLsDue()
 	prepared, _, err := c.PrepareAuthority(ctx, KindX509)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if along := store.held().CRLs; len(along) != 2 || !bytes.Equal(along[0], before[0]) {
+		t.Errorf("%d lists are in the bundle to which an authority came", len(along))
+	} else if list, err := x509.ParseRevocationList(along[1]); err != nil || hex.EncodeToString(list.AuthorityKeyId) != prepared.AuthorityID {
+		t.Errorf("the list that came with the authority is not its own: %v", err)
 	}
 	select {
 	case <-due:

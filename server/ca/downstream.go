@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net/url"
 	"time"
+
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // SignDownstream signs the X.509 authority of a server below this one, which signs SVIDs of the same
@@ -38,6 +40,9 @@ func (c *CA) signDownstream(ctx context.Context, key crypto.PublicKey, ttl time.
 	a := c.current(KindX509)
 	if a == nil {
 		return nil, ErrNoAuthority
+	}
+	if err := c.nest(ctx); err != nil {
+		return nil, err
 	}
 	now, serial := c.cfg.Now(), randomSerial()
 	subject := a.cert.Subject
@@ -71,4 +76,20 @@ func (c *CA) signDownstream(ctx context.Context, key crypto.PublicKey, ttl time.
 		return nil, err
 	}
 	return append([]*x509.Certificate{cert}, a.chain()...), nil
+}
+
+// nest notes in the bundle that there are servers below, once and for all: it has no list of what they revoke.
+func (c *CA) nest(ctx context.Context) error {
+	if c.nested.Load() {
+		return nil
+	}
+	b, err := c.store.Bundle(ctx, c.td)
+	if err == nil && !b.Nested {
+		_, _, err = c.store.UpdateBundle(ctx, c.td, func(b *identity.Bundle) error { b.Nested = true; return nil })
+	}
+	if err != nil {
+		return fmt.Errorf("note in the bundle that there are servers below: %w", err)
+	}
+	c.nested.Store(true)
+	return nil
 }

@@ -21,6 +21,9 @@ func TestSignDownstream(t *testing.T) {
 		t.Fatal(err)
 	}
 	ca := chain[0]
+	if !store.held().Nested {
+		t.Error("the bundle does not say that there is a server below")
+	}
 	t.Run("the profile is that of an authority below one other", func(t *testing.T) {
 		root := store.held().X509[0].Certificate
 		switch {

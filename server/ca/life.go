@@ -411,7 +411,10 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 		var entryChanged bool
 		switch a.line.Kind {
 		case KindX509:
-			x509s, entryChanged = addX509(x509s, a)
+			known := len(x509s)
+			if x509s, entryChanged = addX509(x509s, a); len(x509s) > known {
+				c.listAlong(b, a, now)
+			}
 		case KindWIT:
 			wits, entryChanged = addJWT(wits, a)
 		default:

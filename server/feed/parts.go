@@ -68,7 +68,7 @@ func (u *update) parts(limit int, send func(part *feedv1.FollowResponse, size in
 		}
 		crls, lists := 0, []*feedv1.RevocationList{}
 		for _, der := range b.CRLs {
-			l := &feedv1.RevocationList{TrustDomain: b.TrustDomain.Name(), Der: der}
+			l := &feedv1.RevocationList{TrustDomain: b.TrustDomain.Name(), Der: der, Nested: b.Nested}
 			lists, crls = append(lists, l), crls+proto.Size(l)+overhead
 		}
 		if err := room(proto.Size(w) + crls); err != nil {

@@ -188,7 +188,7 @@ func (w *words) decodeNode(id spiffeid.ID, b []byte) (*Node, error) {
 }
 
 func encodeBundle(b *identity.Bundle) ([]byte, error) {
-	m := &stored.Bundle{RefreshHint: int64(b.RefreshHint / time.Second), Sequence: b.Sequence, Origin: b.Origin, Crls: b.CRLs}
+	m := &stored.Bundle{RefreshHint: int64(b.RefreshHint / time.Second), Sequence: b.Sequence, Origin: b.Origin, Crls: b.CRLs, Nested: b.Nested}
 	for _, a := range b.X509 {
 		m.X509 = append(m.X509, &stored.X509Authority{Certificate: a.Certificate.Raw, Tainted: a.Tainted})
 	}
@@ -213,6 +213,7 @@ func decodeBundle(td spiffeid.TrustDomain, b []byte) (*identity.Bundle, error) {
 		Sequence:    m.GetSequence(),
 		Origin:      m.GetOrigin(),
 		CRLs:        m.GetCrls(),
+		Nested:      m.GetNested(),
 	}
 	for _, a := range m.GetX509() {
 		cert, err := x509.ParseCertificate(a.GetCertificate())

@@ -59,7 +59,7 @@ func fullVerdict() *Verdict {
 func fullBundle(t testing.TB) *identity.Bundle {
 	cert, key := certificate(t)
 	return &identity.Bundle{
-		TrustDomain: other, RefreshHint: time.Minute, Sequence: 9, Origin: 4, CRLs: [][]byte{{3}},
+		TrustDomain: other, RefreshHint: time.Minute, Sequence: 9, Origin: 4, CRLs: [][]byte{{3}}, Nested: true,
 		X509: []identity.X509Authority{{Certificate: cert, Tainted: true}},
 		JWT:  []identity.JWTAuthority{{KeyID: "k", Key: key, ExpiresAt: noon, Tainted: true}},
 		WIT:  []identity.JWTAuthority{{KeyID: "w", Key: key, ExpiresAt: noon, Tainted: true}},

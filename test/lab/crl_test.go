@@ -28,9 +28,10 @@ import (
 	"github.com/assay-id/assay/test/lab/site"
 )
 
-// TestWithdrawnSVIDAtNginx shows what the list of revoked certificates is for: nginx and OpenSSL, which
-// know nothing of verdicts, refuse an SVID that was withdrawn and is still in its time.
-func TestWithdrawnSVIDAtNginx(t *testing.T) {
+// TestWithdrawnSVIDIsRefused shows what the list of revoked certificates is for: nginx, Envoy and OpenSSL,
+// which know nothing of verdicts, refuse an SVID that was withdrawn, is still in its time and that its owner
+// has kept. nginx reads a file; Envoys have the list from their agent.
+func TestWithdrawnSVIDIsRefused(t *testing.T) {
 	needDocker(t)
 	nginx, err := site.Tool("nginx")
 	if err != nil {
@@ -52,10 +53,11 @@ scan_policy "prod" {
 evidence {
   crl_file = "DIR/crl.pem"
 }
-`)
+`, byPath)
 	list := filepath.Join(n.Dir, "crl.pem")
 	n.must(n.agent.WaitFor(n.ctx, "the list", func() error { _, err := os.Stat(list); return err }))
 	peer := startNginx(n, nginx, list)
+	gates := startGates(n)
 
 	n.entry("/shop", "scan:policy:prod")
 	image, err := n.engine.BuildScratch(n.ctx, docker.Image{Tag: "shop:latest", Program: n.program})
@@ -73,6 +75,7 @@ evidence {
 		if status, err := peer.call(n.ctx, svid); err != nil || status != http.StatusOK {
 			t.Fatalf("%s is answered with %d, %v", name, status, err)
 		}
+		all(t, n, gates, name+" is admitted", func(g *gate) error { return g.admits(n.ctx, svid) })
 	}
 
 	n.push("shop@"+image, scan{config: image, critical: cve})
@@ -116,6 +119,10 @@ evidence {
 			t.Errorf("another identity is answered with %d, %v", status, err)
 		}
 	})
+	t.Run("Envoys refuse it, told by nobody but their agent", func(t *testing.T) {
+		all(t, n, gates, "the withdrawn one is refused", func(g *gate) error { return g.refuses(n.ctx, withdrawn) })
+		all(t, n, gates, "another identity is admitted", func(g *gate) error { return g.admits(n.ctx, other) })
+	})
 	t.Run("openssl says that it is revoked, and nothing of another", func(t *testing.T) {
 		svid := filepath.Join(n.Dir, "withdrawn.pem")
 		n.must(os.WriteFile(svid, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: withdrawn.Certificate[0]}), 0o600))
@@ -130,6 +137,7 @@ evidence {
 		}
 	})
 	t.Run("after the authority was replaced, what the old one signed is accepted and refused as before", func(t *testing.T) {
+		defer never(t, n, gates, withdrawn)()
 		out, err := n.ServerCLI(n.ctx, "localauthority", "x509", "prepare", "-output", "json")
 		n.must(err)
 		var prepared struct {
@@ -172,6 +180,8 @@ evidence {
 		if status, err := peer.call(n.ctx, withdrawn); err != nil || status != http.StatusBadRequest {
 			t.Errorf("what was withdrawn is answered with %d, %v", status, err)
 		}
+		all(t, n, gates, "what the new one signed is admitted", func(g *gate) error { return g.admits(n.ctx, signed) })
+		all(t, n, gates, "what the old one signed is admitted", func(g *gate) error { return g.admits(n.ctx, other) })
 	})
 	t.Run("what is issued after a clean report is welcome", func(t *testing.T) {
 		n.push("shop@"+image, scan{config: image})
@@ -183,6 +193,8 @@ evidence {
 			}
 			return err
 		}))
+		all(t, n, gates, "the new one is admitted", func(g *gate) error { return g.admits(n.ctx, again) })
+		all(t, n, gates, "the withdrawn one is refused", func(g *gate) error { return g.refuses(n.ctx, withdrawn) })
 	})
 }
 

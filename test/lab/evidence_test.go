@@ -27,8 +27,8 @@ type node struct {
 	reports int
 }
 
-// newNode starts all of it, the server with the given blocks.
-func newNode(t *testing.T, blocks string) *node {
+// newNode starts all of it, the server with the given blocks, and the agent with more than the engine's.
+func newNode(t *testing.T, blocks string, attestors ...string) *node {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	t.Cleanup(cancel)
@@ -52,7 +52,7 @@ func newNode(t *testing.T, blocks string) *node {
 	n.must(err)
 	n.parent = "spiffe://" + site.TrustDomain + "/spire/agent/join_token/" + token
 	n.agent, err = n.NewAgent(ctx, "agent", site.AgentOptions{Token: token, Blocks: fmt.Sprintf(
-		"node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", n.engine.Socket())})
+		"node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", n.engine.Socket()) + "\n" + strings.Join(attestors, "")})
 	n.must(err)
 	n.must(n.agent.Start(ctx))
 	t.Cleanup(func() { _ = n.agent.Stop(15 * time.Second) })

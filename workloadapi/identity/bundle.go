@@ -37,6 +37,9 @@ type Bundle struct {
 	// CRLs are the lists of revoked certificates, DER, one of each X.509 authority of the trust domain; none:
 	// nothing is revoked. They are signed, and travel beside the bundle.
 	CRLs [][]byte
+	// Nested says that servers below sign for the trust domain too, by authorities that these have signed and
+	// that have no list among CRLs. It travels with them.
+	Nested bool
 }
 
 // X509Authority is a CA certificate that X509-SVIDs are verified against.

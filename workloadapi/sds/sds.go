@@ -33,6 +33,10 @@
 //     as on the Workload API. Connections that Envoy has open stay open: it never asks again.
 //   - Only what is known to be withdrawn is replaced. An attestation that fails or an agent that ends
 //     changes nothing in Envoy.
+//   - Lists of revoked certificates come with the bundles, while there is anything on them, for whoever
+//     keeps a certificate that was withdrawn instead of asking for it here. Envoy's SPIFFE validator finds
+//     them among the authorities. Given a list, Envoy refuses what it has no list for; so it is given none
+//     unless each authority has one and no server below signs with one of its own.
 //   - The security header of the Workload API is not asked for: Envoy's configuration can send one, but
 //     nobody's does, and a browser cannot speak HTTP/2 to a Unix socket.
 package sds
@@ -84,7 +88,10 @@ type Config struct {
 	// KeepWithdrawn leaves withdrawn certificates in Envoy until they expire, as SPIRE does, in place of
 	// replacing them.
 	KeepWithdrawn bool
-	Log           logrus.FieldLogger
+	// CRL is CRLAuto (or empty): lists of revoked certificates are given if they are of all who sign for the
+	// trust domain; CRLAlways: whatever there is; or CRLNever.
+	CRL string
+	Log logrus.FieldLogger
 }
 
 // Register makes a Workload API serve SDS. It must be called before its Run.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -33,6 +34,7 @@ type certificate struct {
 type bundle struct {
 	name, id    string // of the trust domain
 	authorities []byte // PEM
+	revoked     revocations
 }
 
 // newMaterial is the maker of the service's feed.
@@ -57,7 +59,7 @@ func newMaterial(x identity.X509Context) (any, error) {
 		m.certificates = append(m.certificates, c)
 	}
 	for _, b := range append([]*identity.Bundle{x.Bundle}, x.Federated...) {
-		one := bundle{name: b.TrustDomain.Name(), id: b.TrustDomain.IDString()}
+		one := bundle{name: b.TrustDomain.Name(), id: b.TrustDomain.IDString(), revoked: newRevocations(b, time.Now())}
 		for _, a := range b.X509 {
 			one.authorities = append(one.authorities, certificatePEM(a.Certificate.Raw)...)
 		}
@@ -86,12 +88,12 @@ func (m *material) find(cfg *Config, name string, plain bool) (*resource, error)
 	case cfg.DefaultSVIDName:
 		return m.certificates[0].resource(name)
 	case cfg.DefaultBundleName:
-		return trust(name, m.bundles[:1], plain)
+		return trust(cfg, name, m.bundles[:1], plain)
 	case cfg.DefaultAllBundlesName:
 		if plain {
 			return nil, errPlain
 		}
-		return trust(name, m.bundles, plain)
+		return trust(cfg, name, m.bundles, plain)
 	}
 	for i := range m.certificates {
 		if m.certificates[i].id == name {
@@ -100,7 +102,7 @@ func (m *material) find(cfg *Config, name string, plain bool) (*resource, error)
 	}
 	for i := range m.bundles {
 		if m.bundles[i].id == name {
-			return trust(name, m.bundles[i:i+1], plain)
+			return trust(cfg, name, m.bundles[i:i+1], plain)
 		}
 	}
 	return nil, nil
@@ -125,15 +127,22 @@ func (c *certificate) resource(name string) (*resource, error) {
 }
 
 // trust makes a validation context: plain authorities of one trust domain, or configuration of Envoy's
-// SPIFFE validator.
-func trust(name string, bundles []bundle, plain bool) (*resource, error) {
+// SPIFFE validator. Lists of revoked certificates come with it.
+func trust(cfg *Config, name string, bundles []bundle, plain bool) (*resource, error) {
 	var how *tlsv3.CertificateValidationContext
 	if plain {
 		how = &tlsv3.CertificateValidationContext{TrustedCa: inline(bundles[0].authorities)}
+		if lists := bundles[0].revoked.given(cfg.CRL); len(lists) > 0 {
+			how.Crl = inline(lists)
+			// Who signed our authorities keeps lists of its own, if any.
+			how.OnlyVerifyLeafCertCrl = !bundles[0].revoked.whole
+		}
 	} else {
 		v := &tlsv3.SPIFFECertValidatorConfig{}
 		for _, b := range bundles {
-			v.TrustDomains = append(v.TrustDomains, &tlsv3.SPIFFECertValidatorConfig_TrustDomain{Name: b.name, TrustBundle: inline(b.authorities)})
+			v.TrustDomains = append(v.TrustDomains, &tlsv3.SPIFFECertValidatorConfig_TrustDomain{
+				Name: b.name, TrustBundle: inline(withLists(b.authorities, b.revoked.given(cfg.CRL))),
+			})
 		}
 		body, err := pack(v)
 		if err != nil {

@@ -431,7 +431,9 @@ type Bundle struct {
 	// The lists of revoked certificates, DER, one of each authority; none: nothing is revoked.
 	Crls [][]byte `protobuf:"bytes,6,rep,name=crls,proto3" json:"crls,omitempty"`
 	// Keys that verify WIT-SVIDs.
-	Wit           []*JWTAuthority `protobuf:"bytes,7,rep,name=wit,proto3" json:"wit,omitempty"`
+	Wit []*JWTAuthority `protobuf:"bytes,7,rep,name=wit,proto3" json:"wit,omitempty"`
+	// Servers below have authorities that those above have signed, and of which no list is.
+	Nested        bool `protobuf:"varint,8,opt,name=nested,proto3" json:"nested,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -513,6 +515,13 @@ func (x *Bundle) GetWit() []*JWTAuthority {
 		return x.Wit
 	}
 	return nil
+}
+
+func (x *Bundle) GetNested() bool {
+	if x != nil {
+		return x.Nested
+	}
+	return false
 }
 
 // f/…
@@ -1089,7 +1098,7 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\ragent_version\x18\t \x01(\tR\fagentVersion\x12\x1f\n" +
 	"\vattested_at\x18\n" +
 	" \x01(\x03R\n" +
-	"attestedAt\"\x89\x02\n" +
+	"attestedAt\"\xa1\x02\n" +
 	"\x06Bundle\x122\n" +
 	"\x04x509\x18\x01 \x03(\v2\x1e.assay.stored.v1.X509AuthorityR\x04x509\x12/\n" +
 	"\x03jwt\x18\x02 \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03jwt\x12!\n" +
@@ -1097,7 +1106,8 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\bsequence\x18\x04 \x01(\x04R\bsequence\x12\x16\n" +
 	"\x06origin\x18\x05 \x01(\x04R\x06origin\x12\x12\n" +
 	"\x04crls\x18\x06 \x03(\fR\x04crls\x12/\n" +
-	"\x03wit\x18\a \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03wit\"?\n" +
+	"\x03wit\x18\a \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03wit\x12\x16\n" +
+	"\x06nested\x18\b \x01(\bR\x06nested\"?\n" +
 	"\n" +
 	"Federation\x12\x10\n" +
 	"\x03url\x18\x01 \x01(\tR\x03url\x12\x1f\n" +

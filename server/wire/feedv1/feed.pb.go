@@ -938,9 +938,12 @@ func (x *FollowResponse) GetCrls() []*RevocationList {
 
 // RevocationList is a CRL that an authority of a trust domain has signed.
 type RevocationList struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
-	Der           []byte                 `protobuf:"bytes,2,opt,name=der,proto3" json:"der,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Der         []byte                 `protobuf:"bytes,2,opt,name=der,proto3" json:"der,omitempty"`
+	// There are servers below, whose authorities have no list here: who demands a list of every issuer
+	// refuses what they signed.
+	Nested        bool `protobuf:"varint,3,opt,name=nested,proto3" json:"nested,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -987,6 +990,13 @@ func (x *RevocationList) GetDer() []byte {
 		return x.Der
 	}
 	return nil
+}
+
+func (x *RevocationList) GetNested() bool {
+	if x != nil {
+		return x.Nested
+	}
+	return false
 }
 
 // SigningTerms is what an agent goes by when it asks for signatures: it rides in the metadata of SPIRE's
@@ -1220,10 +1230,11 @@ const file_server_wire_feedv1_feed_proto_rawDesc = "" +
 	"\fcapabilities\x18\v \x03(\tR\fcapabilities\x122\n" +
 	"\bverdicts\x18\f \x03(\v2\x16.assay.feed.v1.VerdictR\bverdicts\x12'\n" +
 	"\x0fremoved_digests\x18\r \x03(\tR\x0eremovedDigests\x121\n" +
-	"\x04crls\x18\x0e \x03(\v2\x1d.assay.feed.v1.RevocationListR\x04crls\"E\n" +
+	"\x04crls\x18\x0e \x03(\v2\x1d.assay.feed.v1.RevocationListR\x04crls\"]\n" +
 	"\x0eRevocationList\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x10\n" +
-	"\x03der\x18\x02 \x01(\fR\x03der\"\xa6\x02\n" +
+	"\x03der\x18\x02 \x01(\fR\x03der\x12\x16\n" +
+	"\x06nested\x18\x03 \x01(\bR\x06nested\"\xa6\x02\n" +
 	"\fSigningTerms\x126\n" +
 	"\x05items\x18\x01 \x03(\v2 .assay.feed.v1.SigningTerms.ItemR\x05items\x12C\n" +
 	"\bverdicts\x18\x02 \x03(\v2'.assay.feed.v1.SigningTerms.HeldVerdictR\bverdicts\x1aI\n" +

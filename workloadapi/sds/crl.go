@@ -1,0 +1,59 @@
+package sds
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/pem"
+	"time"
+
+	"github.com/assay-id/assay/workloadapi/identity"
+)
+
+// What Config.CRL can be.
+const (
+	CRLAuto   = "auto"
+	CRLAlways = "always"
+	CRLNever  = "never"
+)
+
+// revocations are the lists of revoked certificates of a trust domain: none while nothing is revoked.
+type revocations struct {
+	lists []byte // PEM
+	// whole says that whoever signs for the trust domain has a list. Envoy refuses everything that another
+	// one signed, once it is given a list at all.
+	whole bool
+}
+
+func newRevocations(b *identity.Bundle, now time.Time) revocations {
+	r := revocations{whole: !b.Nested}
+	listed := map[string]bool{}
+	for _, der := range b.CRLs {
+		list, err := x509.ParseRevocationList(der)
+		if err != nil {
+			return revocations{} // Envoy would refuse the bundle with it
+		}
+		listed[string(list.AuthorityKeyId)] = true
+		r.lists = append(r.lists, pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der})...)
+	}
+	for _, a := range b.X509 {
+		// One that has expired verifies nothing, and has no list any more.
+		if now.Before(a.Certificate.NotAfter) && (len(a.Certificate.SubjectKeyId) == 0 || !listed[string(a.Certificate.SubjectKeyId)]) {
+			r.whole = false
+		}
+	}
+	return r
+}
+
+// given returns the lists that a client is given.
+func (r *revocations) given(how string) []byte {
+	if how == CRLNever || how != CRLAlways && !r.whole {
+		return nil
+	}
+	return r.lists
+}
+
+// withLists returns authorities and their lists in one file, which is how Envoy's SPIFFE validator takes
+// them: what its configuration has for lists, it reads in validation contexts of the other kind only.
+func withLists(authorities, lists []byte) []byte {
+	return bytes.Join([][]byte{authorities, lists}, nil)
+}
