@@ -5,7 +5,7 @@
 //   - openssl: verifies the chains
 //   - spire-agent v1.15.3, unchanged: joins assay-server and serves from it
 //   - Envoy 1.40.0, as PyPI has it: SDS by state of the world and by delta, mTLS between two, through
-//     rotations, withdrawals and changes of identity
+//     rotations, withdrawals and changes of identity, between two trust domains, and as Istio has it
 //   - go-oidc, and from npm jose, openid-client and oidc-provider: verify JWT-SVIDs by OIDC discovery, and
 //     take them as client assertions
 //   - a small agent over spire-api-sdk v1.15.3: what the real one cannot be made to do

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -66,6 +67,8 @@ type TLS struct {
 	Certificate, Trust string
 	// Validation is put into the validation context that is not from the agent.
 	Validation string
+	// Istio says to ask as Istio has its proxies ask: the node is named once, and the answer waited for.
+	Istio bool
 }
 
 func (t *TLS) text() string {
@@ -79,7 +82,11 @@ func (t *TLS) text() string {
 		}
 		return name
 	}
-	source := fmt.Sprintf("sds_config: {resource_api_version: V3, api_config_source: {api_type: %s, transport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: agent}}]}}", t.API)
+	once, wait := "", ""
+	if t.Istio {
+		once, wait = "set_node_on_first_message_only: true, ", "initial_fetch_timeout: 0s, "
+	}
+	source := fmt.Sprintf("sds_config: {resource_api_version: V3, %sapi_config_source: {api_type: %s, %stransport_api_version: V3, grpc_services: [{envoy_grpc: {cluster_name: agent}}]}}", wait, t.API, once)
 	var own []string
 	if t.Peer != "" {
 		own = append(own, fmt.Sprintf("match_typed_subject_alt_names: [{san_type: URI, matcher: {exact: %q}}]", t.Peer))
@@ -99,8 +106,10 @@ type Options struct {
 	Name string
 	// Dir is where its files are; a folder in it is made.
 	Dir string
-	// Program is what to run: Install's or Named's.
+	// Program is what to run: Install's or Named's. Within is a command that ends in running what its last
+	// arguments say; none: it is run as it is.
 	Program string
+	Within  []string
 	// Agent is the agent's socket.
 	Agent string
 	// Port is where it listens on 127.0.0.1; 0: at a Unix socket, so that no port is fought for.
@@ -190,7 +199,8 @@ func Start(o Options) (*Proxy, error) {
 		return nil, err
 	}
 	var err error
-	p.Process, err = site.Start(p.Log, nil, o.Program, "-c", path, "--use-dynamic-base-id", "--disable-hot-restart", "--concurrency", "1", "--log-level", "info")
+	command := append(slices.Clone(o.Within), o.Program, "-c", path, "--use-dynamic-base-id", "--disable-hot-restart", "--concurrency", "1", "--log-level", "info")
+	p.Process, err = site.Start(p.Log, nil, command[0], command[1:]...)
 	return p, err
 }
 

@@ -283,6 +283,8 @@ type AgentOptions struct {
 	Env []string
 	// Netns is the path of the network namespace that the agent runs in. Empty: this process's.
 	Netns string
+	// Socket is the path of the agent's socket. Empty: one in its folder.
+	Socket string
 }
 
 // NewAgent writes an agent's folder and configuration; Start starts it.
@@ -301,6 +303,9 @@ func (s *Site) NewAgent(ctx context.Context, name string, o AgentOptions) (*Agen
 	a := &Agent{
 		Dir: dir, Socket: filepath.Join(dir, "public", "api.sock"), Admin: filepath.Join(dir, "private", "admin.sock"),
 		Log: filepath.Join(s.Dir, name+".log"), site: s, config: filepath.Join(s.Dir, name+".hcl"), env: o.Env, netns: o.Netns,
+	}
+	if o.Socket != "" {
+		a.Socket = o.Socket
 	}
 	if o.Docker != "" {
 		o.Blocks = fmt.Sprintf("node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", o.Docker)
