@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
@@ -54,21 +55,32 @@ type answer struct {
 	forPID   int
 	forFacts string
 	changed  <-chan struct{} // closed when there may be another answer
+	// until is when the first of what is in it expires; zero: nothing does. Who made it says so by changed,
+	// too, but no timer goes off while the machine sleeps, or when its clock is set.
+	until time.Time
 }
 
 // stale reports whether there may be another answer by now.
-func (a *answer) stale() bool {
+func (a *answer) stale(now time.Time) bool {
 	select {
 	case <-a.changed:
 		return true
 	default:
-		return false
+		return !a.until.IsZero() && !now.Before(a.until)
+	}
+}
+
+// expires notes when something in the answer expires.
+func (a *answer) expires(at time.Time) {
+	if a.until.IsZero() || at.Before(a.until) {
+		a.until = at
 	}
 }
 
 // hub holds the answers of one kind of stream, one for each set of facts that is in use.
 type hub struct {
 	make func(context.Context, attestor.Set) (*answer, error)
+	now  func() time.Time
 
 	mu     sync.Mutex // guards the map and the topics' users
 	topics map[string]*topic
@@ -84,8 +96,8 @@ type topic struct {
 	turn  chan struct{} // holds a token while nobody makes the answer
 }
 
-func newHub(maker func(context.Context, attestor.Set) (*answer, error)) *hub {
-	return &hub{make: maker, topics: map[string]*topic{}}
+func newHub(now func() time.Time, maker func(context.Context, attestor.Set) (*answer, error)) *hub {
+	return &hub{make: maker, now: now, topics: map[string]*topic{}}
 }
 
 // join returns the topic of the facts; leave must be called.
@@ -113,7 +125,7 @@ func (t *topic) leave() {
 // answer returns the present answer. The first stream that finds it stale makes the new one; the
 // others wait for it.
 func (t *topic) answer(ctx context.Context) (*answer, error) {
-	if a := t.now.Load(); a != nil && !a.stale() {
+	if a := t.now.Load(); a != nil && !a.stale(t.hub.now()) {
 		return a, nil
 	}
 	select {
@@ -123,7 +135,7 @@ func (t *topic) answer(ctx context.Context) (*answer, error) {
 	}
 	defer func() { t.turn <- struct{}{} }()
 	old := t.now.Load()
-	if old != nil && !old.stale() {
+	if old != nil && !old.stale(t.hub.now()) {
 		return old, nil
 	}
 	a, err := t.hub.make(ctx, t.facts)

@@ -139,7 +139,7 @@ type Feed struct {
 // NewFeed returns a Feed whose answers are what makes makes of the X.509 identities that facts entitle
 // to. event names it in audit lines and metrics. Equal answers need not be the same.
 func (s *Server) NewFeed(event string, makes func(identity.X509Context) (any, error)) *Feed {
-	return &Feed{server: s, event: event, hub: newHub(func(ctx context.Context, facts attestor.Set) (*answer, error) {
+	return &Feed{server: s, event: event, hub: newHub(s.now, func(ctx context.Context, facts attestor.Set) (*answer, error) {
 		x, changed, err := s.src.X509(ctx, facts)
 		if err != nil {
 			return nil, err
@@ -150,6 +150,9 @@ func (s *Server) NewFeed(event string, makes func(identity.X509Context) (any, er
 		}
 		if x.Bundle == nil {
 			return nil, errNoBundle
+		}
+		for _, svid := range x.SVIDs {
+			a.expires(svid.NotAfter)
 		}
 		a.matched = true
 		a.value, err = makes(x)

@@ -97,6 +97,7 @@ func (s *Server) makeWIT(ctx context.Context, facts attestor.Set) (*answer, erro
 		})
 		a.ids = append(a.ids, svid.ID.String())
 		a.entries = append(a.entries, svid.EntryID)
+		a.expires(svid.ExpiresAt)
 	}
 	a.matched, a.value = true, resp
 	a.frame, err = newFrame(resp)

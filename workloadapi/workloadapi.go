@@ -203,11 +203,11 @@ func New(src Source, attest *Attestation, cfg Config) *Server {
 	for _, kind := range cfg.LogSelectors {
 		s.logged[kind] = true
 	}
-	s.x509 = &Feed{server: s, event: eventX509, hub: newHub(s.makeX509)}
-	s.x509Bundles = &Feed{server: s, event: eventX509Bundles, hub: newHub(s.makeX509Bundles)}
-	s.jwtBundles = &Feed{server: s, event: eventJWTBundles, hub: newHub(s.makeJWTBundles)}
-	s.wits = &Feed{server: s, event: eventWIT, hub: newHub(s.makeWIT)}
-	s.witBundles = &Feed{server: s, event: eventWITBundles, hub: newHub(s.makeWITBundles)}
+	s.x509 = &Feed{server: s, event: eventX509, hub: newHub(s.now, s.makeX509)}
+	s.x509Bundles = &Feed{server: s, event: eventX509Bundles, hub: newHub(s.now, s.makeX509Bundles)}
+	s.jwtBundles = &Feed{server: s, event: eventJWTBundles, hub: newHub(s.now, s.makeJWTBundles)}
+	s.wits = &Feed{server: s, event: eventWIT, hub: newHub(s.now, s.makeWIT)}
+	s.witBundles = &Feed{server: s, event: eventWITBundles, hub: newHub(s.now, s.makeWITBundles)}
 	return s
 }
 

@@ -230,6 +230,26 @@ func TestReattestation(t *testing.T) {
 	})
 }
 
+// An answer is shared by all of whom the same is proved, but not beyond its end.
+func TestWhatIsSharedExpires(t *testing.T) {
+	var ahead atomic.Int64
+	w := serve(t, workloadapi.Config{Now: func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }}, newFake(say("v:1")))
+	w.put("/one", "v:1")
+	wantPaths(t, w.stream(t, t.Context()), "/one")
+	made := w.src.Made()
+	wantPaths(t, w.stream(t, t.Context()), "/one")
+	if now := w.src.Made(); now != made {
+		t.Errorf("it is made again for the second, %d times", now-made)
+	}
+	// No timer goes off while a machine sleeps: nobody has said that anything has changed.
+	ahead.Store(int64(365 * 24 * time.Hour))
+	w.src.Quietly(errors.New("nothing valid"))
+	s := w.stream(t, t.Context())
+	if resp, err := s.Recv(); err == nil {
+		t.Errorf("what has expired is handed out: %d SVIDs", len(resp.GetSvids()))
+	}
+}
+
 func TestSourceErrors(t *testing.T) {
 	for _, c := range []struct {
 		name string

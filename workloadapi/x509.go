@@ -76,6 +76,7 @@ func (s *Server) makeX509(ctx context.Context, facts attestor.Set) (*answer, err
 	for _, svid := range x.SVIDs {
 		a.ids = append(a.ids, svid.ID.String())
 		a.entries = append(a.entries, svid.EntryID)
+		a.expires(svid.NotAfter)
 	}
 	a.matched = true
 	a.frame, err = newFrame(resp)

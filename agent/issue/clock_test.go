@@ -1,6 +1,7 @@
 package issue_test
 
 import (
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"testing"
@@ -61,6 +62,35 @@ func TestClock(t *testing.T) {
 			pass(10 * time.Minute)
 			if now, _ := w.signer.count(); now != calls {
 				t.Errorf("the server was asked %d times more", now-calls)
+			}
+		})
+	})
+	t.Run("who asks finds at once that the clock was set, or that the machine slept, and so do those who follow", func(t *testing.T) {
+		clock := new(setClock)
+		bubble(t, issue.Config{Now: clock.Now}, func(w *world) {
+			fill(w)
+			s := w.stream(facts)
+			defer s.close()
+			pass(time.Minute)
+			if c, err := s.last(); err != nil || len(c.SVIDs) != many {
+				t.Fatalf("%d SVIDs, %v", len(c.SVIDs), err)
+			}
+			w.signer.set(func() { w.signer.err = errors.New("the server is away") })
+
+			clock.set(24 * time.Hour)
+			if c, _, err := w.issuer.X509(w.t.Context(), facts); err == nil || len(c.SVIDs) != 0 {
+				t.Errorf("who asks is given %d that have expired, %v", len(c.SVIDs), err)
+			}
+			if c, err := s.last(); err == nil || len(c.SVIDs) != 0 {
+				t.Errorf("who follows has %d that have expired, %v", len(c.SVIDs), err)
+			}
+
+			clock.set(0)
+			if c, _, err := w.issuer.X509(w.t.Context(), facts); err != nil || len(c.SVIDs) != many {
+				t.Errorf("who asks is given %d of %d, %v", len(c.SVIDs), many, err)
+			}
+			if c, err := s.last(); err != nil || len(c.SVIDs) != many {
+				t.Errorf("who follows has %d of %d, %v", len(c.SVIDs), many, err)
 			}
 		})
 	})

@@ -157,7 +157,7 @@ func (i *Issuer) prepare(s *subject, now time.Time) (calls []*call, failed error
 
 // answer returns the context of the moment: what is valid now. mu is held.
 func (i *Issuer) answer(s *subject, now time.Time) *identity.X509Context {
-	if s.context != nil && s.valid(now) {
+	if s.context != nil && i.stands(s, now) {
 		return s.context
 	}
 	c := &identity.X509Context{Bundle: s.own, Federated: s.federated, Rev: i.picture.Rev}
@@ -178,9 +178,25 @@ func (i *Issuer) answer(s *subject, now time.Time) *identity.X509Context {
 	return c
 }
 
-// valid reports whether all in the context still is.
-func (s *subject) valid(now time.Time) bool {
-	return !slices.ContainsFunc(s.context.SVIDs, func(v *identity.X509SVID) bool { return !now.Before(v.NotAfter) })
+// stands reports whether what is valid now is just what is in the subject's context. That may end, or be so
+// again, between two scans, if the clock is set or the machine sleeps; then Run is to look, which tells those
+// who follow. mu is held.
+func (i *Issuer) stands(s *subject, now time.Time) bool {
+	usable := 0
+	for _, e := range s.entries {
+		sl := i.slots[e.ID]
+		if sl == nil || sl.svid == nil {
+			continue
+		}
+		if sl.over == now.Before(sl.svid.NotAfter) {
+			i.due(now)
+		}
+		if sl.usable(now) {
+			usable++
+		}
+	}
+	return usable == len(s.context.SVIDs) &&
+		!slices.ContainsFunc(s.context.SVIDs, func(v *identity.X509SVID) bool { return !now.Before(v.NotAfter) })
 }
 
 // refresh makes subjects and slots reflect the picture. mu is held.

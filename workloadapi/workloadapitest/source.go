@@ -172,6 +172,13 @@ func (s *Source) Touch() { s.update(func() {}) }
 // Fail makes every call for SVIDs fail, until it is called with nil.
 func (s *Source) Fail(err error) { s.update(func() { s.err = err }) }
 
+// Quietly is Fail without waking anybody.
+func (s *Source) Quietly(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
+}
+
 // Made returns how often X509 was answered.
 func (s *Source) Made() int {
 	s.mu.Lock()
