@@ -12,7 +12,7 @@ TAGS    := grpcnotrace
 # Fuzz targets run this long each in `make fuzz`.
 FUZZTIME ?= 5s
 
-.PHONY: all build pkcs11 images demo demo-evidence check fmt vet lint arch unit script gen-check gen test packages lab lab-k8s k8s robust hostile compat fuzz bench bench-short clean tools setup help
+.PHONY: all build pkcs11 images demo demo-evidence check fmt vet lint arch unit script gen-check gen test packages lab lab-hosts lab-k8s k8s robust hostile compat fuzz bench bench-short clean tools setup help
 
 all: build
 
@@ -51,7 +51,7 @@ arch:
 
 # Everything that needs neither root nor another program.
 unit:
-	$(TEST) -race $$($(GO) list ./... | grep -vE '/test/(arch|script|lab|labk8s|robust|hostile|compat|demo|bench)(/|$$)')
+	$(TEST) -race $$($(GO) list ./... | grep -vE '/test/(arch|script|lab|labhosts|labk8s|robust|hostile|compat|demo|bench)(/|$$)')
 
 script:
 	$(TEST) ./test/script
@@ -83,6 +83,10 @@ test: setup ## the whole suite: check, fuzz, real Docker, real SPIRE agent, the 
 
 lab: build $(BIN)/k8s/kube-apiserver packages ## real Docker, real systemd, Kubernetes' API server
 	$(TEST) -count=1 ./test/lab/... ./attestor/docker/... ./attestor/systemd/... ./attestor/tpm
+
+lab-hosts: build packages ## hosts of each kind, a router between them: links cut, clocks set, reboots; prints the times
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)/labhosts/ ./test/labhosts/app
+	$(TEST) -count=1 -v -timeout 10m ./test/labhosts
 
 # Kubernetes is built from source in a module of its own: the API server takes 15 minutes of processor time
 # when the build cache is cold, the other three 6 more, and all of them seconds when it is warm.

@@ -7,7 +7,7 @@ if [ "${CI:-}" = true ]; then export REQUIRE_REAL=1; fi
 SKIPPED=$(mktemp)
 export SKIPPED
 trap 'rm -f "$SKIPPED"' EXIT
-for step in check lab lab-k8s compat robust hostile demo demo-evidence bench-short fuzz; do
+for step in check lab lab-hosts lab-k8s compat robust hostile demo demo-evidence bench-short fuzz; do
 	started=$SECONDS
 	echo "== $step"
 	make --no-print-directory "$step"

@@ -8,6 +8,7 @@ package vcenter
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -17,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/vmware/govmomi"
 	"github.com/vmware/govmomi/find"
@@ -124,15 +126,23 @@ func New(ctx context.Context, c Config) (_ *Center, err error) {
 	if v.CA, err = v.server.CertificateFile(); err != nil {
 		return nil, err
 	}
-	v.Admin, err = login(ctx, v.URL, c)
+	v.Admin, err = v.login(ctx, c)
 	return v, err
 }
 
 // login is govmomi.NewClient, over connections from elsewhere.
-func login(ctx context.Context, u *url.URL, c Config) (*govmomi.Client, error) {
-	transport := soap.NewClient(u, true)
+func (v *Center) login(ctx context.Context, c Config) (*govmomi.Client, error) {
+	transport := soap.NewClient(v.URL, true)
 	if c.Dial != nil {
-		transport.DefaultTransport().DialContext = c.Dial
+		roots := x509.NewCertPool()
+		roots.AddCert(v.server.Certificate())
+		transport.DefaultTransport().DialTLSContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+			conn, err := c.Dial(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			return tls.Client(conn, &tls.Config{RootCAs: roots, ServerName: v.URL.Hostname(), MinVersion: tls.VersionTLS12}), nil
+		}
 	}
 	client, err := vim25.NewClient(ctx, transport)
 	if err != nil {
@@ -142,16 +152,27 @@ func login(ctx context.Context, u *url.URL, c Config) (*govmomi.Client, error) {
 	return g, g.Login(ctx, url.UserPassword(Username, Password))
 }
 
+// closeTime is how long whoever waits for the vCenter's word may hold up its end.
+const closeTime = 30 * time.Second
+
 // Close ends the vCenter and removes its machines.
 func (v *Center) Close() error {
 	for _, s := range v.servers {
 		_ = s.Close()
 	}
+	errs := []error{os.RemoveAll(v.dir)}
 	if v.server != nil {
-		v.server.Close()
+		closed := make(chan struct{})
+		go func() { defer close(closed); v.server.Close() }()
+		select {
+		case <-closed:
+			v.model.Remove()
+		case <-time.After(closeTime):
+			// The simulator does not notice that a client is gone that waits for updates.
+			errs = append(errs, errors.New("close the vCenter: a client has not ended its wait for updates"))
+		}
 	}
-	v.model.Remove()
-	return os.RemoveAll(v.dir)
+	return errors.Join(errs...)
 }
 
 // Stop ends the vCenter, and its machines run on.

@@ -168,24 +168,37 @@ func (h *Host) Command(ctx context.Context, name string, args ...string) *exec.C
 // starts, are the host's, and stay so.
 func (h *Host) Do(do func() error) error { return in(h.name, do) }
 
-// in calls do within a namespace, on a thread that nothing else will run on afterwards.
+// in calls do within a namespace. The thread comes back from there and is not given up: programs that it has
+// started may end with it.
 func in(namespace string, do func() error) error {
 	done := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
-		done <- func() error {
-			file, err := os.Open(filepath.Join(folder, namespace))
-			if err != nil {
-				return err
+		runtime.LockOSThread()
+		home, err := os.Open("/proc/thread-self/ns/net")
+		if err == nil {
+			defer home.Close()
+			err = enter(filepath.Join(folder, namespace), do)
+			if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
+				done <- errors.Join(err, fmt.Errorf("leave %s: %w", namespace, back))
+				return // and the thread, which is in the wrong place, ends
 			}
-			defer file.Close()
-			if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("enter %s: %w", file.Name(), err)
-			}
-			return do()
-		}()
+		}
+		runtime.UnlockOSThread()
+		done <- err
 	}()
 	return <-done
+}
+
+func enter(path string, do func() error) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer file.Close()
+	if err := unix.Setns(int(file.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("enter %s: %w", path, err)
+	}
+	return do()
 }
 
 // Listen listens on the host.
