@@ -12,7 +12,11 @@ package attestor
 
 import (
 	"context"
+	"crypto"
+	"crypto/sha256"
+	"crypto/x509"
 	"errors"
+	"fmt"
 	"iter"
 	"time"
 
@@ -51,13 +55,66 @@ type Judge interface {
 	Judge(ctx context.Context, payload []byte, ask Ask) (Proof, error)
 }
 
+// KeyHash is the SHA-256 of a public key's DER (SubjectPublicKeyInfo): the key that an agent asks a
+// certificate for. Both sides know it before the first message.
+type KeyHash [sha256.Size]byte
+
+// HashKey hashes a public key.
+func HashKey(key crypto.PublicKey) (KeyHash, error) {
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return KeyHash{}, fmt.Errorf("hash key: %w", err)
+	}
+	return sha256.Sum256(der), nil
+}
+
+// KeyNode is a Node whose evidence is for one key: nobody else's request can be answered with it.
+type KeyNode interface {
+	Node
+	// EvidenceFor is Evidence for a key.
+	EvidenceFor(ctx context.Context, key KeyHash) (payload []byte, answer Ask, err error)
+}
+
+// KeyJudge is a Judge that believes evidence only for the key that is asked for.
+type KeyJudge interface {
+	Judge
+	// JudgeFor is Judge of a request for a key.
+	JudgeFor(ctx context.Context, payload []byte, key KeyHash, ask Ask) (Proof, error)
+}
+
+// Gather gathers evidence for a key if the node can, or else evidence as such.
+func Gather(ctx context.Context, n Node, key KeyHash) ([]byte, Ask, error) {
+	if k, ok := n.(KeyNode); ok {
+		return k.EvidenceFor(ctx, key)
+	}
+	return n.Evidence(ctx)
+}
+
+// Decide judges evidence for a key if the judge can, or else evidence as such.
+func Decide(ctx context.Context, j Judge, payload []byte, key KeyHash, ask Ask) (Proof, error) {
+	if k, ok := j.(KeyJudge); ok {
+		return k.JudgeFor(ctx, payload, key, ask)
+	}
+	return j.Judge(ctx, payload, ask)
+}
+
+// Joined is a Judge that puts several proofs together: its selectors are of their types, too.
+type Joined interface {
+	Judge
+	// SelectorTypes are the types of its selectors.
+	SelectorTypes() []string
+}
+
 // Proof is what a Judge found proved about a node.
 type Proof struct {
 	// Path is the agent's SPIFFE ID path below /spire/agent/, beginning with the attestor's type,
 	// for example "x509pop/1f…".
 	Path string
-	// Selectors are the node's selectors, all of the attestor's own type.
+	// Selectors are the node's selectors, all of the attestor's own type unless it is Joined.
 	Selectors []Selector
+	// Parts are the paths of what was proved together, if it was more than one thing. None of them may be
+	// another node's part, and a node that is known keeps those it has.
+	Parts []string
 	// CanReattest says that the node may prove itself again at any time, so that its agent
 	// re-attests where others renew.
 	CanReattest bool

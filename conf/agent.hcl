@@ -199,6 +199,19 @@ node_attestor "join_token" {}
   #endorsement_hierarchy_password = ""
 #}
 
+# Several of these together, each of which the server must believe.
+#node_attestor "all" {
+  # The server's name for these parts together, and their blocks, with the keys that they have alone.
+  #combination = "metal"
+  #part "x509pop" {
+    #private_key_path = "/etc/assay/node.key"
+    #certificate_path = "/etc/assay/node.pem"
+  #}
+  #part "tpm" {
+    #tpm_path = "/dev/tpmrm0"
+  #}
+#}
+
 # What the agent can prove about the processes that call it: a block for each way.
 
 # User, group, and the program's path and hash.

@@ -23,6 +23,11 @@ type typeBlock struct {
 	Keys  hcl.Body  `hcl:",remain"`
 }
 
+// compound is a configuration with blocks of other attestors in it, which it can decode.
+type compound interface {
+	DecodeParts() hcl.Diagnostics
+}
+
 // kinds are what a binary links of one role: each type with the maker of its configuration.
 type kinds struct {
 	role   string // as in "node attestor"
@@ -68,6 +73,9 @@ func (l *loader) decodeTypes(blocks []typeBlock, k kinds, taken func(kind string
 		seen[b.Type] = true
 		value := config()
 		wrong := gohcl.DecodeBody(b.Keys, nil, value)
+		if c, ok := value.(compound); ok && !wrong.HasErrors() {
+			wrong = append(wrong, c.DecodeParts()...)
+		}
 		l.add(wrong)
 		if try := k.try[b.Type]; l.options.Try && try != nil && !wrong.HasErrors() {
 			if err := try(value); err != nil {

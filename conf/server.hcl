@@ -313,6 +313,23 @@ node_attestor "join_token" {}
   #endorsement_ca_path = "/etc/assay/tpm-manufacturers.pem"
 #}
 
+# Several of these together, each of which must be believed, about one machine: a block for each combination.
+# What is proved alone is believed if there is a block for it above, and not for being a part here.
+#node_attestor "all" {
+  #combination "metal" {
+    # Which part's path names the agent, the first by default.
+    #id_from = "x509pop"
+    # Selectors, without their values, that must have a value in common: here a certificate that names its TPM.
+    #same = [["tpm:ek", "x509pop:san:ek"]]
+    #part "x509pop" {
+      #ca_bundle_path = "/etc/assay/node-ca.pem"
+    #}
+    #part "tpm" {
+      #ek_ca_path = "/etc/assay/tpm-manufacturers.pem"
+    #}
+  #}
+#}
+
 # Where signing keys live: one of these.
 key_manager "disk" {
   # The default is keys.json in data_dir.

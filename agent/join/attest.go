@@ -26,13 +26,14 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // callTimeout bounds one attestation or renewal. A SPIRE server makes callers wait for their turn.
 const callTimeout = time.Minute
 
-// maxChallenges bounds the conversation; the attestors there are need one.
+// maxChallenges bounds the conversation; an attestor needs one, and several of them together as many.
 const maxChallenges = 10
 
 // attest proves to the server where the agent runs and takes the SVID and bundle it is given.
@@ -42,13 +43,17 @@ func (j *Joiner) attest(ctx context.Context) error {
 	if err := j.bootstrap(ctx); err != nil {
 		return err
 	}
-	payload, answer, err := j.cfg.Node.Evidence(ctx)
-	if err != nil {
-		return fmt.Errorf("gather %s evidence: %w", j.cfg.Type, err)
-	}
 	key, csr, err := newCSR()
 	if err != nil {
 		return err
+	}
+	hash, err := attestor.HashKey(key.Public())
+	if err != nil {
+		return err
+	}
+	payload, answer, err := attestor.Gather(ctx, j.cfg.Node, hash)
+	if err != nil {
+		return fmt.Errorf("gather %s evidence: %w", j.cfg.Type, err)
 	}
 	conn, err := j.dial(nil)
 	if err != nil {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"github.com/assay-id/assay/attestor"
+	all "github.com/assay-id/assay/attestor/all/node"
 	awsiid "github.com/assay-id/assay/attestor/awsiid/node"
 	docker "github.com/assay-id/assay/attestor/docker/workload"
 	ecsnode "github.com/assay-id/assay/attestor/ecs/node"
@@ -21,7 +22,7 @@ import (
 
 // nodes are the ways in which this agent can prove its node, one line each.
 func nodes() []attestor.NodeKind {
-	return []attestor.NodeKind{
+	single := []attestor.NodeKind{
 		jointoken.Kind(),
 		k8spsat.Kind(),
 		x509pop.Kind(),
@@ -33,6 +34,7 @@ func nodes() []attestor.NodeKind {
 		tpm.Kind(),
 		tpmdevid.Kind(),
 	}
+	return append(single, all.Kind(single))
 }
 
 // workloads are the ways in which this agent proves things about processes, one line each.

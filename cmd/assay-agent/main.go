@@ -26,6 +26,7 @@ func root() *cobra.Command {
 		cli.Group("api", "Talks to the Workload API as a workload does",
 			apiFetch(), cli.Group("validate", "Validates what workloads present", validateJWT()), apiWatch()),
 		explain(), filesCommand(),
+		cli.Group("tpm", "Looks into the machine's TPM", tpmEK()),
 		cli.HealthCommand("agent", cli.AgentSocket(conf.DefaultAgentSocket)),
 		cli.Group("logger", "Reads and sets the level of the agent's log", loggerGet(), loggerSet(), loggerReset()),
 		cli.Group("debug", "Looks into the running agent", debugGetInfo()),

@@ -2,6 +2,7 @@ package main
 
 import (
 	"github.com/assay-id/assay/attestor"
+	all "github.com/assay-id/assay/attestor/all/server"
 	awsiid "github.com/assay-id/assay/attestor/awsiid/server"
 	ecs "github.com/assay-id/assay/attestor/ecs/server"
 	httpchallenge "github.com/assay-id/assay/attestor/httpchallenge/server"
@@ -16,7 +17,7 @@ import (
 
 // judges are the ways in which this server lets nodes prove themselves, one line each.
 func judges() []attestor.JudgeKind {
-	return []attestor.JudgeKind{
+	single := []attestor.JudgeKind{
 		jointoken.Kind(),
 		k8spsat.Kind(),
 		x509pop.Kind(),
@@ -28,4 +29,5 @@ func judges() []attestor.JudgeKind {
 		tpm.Kind(),
 		tpmdevid.Kind(),
 	}
+	return append(single, all.Kind(single))
 }

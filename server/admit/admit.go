@@ -174,7 +174,11 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 	ctx, cancel := context.WithTimeout(ctx, d.cfg.Duration)
 	defer cancel()
 
-	proof, err := judge.Judge(ctx, r.Payload, limited(r.Ask))
+	key, err := attestor.HashKey(r.PublicKey)
+	if err != nil {
+		return out, err
+	}
+	proof, err := attestor.Decide(ctx, judge, r.Payload, key, limited(r.Ask))
 	switch {
 	case err == nil:
 	case errors.Is(err, attestor.ErrEvidence), errors.Is(err, attestor.ErrUsed):
@@ -203,7 +207,10 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 			return fmt.Errorf("%w: agent %s was admitted by another attestor", attestor.ErrUsed, out.ID)
 		case exists && !proof.CanReattest:
 			return fmt.Errorf("%w: node %s has attested before", attestor.ErrUsed, out.ID)
+		case exists && !sameParts(n.Parts, proof.Parts):
+			return fmt.Errorf("%w: node %s has attested with other parts than %v", attestor.ErrUsed, out.ID, proof.Parts)
 		}
+		n.Parts = proof.Parts
 		n.ID, n.Type = out.ID, r.Type
 		n.Serial, n.ExpiresAt = out.Chain[0].SerialNumber.String(), out.Chain[0].NotAfter
 		n.NewSerial, n.NewExpiresAt = "", time.Time{}
@@ -213,12 +220,23 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 	})
 	if err != nil {
 		out.Chain = nil
+		if errors.Is(err, records.ErrTaken) {
+			err = fmt.Errorf("%w: %w", attestor.ErrUsed, err)
+		}
 		return out, fmt.Errorf("admit agent: %w", err)
 	}
 	d.cfg.Log.WithFields(logrus.Fields{
 		"agent_id": out.ID.String(), "attestor": r.Type, "rev": uint64(out.Rev),
 	}).Info("agent admitted")
 	return out, nil
+}
+
+// sameParts reports whether two lists are of the same parts.
+func sameParts(a, b []string) bool {
+	a, b = slices.Clone(a), slices.Clone(b)
+	slices.Sort(a)
+	slices.Sort(b)
+	return slices.Equal(a, b)
 }
 
 // limited refuses answers and rounds that no honest attestation needs.
@@ -265,8 +283,12 @@ func (d *Desk) selectors(kind string, list []attestor.Selector) (attestor.Set, e
 	if len(list) > identity.MaxSelectors {
 		return attestor.Set{}, fmt.Errorf("%w: %d selectors, the limit is %d", attestor.ErrEvidence, len(list), identity.MaxSelectors)
 	}
+	types := []string{kind}
+	if joined, ok := d.judges[kind].(attestor.Joined); ok {
+		types = joined.SelectorTypes()
+	}
 	for _, s := range list {
-		if s.Type != kind {
+		if !slices.Contains(types, s.Type) {
 			return attestor.Set{}, fmt.Errorf("check selectors: judge %q answered one of type %q", kind, clip(s.Type))
 		}
 		if err := s.Check(); err != nil {

@@ -4,10 +4,13 @@ import (
 	"cmp"
 	"context"
 	"crypto"
+	"crypto/ed25519"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"math/big"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -32,6 +35,7 @@ type book struct {
 	mu    sync.Mutex
 	nodes map[spiffeid.ID]*records.Node
 	rev   kv.Rev
+	fail  error // of the commit
 }
 
 func (b *book) UpdateNode(_ context.Context, id spiffeid.ID, change func(*records.Node, bool) error) (*records.Node, kv.Rev, error) {
@@ -44,6 +48,9 @@ func (b *book) UpdateNode(_ context.Context, id spiffeid.ID, change func(*record
 	n = n.Clone()
 	if err := change(n, ok); err != nil {
 		return nil, 0, err
+	}
+	if b.fail != nil {
+		return nil, 0, b.fail
 	}
 	b.nodes[id] = n
 	b.rev++
@@ -95,7 +102,7 @@ func newDesk(j judge) (*Desk, *book, *counter) {
 	}), b, c
 }
 
-var request = Request{Type: "test", Payload: []byte("evidence"), Ask: func(context.Context, []byte) ([]byte, error) { return []byte("answer"), nil }}
+var request = Request{Type: "test", PublicKey: ed25519.PublicKey(make([]byte, ed25519.PublicKeySize)), Payload: []byte("evidence"), Ask: func(context.Context, []byte) ([]byte, error) { return []byte("answer"), nil }}
 
 func TestAttest(t *testing.T) {
 	t.Run("what is proved becomes the node", func(t *testing.T) {
@@ -287,3 +294,46 @@ func TestASignerThatFailsAdmitsNobody(t *testing.T) {
 		t.Errorf("got %v, revision %d", err, b.rev)
 	}
 }
+
+func TestPartsOfANode(t *testing.T) {
+	proof := attestor.Proof{Path: "test/one", CanReattest: true, Parts: []string{"a/1", "b/1"}}
+	d, b, _ := newDesk(func(context.Context, []byte, attestor.Ask) (attestor.Proof, error) { return proof, nil })
+	for range 2 {
+		if _, err := d.Attest(t.Context(), request); err != nil {
+			t.Fatal(err)
+		}
+		slices.Reverse(proof.Parts) // in whichever order
+	}
+	rev := b.rev
+	for why, parts := range map[string][]string{
+		"another part": {"a/1", "b/2"}, "one part less": {"a/1"}, "one part more": {"a/1", "b/1", "c/1"}, "none": nil, "one part twice": {"a/1", "a/1"},
+	} {
+		proof.Parts = parts
+		if out, err := d.Attest(t.Context(), request); !errors.Is(err, attestor.ErrUsed) || out.Chain != nil || b.rev != rev {
+			t.Errorf("a node that is known attests with %s: %v", why, err)
+		}
+	}
+	t.Run("a part of another node", func(t *testing.T) {
+		d, b, _ := newDesk(says(proof))
+		b.fail = fmt.Errorf("update node: %w", records.ErrTaken)
+		if out, err := d.Attest(t.Context(), request); !errors.Is(err, attestor.ErrUsed) || out.Chain != nil {
+			t.Errorf("error is %v", err)
+		}
+	})
+}
+
+func TestSelectorsOfParts(t *testing.T) {
+	proof := attestor.Proof{Path: "test/one", CanReattest: true, Selectors: []attestor.Selector{{Type: "part", Value: "a"}}}
+	d, _, _ := newDesk(says(proof))
+	if _, err := d.Attest(t.Context(), request); err == nil {
+		t.Error("a judge of one type answers selectors of another")
+	}
+	d.judges["test"] = joined{says(proof)}
+	if out, err := d.Attest(t.Context(), request); err != nil || out.Selectors.Len() != 1 {
+		t.Errorf("%+v, %v", out, err)
+	}
+}
+
+type joined struct{ judge }
+
+func (joined) SelectorTypes() []string { return []string{"test", "part"} }

@@ -112,7 +112,7 @@ func (c *check) record(key string, value []byte) {
 	kind, rest := split(key)
 	var err error
 	switch kind {
-	case schemaKey, similarIndex, aliasIndex, expiryPrefix:
+	case schemaKey, similarIndex, aliasIndex, partIndex, expiryPrefix:
 		return // schema and indexes look at those
 	case entryPrefix:
 		err = c.entry(rest, value)
@@ -157,7 +157,7 @@ func split(key string) (kind, rest string) {
 	if key == schemaKey {
 		return schemaKey, ""
 	}
-	for _, prefix := range []string{entryPrefix, nodePrefix, bundlePrefix, verdictKeys, similarIndex, aliasIndex, federations, journalKeys, tokenPrefix, expiryPrefix} {
+	for _, prefix := range []string{entryPrefix, nodePrefix, bundlePrefix, verdictKeys, similarIndex, aliasIndex, partIndex, federations, journalKeys, tokenPrefix, expiryPrefix} {
 		if rest, ok := strings.CutPrefix(key, prefix); ok {
 			return prefix, rest
 		}
@@ -195,8 +195,15 @@ func (c *check) node(path string, value []byte) error {
 	if err != nil {
 		return err
 	}
-	if _, err := c.words.decodeNode(id, value); err != nil {
+	n, err := c.words.decodeNode(id, value)
+	if err != nil {
 		return err
+	}
+	for _, part := range n.Parts {
+		if other, twice := c.expected[partKey(part)]; twice {
+			c.say(nodePrefix+path, "its part %q is one of node %q, too", part, other)
+		}
+		c.expected[partKey(part)] = []byte(path)
 	}
 	c.out.Nodes++
 	return nil
@@ -238,6 +245,8 @@ func (c *check) indexes() {
 			c.say(key, "this index key points to entry %q, which is not there or not like that", c.keys[key])
 		case aliasIndex:
 			c.say(key, "this index key points to an alias that is not there or none")
+		case partIndex:
+			c.say(key, "this index key points to node %q, which is not there or has other parts", c.keys[key])
 		case expiryPrefix:
 			// The expiry key of a used token stays until its time; all others belong to a record.
 			if _, what, _, err := parseExpiryKey(key); err != nil {
@@ -253,5 +262,5 @@ func pointsTo(id []byte) string {
 	if len(id) == 0 {
 		return ""
 	}
-	return fmt.Sprintf(" (of entry %s)", id)
+	return fmt.Sprintf(" (of %s)", id)
 }

@@ -83,7 +83,7 @@ func TestCheck(t *testing.T) {
 		}, "belongs to an entry that is not there"},
 		{"an entry that could be created twice", func(_ *testing.T, _ kv.Store, e *identity.Entry) kv.Op {
 			return kv.Del(similarKey(e))
-		}, "this index key is missing (of entry ID)"},
+		}, "this index key is missing (of ID)"},
 		{"an entry that would never expire", func(_ *testing.T, _ kv.Store, e *identity.Entry) kv.Op {
 			return kv.Del(entryExpiryKey(e))
 		}, "this index key is missing"},

@@ -164,6 +164,7 @@ func encodeNode(n *Node) ([]byte, error) {
 		CanReattest:  n.CanReattest,
 		AgentVersion: n.AgentVersion,
 		AttestedAt:   unix(n.AttestedAt),
+		Parts:        n.Parts,
 	})
 }
 
@@ -184,6 +185,7 @@ func (w *words) decodeNode(id spiffeid.ID, b []byte) (*Node, error) {
 		CanReattest:  m.GetCanReattest(),
 		AgentVersion: w.one(m.GetAgentVersion()),
 		AttestedAt:   timeOf(m.GetAttestedAt()),
+		Parts:        m.GetParts(),
 	}, nil
 }
 

@@ -26,7 +26,8 @@ import (
 //	i/                              indexes
 //	├── s/<path>:<half hash>        ID of the one entry with this SPIFFE ID, parent and selectors; the
 //	│                               path is the SPIFFE ID's, without the first slash, cut at 48 bytes
-//	└── a/<token hash>/<entry ID>   (empty) an alias: an entry that a join token's node was given
+//	├── a/<token hash>/<entry ID>   (empty) an alias: an entry that a join token's node was given
+//	└── p/<part hash>               path of the one node that this part of evidence proves
 //	f/<trust domain>                Federation
 //	j/<authority ID>                Journal
 //	t/<token hash>                  Token; the token itself is nowhere
@@ -41,6 +42,7 @@ import (
 // Which keys go together, always in one transaction:
 //
 //	entry   p/e, i/s; i/a if it is an alias; x/…/e if it expires
+//	node    p/n, and i/p for each of its parts
 //	token   t, x/…/t. The x key outlives a used token, and then is when a token's aliases are
 //	        deleted for which no node came to be
 const (
@@ -52,6 +54,7 @@ const (
 	verdictKeys  = "p/v/"
 	similarIndex = "i/s/"
 	aliasIndex   = "i/a/"
+	partIndex    = "i/p/"
 	federations  = "f/"
 	journalKeys  = "j/"
 	tokenPrefix  = "t/"
@@ -76,6 +79,12 @@ func bundleKey(td spiffeid.TrustDomain) string { return bundlePrefix + td.Name()
 func federationKey(td spiffeid.TrustDomain) string { return federations + td.Name() }
 
 func nodeKey(id spiffeid.ID) string { return nodePrefix + strings.TrimPrefix(id.Path(), "/") }
+
+// partKey is the index key of a part of a node's evidence: by its hash, for paths end a key.
+func partKey(part string) string {
+	sum := sha256.Sum256([]byte(part))
+	return partIndex + base64.RawURLEncoding.EncodeToString(sum[:])
+}
 
 func verdictKey(digest string) string { return verdictKeys + digest }
 

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -52,10 +54,13 @@ func (r *Records) UpdateNode(ctx context.Context, id spiffeid.ID, change func(n 
 		var err error
 		n, item, err = r.node(ctx, id)
 		exists := err == nil
+		var had []string
 		if errors.Is(err, ErrNotFound) {
 			n = &Node{ID: id}
 		} else if err != nil {
 			return fmt.Errorf("update node: %w", err)
+		} else {
+			had = n.Clone().Parts
 		}
 		if err := change(n, exists); err != nil {
 			return err
@@ -73,10 +78,14 @@ func (r *Records) UpdateNode(ctx context.Context, id spiffeid.ID, change func(n 
 		if n, err = r.words.decodeNode(id, value); err != nil {
 			return fmt.Errorf("update node: %w", err)
 		}
-		rev, err = r.store.Commit(ctx, kv.Txn{
+		t := kv.Txn{
 			If:  []kv.Cond{{Key: nodeKey(id), Rev: item.Rev}},
 			Ops: []kv.Op{kv.Put(nodeKey(id), value)},
-		})
+		}
+		if err := r.moveParts(ctx, &t, id, had, n.Parts); err != nil {
+			return fmt.Errorf("update node: %w", err)
+		}
+		rev, err = r.store.Commit(ctx, t)
 		return err
 	})
 	if err != nil {
@@ -85,13 +94,47 @@ func (r *Records) UpdateNode(ctx context.Context, id spiffeid.ID, change func(n 
 	return n, rev, nil
 }
 
+// moveParts makes the index of a node's parts that of those it has now. Who owned a part when this looked must
+// own it still at the commit.
+func (r *Records) moveParts(ctx context.Context, t *kv.Txn, id spiffeid.ID, had, has []string) error {
+	path := strings.TrimPrefix(id.Path(), "/")
+	for _, part := range had {
+		if slices.Contains(has, part) {
+			continue
+		}
+		item, found, err := r.get(ctx, partKey(part))
+		if err != nil {
+			return err
+		}
+		if found && string(item.Value) == path {
+			t.If = append(t.If, kv.Cond{Key: item.Key, Rev: item.Rev})
+			t.Ops = append(t.Ops, kv.Del(item.Key))
+		}
+	}
+	for _, part := range has {
+		if slices.Contains(had, part) {
+			continue
+		}
+		item, found, err := r.get(ctx, partKey(part))
+		switch {
+		case err != nil:
+			return err
+		case found && string(item.Value) != path:
+			return fmt.Errorf("%w: %q proves %q", ErrTaken, part, string(item.Value))
+		}
+		t.If = append(t.If, kv.Cond{Key: partKey(part), Rev: item.Rev})
+		t.Ops = append(t.Ops, kv.Put(partKey(part), []byte(path)))
+	}
+	return nil
+}
+
 // DeleteNode deletes a node, and with it the aliases that its join token was created with: they were
 // given to this very node, and nobody else may come to them. It returns the revision of the commit,
 // or ErrNotFound.
 func (r *Records) DeleteNode(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
 	var rev kv.Rev
 	err := r.retry(ctx, "node", func() error {
-		_, item, err := r.node(ctx, id)
+		n, item, err := r.node(ctx, id)
 		if err != nil {
 			return fmt.Errorf("delete node: %w", err)
 		}
@@ -99,6 +142,9 @@ func (r *Records) DeleteNode(ctx context.Context, id spiffeid.ID) (kv.Rev, error
 			If:  []kv.Cond{{Key: item.Key, Rev: item.Rev}},
 			Ops: []kv.Op{kv.Del(item.Key)},
 		}}
+		if err := r.moveParts(ctx, &own.txn, id, n.Parts, nil); err != nil {
+			return fmt.Errorf("delete node: %w", err)
+		}
 		var pieces []*piece
 		if hash, ok := tokenOf(id); ok {
 			if pieces, err = r.aliasDeletions(ctx, hash); err != nil {

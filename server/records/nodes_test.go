@@ -398,3 +398,72 @@ func TestCompact(t *testing.T) {
 		step(61*time.Minute, nil, 51)
 	})
 }
+
+func TestPartsOfNodes(t *testing.T) {
+	one, two := agent("all/a/x509pop/1"), agent("all/a/x509pop/2")
+	update := func(t *testing.T, r *Records, id spiffeid.ID, parts ...string) error {
+		t.Helper()
+		_, _, err := r.UpdateNode(t.Context(), id, func(n *Node, _ bool) error {
+			n.Type, n.Parts = "all", parts
+			return nil
+		})
+		return err
+	}
+	whole := func(t *testing.T, store kv.Store) {
+		t.Helper()
+		c, err := Check(t.Context(), store)
+		if err != nil || len(c.Findings) > 0 {
+			t.Errorf("the store is not whole: %v, %v", c.Findings, err)
+		}
+	}
+	t.Run("a part belongs to one node at a time", func(t *testing.T) {
+		r, _ := open(t)
+		if err := update(t, r, one, "x509pop/1", "tpm/1"); err != nil {
+			t.Fatal(err)
+		}
+		if err := update(t, r, two, "x509pop/2", "tpm/1"); !errors.Is(err, ErrTaken) {
+			t.Errorf("the TPM of another node: %v", err)
+		}
+		if _, err := r.Node(t.Context(), two); !errors.Is(err, ErrNotFound) {
+			t.Errorf("the second node is there: %v", err)
+		}
+		if err := update(t, r, one, "x509pop/1", "tpm/1"); err != nil {
+			t.Errorf("the same again: %v", err)
+		}
+		whole(t, r.store)
+		if err := update(t, r, one, "x509pop/1", "tpm/3"); err != nil {
+			t.Fatal(err)
+		}
+		if err := update(t, r, two, "x509pop/2", "tpm/1"); err != nil {
+			t.Errorf("a part that was let go: %v", err)
+		}
+		whole(t, r.store)
+		if _, err := r.DeleteNode(t.Context(), one); err != nil {
+			t.Fatal(err)
+		}
+		if err := update(t, r, two, "x509pop/1", "tpm/3"); err != nil {
+			t.Errorf("parts of a node that is gone: %v", err)
+		}
+		whole(t, r.store)
+	})
+	t.Run("of many that come at once with one part, one gets it", func(t *testing.T) {
+		r, _ := open(t)
+		var all sync.WaitGroup
+		var won atomic.Int32
+		for i := range 8 {
+			all.Go(func() {
+				switch err := update(t, r, agent(fmt.Sprintf("all/a/x509pop/%d", i)), "tpm/1"); {
+				case err == nil:
+					won.Add(1)
+				case !errors.Is(err, ErrTaken):
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		if won.Load() != 1 {
+			t.Errorf("%d nodes have it", won.Load())
+		}
+		whole(t, r.store)
+	})
+}

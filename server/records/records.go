@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -35,6 +36,8 @@ var (
 	// ErrExists says that a similar entry (same SPIFFE ID, parent and exact selectors), or another
 	// record under the same name, exists.
 	ErrExists = errors.New("similar record already exists")
+	// ErrTaken says that a part belongs to another node.
+	ErrTaken = errors.New("part of the evidence belongs to another node")
 	// ErrConflict says that others kept changing the record until this change gave up.
 	ErrConflict = errors.New("record is being changed by others")
 	// ErrBundle says that an entry federates with a trust domain whose bundle is not stored. The
@@ -76,11 +79,15 @@ type Node struct {
 	CanReattest             bool
 	AgentVersion            string
 	AttestedAt              time.Time // whole seconds
+	// Parts are what proved the node together, as paths of agents' IDs, if it was more than one thing. Each
+	// belongs to one node at a time.
+	Parts []string
 }
 
 // Clone returns a copy that can be changed without the original noticing.
 func (n *Node) Clone() *Node {
 	c := *n
+	c.Parts = slices.Clone(n.Parts)
 	return &c
 }
 

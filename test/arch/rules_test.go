@@ -133,7 +133,7 @@ var homes = []struct {
 	{"github.com/godbus/dbus", []string{"attestor/systemd/...", "test/..."}},
 	{"github.com/envoyproxy", []string{"workloadapi/sds", "test/..."}},
 	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "deploy/images", "test/..."}},
-	{"github.com/hashicorp/hcl", []string{"conf", "server/verdict/rules", "server/api/roles", "attestor/attestortest", "cmd/...", "test/..."}},
+	{"github.com/hashicorp/hcl", []string{"conf", "server/verdict/rules", "server/api/roles", "attestor/attestortest", "attestor/all/...", "cmd/...", "test/..."}},
 	{"github.com/spf13/cobra", []string{"cmd/...", "test/..."}},
 }
 

@@ -303,17 +303,19 @@ func (x *Selector) GetValue() string {
 
 // p/n/…
 type Node struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Type          string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
-	Serial        string                 `protobuf:"bytes,2,opt,name=serial,proto3" json:"serial,omitempty"`
-	NewSerial     string                 `protobuf:"bytes,3,opt,name=new_serial,json=newSerial,proto3" json:"new_serial,omitempty"`
-	ExpiresAt     int64                  `protobuf:"varint,4,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
-	NewExpiresAt  int64                  `protobuf:"varint,5,opt,name=new_expires_at,json=newExpiresAt,proto3" json:"new_expires_at,omitempty"`
-	Selectors     []*Selector            `protobuf:"bytes,6,rep,name=selectors,proto3" json:"selectors,omitempty"`
-	Banned        bool                   `protobuf:"varint,7,opt,name=banned,proto3" json:"banned,omitempty"`
-	CanReattest   bool                   `protobuf:"varint,8,opt,name=can_reattest,json=canReattest,proto3" json:"can_reattest,omitempty"`
-	AgentVersion  string                 `protobuf:"bytes,9,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
-	AttestedAt    int64                  `protobuf:"varint,10,opt,name=attested_at,json=attestedAt,proto3" json:"attested_at,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Type         string                 `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
+	Serial       string                 `protobuf:"bytes,2,opt,name=serial,proto3" json:"serial,omitempty"`
+	NewSerial    string                 `protobuf:"bytes,3,opt,name=new_serial,json=newSerial,proto3" json:"new_serial,omitempty"`
+	ExpiresAt    int64                  `protobuf:"varint,4,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	NewExpiresAt int64                  `protobuf:"varint,5,opt,name=new_expires_at,json=newExpiresAt,proto3" json:"new_expires_at,omitempty"`
+	Selectors    []*Selector            `protobuf:"bytes,6,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	Banned       bool                   `protobuf:"varint,7,opt,name=banned,proto3" json:"banned,omitempty"`
+	CanReattest  bool                   `protobuf:"varint,8,opt,name=can_reattest,json=canReattest,proto3" json:"can_reattest,omitempty"`
+	AgentVersion string                 `protobuf:"bytes,9,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	AttestedAt   int64                  `protobuf:"varint,10,opt,name=attested_at,json=attestedAt,proto3" json:"attested_at,omitempty"`
+	// What proved the node beside each other, by path; no other node may have one of them. See i/p/.
+	Parts         []string `protobuf:"bytes,11,rep,name=parts,proto3" json:"parts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -416,6 +418,13 @@ func (x *Node) GetAttestedAt() int64 {
 		return x.AttestedAt
 	}
 	return 0
+}
+
+func (x *Node) GetParts() []string {
+	if x != nil {
+		return x.Parts
+	}
+	return nil
 }
 
 // p/b/…
@@ -1083,7 +1092,7 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\brevision\x18\x10 \x01(\x03R\brevision\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"\xd0\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\xe6\x02\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\tR\x06serial\x12\x1d\n" +
@@ -1098,7 +1107,8 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\ragent_version\x18\t \x01(\tR\fagentVersion\x12\x1f\n" +
 	"\vattested_at\x18\n" +
 	" \x01(\x03R\n" +
-	"attestedAt\"\xa1\x02\n" +
+	"attestedAt\x12\x14\n" +
+	"\x05parts\x18\v \x03(\tR\x05parts\"\xa1\x02\n" +
 	"\x06Bundle\x122\n" +
 	"\x04x509\x18\x01 \x03(\v2\x1e.assay.stored.v1.X509AuthorityR\x04x509\x12/\n" +
 	"\x03jwt\x18\x02 \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03jwt\x12!\n" +
