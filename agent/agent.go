@@ -26,6 +26,7 @@ import (
 	"github.com/assay-id/assay/agent/uplink"
 	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/workloadapi"
+	"github.com/assay-id/assay/workloadapi/peer"
 	"github.com/assay-id/assay/workloadapi/sds"
 )
 
@@ -36,7 +37,15 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("check agent configuration: %w", err)
 	}
 	cfg = cfg.filled()
-	turn, err := take(ctx, cfg)
+	attest := newAttestation(cfg)
+	watchCtx, stopWatching := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer stopWatching()
+	// From here on, so that an agent that stands by knows its node when its turn comes.
+	watching.Go(func() { _ = attest.Run(watchCtx) }) // always nil
+
+	turn, socket, err := take(ctx, cfg)
 	if err != nil {
 		if ctx.Err() != nil {
 			return nil // told to end while standing by
@@ -44,8 +53,11 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer turn.End()
-	a, err := open(cfg)
+	a, err := open(cfg, attest, socket)
 	if err != nil {
+		if socket != nil {
+			socket.Withdraw()
+		}
 		return err
 	}
 	return a.run(ctx)
@@ -71,9 +83,9 @@ type agent struct {
 }
 
 // open builds the parts and takes over what is kept from before.
-func open(cfg Config) (*agent, error) {
+func open(cfg Config, attest *workloadapi.Attestation, socket *peer.Socket) (*agent, error) {
 	a := &agent{
-		cfg: cfg, log: cfg.Log.WithField("component", "agent"), view: view.New(cfg.Now),
+		cfg: cfg, attest: attest, log: cfg.Log.WithField("component", "agent"), view: view.New(cfg.Now),
 		started: cfg.Now(), listens: make(chan struct{}),
 	}
 	if err := a.openKeep(); err != nil {
@@ -142,7 +154,7 @@ func open(cfg Config) (*agent, error) {
 		return nil, fmt.Errorf("open issue: %w", err)
 	}
 	a.lease.look() // before anybody is served from what is kept
-	a.openWorkloadAPI()
+	a.openWorkloadAPI(socket)
 	a.openAdmin()
 	return a, nil
 }
@@ -182,17 +194,23 @@ func mayNot(err error) string {
 	return "; run the agent as a user who may use it, or name another as data_dir"
 }
 
-func (a *agent) openWorkloadAPI() {
+// newAttestation joins the workload attestors.
+func newAttestation(cfg Config) *workloadapi.Attestation {
 	var attestors []workloadapi.Attestor
-	for _, w := range a.cfg.WorkloadAttestors {
+	for _, w := range cfg.WorkloadAttestors {
 		attestors = append(attestors, workloadapi.Attestor{Type: w.Type, Workload: w.Workload})
 	}
-	log := a.cfg.Log.WithField("component", "workloadapi")
-	a.attest = workloadapi.NewAttestation(attestors, workloadapi.AttestationConfig{
-		Log: log, Metrics: a.cfg.Metrics, Now: a.cfg.Now,
+	return workloadapi.NewAttestation(attestors, workloadapi.AttestationConfig{
+		Log: cfg.Log.WithField("component", "workloadapi"), Metrics: cfg.Metrics, Now: cfg.Now,
 	})
+}
+
+// openWorkloadAPI makes the server of the public socket, which may have been prepared.
+func (a *agent) openWorkloadAPI(socket *peer.Socket) {
+	log := a.cfg.Log.WithField("component", "workloadapi")
 	a.serve = workloadapi.New(a.issue, a.attest, workloadapi.Config{
 		SocketPath:                    a.cfg.SocketPath,
+		Socket:                        socket,
 		Disabled:                      a.cfg.DisableWorkloadAPI,
 		Hold:                          a.cfg.WorkloadHold,
 		AllowUnauthenticatedVerifiers: a.cfg.AllowUnauthenticatedVerifiers,
@@ -228,7 +246,6 @@ func (a *agent) run(ctx context.Context) error {
 	g.Go(func() error { return a.join.Run(ctx) })
 	g.Go(func() error { return a.uplink.Run(ctx) })
 	g.Go(func() error { return a.issue.Run(ctx) })
-	g.Go(func() error { return a.attest.Run(ctx) })
 	g.Go(func() error {
 		if err := a.serve.Run(ctx); err != nil {
 			return fmt.Errorf("serve workload API: %w", err)

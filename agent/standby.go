@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/workloadapi/peer"
 )
@@ -14,51 +16,65 @@ import (
 const socketPause = 50 * time.Millisecond
 
 // take takes the data directory. Another agent that has it is an error, or with Standby waited for: such an
-// agent is ready all the while, for the node is served, and has everything behind it that needs no data
-// directory.
-func take(ctx context.Context, cfg Config) (*keep.Turn, error) {
-	log := cfg.Log.WithField("component", "agent").WithField("data_dir", cfg.DataDir)
+// agent is ready all the while, for the node is served. It knows the node by its attestors then, and has a
+// socket ready that the other puts in its place; what it has is no more than this agent's to open.
+func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
 	turn, err := keep.Take(cfg.DataDir)
-	if errors.Is(err, keep.ErrInUse) && !cfg.Standby {
-		return nil, fmt.Errorf("%w; end it first, or set standby in agent { } for an agent that waits for the other's end", err)
+	switch {
+	case err == nil && !cfg.Standby:
+		return turn, nil, nil
+	case errors.Is(err, keep.ErrInUse) && !cfg.Standby:
+		return nil, nil, fmt.Errorf("%w; end it first, or set standby in agent { } for an agent that waits for the other's end", err)
+	case err != nil && !errors.Is(err, keep.ErrInUse):
+		return nil, nil, fmt.Errorf("%w%s", err, mayNot(err))
 	}
-	waits := errors.Is(err, keep.ErrInUse)
-	began := cfg.Now()
-	stand := func(what string, err error) {
-		cfg.Health.set(func() (live, ready error) { return nil, nil })
-		log.WithError(err).Info("standing by: " + what)
-		if cfg.StandingBy != nil {
-			cfg.StandingBy()
-		}
-	}
-	if waits {
-		stand("waiting for the other agent to end", err)
-		turn, err = keep.Await(ctx, cfg.DataDir)
-	}
+	w := &waiting{cfg: cfg, log: cfg.Log.WithField("component", "agent").WithField("data_dir", cfg.DataDir), began: cfg.Now()}
+	var socket *peer.Socket
 	if err != nil {
-		if ctx.Err() != nil {
-			return nil, ctx.Err()
+		w.stand("waiting for the other agent to end", err)
+		if socket, err = peer.Prepare(cfg.SocketPath, 0o777, 0o755); err != nil {
+			w.log.WithError(err).Warn("no socket could be prepared: callers may be refused for a moment")
 		}
-		return nil, fmt.Errorf("%w%s", err, mayNot(err))
-	}
-	if !cfg.Standby {
-		return turn, nil
+		if turn, err = keep.Await(ctx, cfg.DataDir); err != nil {
+			if socket != nil {
+				socket.Withdraw()
+			}
+			return nil, nil, err
+		}
 	}
 	// Agents of before there was a lock are known by their socket.
-	if err := peer.Vacant(cfg.SocketPath); errors.Is(err, peer.ErrInUse) {
-		if !waits {
-			stand("waiting for whoever listens on the socket to end", err)
-			waits = true
-		}
+	if err := peer.Vacant(cfg.SocketPath); socket == nil && errors.Is(err, peer.ErrInUse) {
+		w.stand("waiting for whoever listens on the socket to end", err)
 		if err := awaitSocket(ctx, cfg.SocketPath); err != nil {
 			turn.End()
-			return nil, err
+			return nil, nil, err
 		}
 	}
-	if waits {
-		log.WithField("after", cfg.Now().Sub(began).String()).Info("the node is this agent's now")
+	if w.stands {
+		w.log.WithField("after", cfg.Now().Sub(w.began).String()).Info("the node is this agent's now")
 	}
-	return turn, nil
+	return turn, socket, nil
+}
+
+// waiting is an agent that stands by, or may have to.
+type waiting struct {
+	cfg    Config
+	log    logrus.FieldLogger
+	began  time.Time
+	stands bool
+}
+
+// stand says that the agent stands by, and why.
+func (w *waiting) stand(what string, why error) {
+	w.log.WithError(why).Info("standing by: " + what)
+	if w.stands {
+		return
+	}
+	w.stands = true
+	w.cfg.Health.set(func() (live, ready error) { return nil, nil })
+	if w.cfg.StandingBy != nil {
+		w.cfg.StandingBy()
+	}
 }
 
 func awaitSocket(ctx context.Context, path string) error {

@@ -3,8 +3,10 @@ package agent_test
 import (
 	"context"
 	"errors"
+	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
@@ -69,10 +71,33 @@ func TestTwoAgentsOnOneDataDirectory(t *testing.T) {
 		if last := hook.LastEntry(); !strings.Contains(last.Message, "standing by") {
 			t.Errorf("it says %q", last.Message)
 		}
+		callers, ended := make(chan struct{}), make(chan error, 1)
+		go func() { // who connects at whatever moment is not refused
+			tick := time.NewTicker(time.Millisecond)
+			defer tick.Stop()
+			for {
+				c, err := net.Dial("unix", n.cfg.SocketPath)
+				if err != nil {
+					ended <- err
+					return
+				}
+				_ = c.Close()
+				select {
+				case <-tick.C:
+				case <-callers:
+					ended <- nil
+					return
+				}
+			}
+		}()
 		if err := n.stop(); err != nil {
 			t.Fatal(err)
 		}
 		<-serves
+		close(callers)
+		if err := <-ended; err != nil {
+			t.Errorf("a caller was refused: %v", err)
+		}
 		if after := n.process().follow().until("/shop"); !proto.Equal(before.GetSvids()[0], after.GetSvids()[0]) {
 			t.Error("another SVID is served")
 		}

@@ -83,6 +83,8 @@ const (
 type Config struct {
 	// SocketPath is where the public socket goes, mode 0777.
 	SocketPath string
+	// Socket, if set, was prepared for SocketPath and listens already.
+	Socket *peer.Socket
 	// Disabled leaves the Workload API out of the socket; services that were added to it are served.
 	Disabled bool
 	// Hold is how long a caller that matches nothing waits for its entry; 0 means DefaultHold,
@@ -237,7 +239,7 @@ func (s *Server) Run(ctx context.Context) error {
 		return fmt.Errorf("open peer tracker: %w", err)
 	}
 	defer tracker.Close()
-	socket, err := peer.Listen(s.cfg.SocketPath, 0o777, 0o755)
+	socket, err := s.listen()
 	if err != nil {
 		return err
 	}
@@ -269,6 +271,11 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	s.log.WithField("socket", socket.Path()).Info("workload API is served")
 	err = s.supervise(ctx, socket, serving, serve)
+	if handed, err := peer.HandOver(s.cfg.SocketPath); err != nil {
+		s.log.WithError(err).Warn("the next agent has to put its socket in place by itself")
+	} else if handed {
+		s.log.Info("the socket is the next agent's")
+	}
 	healthy.Shutdown()
 	close(s.stopping)
 	stopServer(srv)
@@ -279,6 +286,19 @@ func (s *Server) Run(ctx context.Context) error {
 	s.work.Wait()
 	stopTracking()
 	return errors.Join(err, g.Wait())
+}
+
+// listen returns the socket that callers come to.
+func (s *Server) listen() (*peer.Socket, error) {
+	if prepared := s.cfg.Socket; prepared != nil {
+		err := prepared.Install()
+		if err == nil {
+			return prepared, nil
+		}
+		s.log.WithError(err).Warn("the prepared socket is of no use; making another")
+		prepared.Withdraw()
+	}
+	return peer.Listen(s.cfg.SocketPath, 0o777, 0o755)
 }
 
 // lookEvery is how soon a socket that somebody removed is put back.

@@ -45,16 +45,20 @@ func Listen(path string, mode, dirMode os.FileMode) (*Socket, error) {
 		}
 		return &Socket{UnixListener: l, path: path, ino: ino}, nil
 	}
-	dir := filepath.Dir(path)
-	if err := makeDir(dir, dirMode); err != nil {
+	if err := makeDir(filepath.Dir(path), dirMode); err != nil {
 		return nil, fmt.Errorf("make directory of socket: %w", err)
 	}
 	if err := vacant(path); err != nil {
 		return nil, err
 	}
-	hidden := filepath.Join(dir, "."+randomName())
-	if longest := max(len(path), len(hidden)); longest > maxSocketPath {
-		return nil, fmt.Errorf("listen on %s: path is %d bytes long, Unix sockets allow %d", path, longest, maxSocketPath)
+	return bind(path, path, mode)
+}
+
+// bind makes the socket that is to be at path, and puts it at place for now.
+func bind(path, place string, mode os.FileMode) (*Socket, error) {
+	hidden := filepath.Join(filepath.Dir(path), "."+randomName())
+	if longest := max(len(place), len(hidden)); longest > maxSocketPath {
+		return nil, fmt.Errorf("listen on %s: path is %d bytes long, Unix sockets allow %d", place, longest, maxSocketPath)
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: hidden, Net: "unix"})
 	if err != nil {
@@ -66,12 +70,12 @@ func Listen(path string, mode, dirMode os.FileMode) (*Socket, error) {
 		s.ino, err = identityOf(hidden)
 	}
 	if err == nil {
-		err = os.Rename(hidden, path) //nolint:gosec // the path is the operator's
+		err = os.Rename(hidden, place) //nolint:gosec // the path is the operator's
 	}
 	if err != nil {
 		_ = l.Close()
 		_ = os.Remove(hidden) //nolint:gosec // the path is the operator's
-		return nil, fmt.Errorf("put socket in place at %s: %w", path, err)
+		return nil, fmt.Errorf("put socket in place at %s: %w", place, err)
 	}
 	return s, nil
 }

@@ -14,6 +14,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/assay-id/assay/attestor/cgroup"
 )
 
 const (
@@ -38,6 +40,7 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 	var group errgroup.Group
 	if w.runtime != nil {
 		group.Go(func() error { w.followRuntime(ctx, changed); return nil })
+		group.Go(func() error { w.warm(ctx); return nil })
 	}
 	if w.api != nil {
 		group.Go(func() error {
@@ -55,6 +58,35 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 	}
 	group.Go(func() error { w.mend(ctx, changed); return nil })
 	return group.Wait()
+}
+
+// warm learns of the containers that run as the agent starts, one after the other. All of them come at once where
+// an agent takes the place of another, and would wait for a runtime that answers them in turn.
+func (w *workload) warm(ctx context.Context) {
+	running, err := w.runtime.running(ctx)
+	if err != nil {
+		return // they are asked about as they come
+	}
+	for _, c := range running {
+		at := cgroup.Place{Name: cgroup.Name{ID: c.GetId(), Pod: c.GetLabels()[labelPodUID]}}
+		if ctx.Err() != nil || w.runtime.health.isAway() {
+			return
+		}
+		// Nobody has asked: what is not clear is left to who does, with the process that asks.
+		w.mu.Lock()
+		known := w.known[at.ID] != nil || w.fetching[at.ID] != nil || len(w.known) >= maxContainers
+		w.mu.Unlock()
+		if known || at.Pod == "" {
+			continue
+		}
+		if k, err := w.fetch(ctx, at, w.proc); err == nil && !k.told && k.first.ID == at.ID {
+			w.mu.Lock()
+			if w.known[at.ID] == nil {
+				w.remember(k)
+			}
+			w.mu.Unlock()
+		}
+	}
 }
 
 // podsChanged names the processes of pods.

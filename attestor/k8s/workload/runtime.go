@@ -231,6 +231,16 @@ func (r *runtime) byName(ctx context.Context, podUID, name string) (string, erro
 	return reply.GetContainers()[0].GetId(), nil
 }
 
+// running lists the containers that run.
+func (r *runtime) running(ctx context.Context) ([]*cri.Container, error) {
+	reply, err := ask(ctx, r, func(ctx context.Context) (*cri.ListContainersResponse, error) {
+		return r.crs.ListContainers(ctx, &cri.ListContainersRequest{Filter: &cri.ContainerFilter{
+			State: &cri.ContainerStateValue{State: cri.ContainerState_CONTAINER_RUNNING},
+		}})
+	})
+	return reply.GetContainers(), err
+}
+
 // container describes a container by its full ID. It waits for one that is about to start.
 func (r *runtime) container(ctx context.Context, id string) (*container, error) {
 	reply, err := ask(ctx, r, func(ctx context.Context) (*cri.ListContainersResponse, error) {

@@ -60,6 +60,7 @@ type workload struct {
 	api      *rest // nil: it is not asked
 	apiSeen  *health
 	spaces   *spaces // nil: namespaces' labels are not asked for
+	proc     string  // where procfs is, for what is learned before anybody asks
 	// partial says that somebody got less than there is because who knows it was away.
 	partial atomic.Bool
 
@@ -119,7 +120,7 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 		return nil, err
 	}
 	w := &workload{
-		log: log, now: now, node: nodeName(c), podsOnly: c.DisableContainerSelectors, runtime: asked, api: api,
+		log: log, now: now, node: nodeName(c), podsOnly: c.DisableContainerSelectors, runtime: asked, api: api, proc: "/proc",
 		known: map[string]*known{}, fetching: map[string]*fetching{},
 	}
 	switch {
