@@ -327,7 +327,8 @@ key_manager "disk" {
   #svid_file_name        = "svid.pem"
   #svid_key_file_name    = "svid_key.pem"
   #svid_bundle_file_name = "svid_bundle.pem"
-  # Certificates that were withdrawn before they expire.
+  # Certificates that were withdrawn before they expire: there are lists of them when a policy of the server
+  # has on_fail = "withdraw+revoke". They are signed anew every 20 minutes, and the program is told each time.
   #crl_file_name         = "crl.pem"
   # Tokens, each with its audience; and the keys that verify others': as spiffe-helper writes them, and as
   # the plain JWK set of the own trust domain.

@@ -108,6 +108,15 @@ func TestWhatIsPushedDecidesAndRevokes(t *testing.T) {
 	if time.Until(cert.NotAfter) > 11*time.Minute {
 		t.Errorf("it lives until %s, longer than svid_ttl_max", cert.NotAfter)
 	}
+	t.Run("before anything is revoked there are lists already, and they are empty", func(t *testing.T) {
+		b, err := w.running.Records.Bundle(w.context(), td)
+		if err != nil || len(b.CRLs) != 1 {
+			t.Fatalf("%d lists, %v", len(b.CRLs), err)
+		}
+		if list, err := x509.ParseRevocationList(b.CRLs[0]); err != nil || len(list.RevokedCertificateEntries) != 0 {
+			t.Errorf("%v, %v", list, err)
+		}
+	})
 	if _, err := w.push(scanned(t, time.Now(), "CVE-2026-1")); err != nil {
 		t.Fatal(err)
 	}

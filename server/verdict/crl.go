@@ -113,9 +113,11 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 	if s.cfg.CRLChanged == nil {
 		return nil
 	}
-	if len(revoked) == 0 {
+	if len(revoked) == 0 && !s.revokes.Load() {
 		return s.cfg.CRLChanged(ctx, nil)
 	}
+	// Empty lists too: what reads them from files does not start without, and refuses everybody once those
+	// that it has are out of date.
 	return s.cfg.CRLChanged(ctx, lists)
 }
 

@@ -99,7 +99,8 @@ type Config struct {
 	// Lease is how long an agent that hears nothing goes on with a verdict. 0: 15 minutes.
 	Lease time.Duration
 	// CRLPath is a file that holds the lists of revoked certificates as PEM; empty: none. CRLChanged, if
-	// not nil, is called with the new lists as DER, nil if nothing is revoked: nobody needs to carry that.
+	// not nil, is called with the new lists as DER, nil if no policy revokes and nothing is revoked: nobody
+	// needs to carry that.
 	CRLPath    string
 	CRLChanged func(ctx context.Context, lists [][]byte) error
 	// Turned, if not nil, is told of every verdict that turned, beside the webhooks. It must not wait.
@@ -359,13 +360,16 @@ func (s *Service) Replace(ctx context.Context, rules Rules) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rules = rules
-	s.revokes.Store(slices.ContainsFunc(rules.Policies, revokes))
+	before := s.revokes.Swap(slices.ContainsFunc(rules.Policies, revokes))
 	s.verifier.Replace(rules.Trust)
 	s.callers.Replace(rules.Sources)
 	s.held = nil // who was let in to push them may not be any more
 	err := s.verifyAgain(ctx)
 	s.readFeeds()
 	err = errors.Join(err, s.evaluate(ctx, "rules", s.all()))
+	if s.revokes.Load() != before {
+		err = errors.Join(err, s.signCRL(ctx, s.cfg.Now()))
+	}
 	s.note(audit.Line{Event: "evidence.rules", Outcome: audit.Allow, Caller: "local"})
 	if err != nil {
 		return fmt.Errorf("apply rules: %w", err)

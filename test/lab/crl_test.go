@@ -28,9 +28,9 @@ import (
 	"github.com/assay-id/assay/test/lab/site"
 )
 
-// TestWithdrawnSVIDIsRefused shows what the list of revoked certificates is for: nginx, Envoy and OpenSSL,
+// TestWithdrawnSVIDIsRefused shows what the list of revoked certificates is for: nginx, PostgreSQL, Envoy and OpenSSL,
 // which know nothing of verdicts, refuse an SVID that was withdrawn, is still in its time and that its owner
-// has kept. nginx reads a file; Envoys have the list from their agent.
+// has kept. nginx reads the server's file, PostgreSQL the agent's; Envoys have the list from their agent.
 func TestWithdrawnSVIDIsRefused(t *testing.T) {
 	needDocker(t)
 	nginx, err := site.Tool("nginx")
@@ -53,11 +53,12 @@ scan_policy "prod" {
 evidence {
   crl_file = "DIR/crl.pem"
 }
-`, byPath)
+`, byPath, postgresFiles)
 	list := filepath.Join(n.Dir, "crl.pem")
 	n.must(n.agent.WaitFor(n.ctx, "the list", func() error { _, err := os.Stat(list); return err }))
 	peer := startNginx(n, nginx, list)
 	gates := startGates(n)
+	store := startVault(n)
 
 	n.entry("/shop", "scan:policy:prod")
 	image, err := n.engine.BuildScratch(n.ctx, docker.Image{Tag: "shop:latest", Program: n.program})
@@ -76,6 +77,7 @@ evidence {
 			t.Fatalf("%s is answered with %d, %v", name, status, err)
 		}
 		all(t, n, gates, name+" is admitted", func(g *gate) error { return g.admits(n.ctx, svid) })
+		store.until(name+" is admitted", func() error { return store.admits(svid) })
 	}
 
 	n.push("shop@"+image, scan{config: image, critical: cve})
@@ -122,6 +124,10 @@ evidence {
 	t.Run("Envoys refuse it, told by nobody but their agent", func(t *testing.T) {
 		all(t, n, gates, "the withdrawn one is refused", func(g *gate) error { return g.refuses(n.ctx, withdrawn) })
 		all(t, n, gates, "another identity is admitted", func(g *gate) error { return g.admits(n.ctx, other) })
+	})
+	t.Run("PostgreSQL refuses it, told by nobody but the agent", func(*testing.T) {
+		store.until("the withdrawn one is refused", func() error { return store.refuses(withdrawn) })
+		store.until("another identity is admitted", func() error { return store.admits(other) })
 	})
 	t.Run("openssl says that it is revoked, and nothing of another", func(t *testing.T) {
 		svid := filepath.Join(n.Dir, "withdrawn.pem")
@@ -182,6 +188,9 @@ evidence {
 		}
 		all(t, n, gates, "what the new one signed is admitted", func(g *gate) error { return g.admits(n.ctx, signed) })
 		all(t, n, gates, "what the old one signed is admitted", func(g *gate) error { return g.admits(n.ctx, other) })
+		store.until("what the new one signed is admitted", func() error { return store.admits(signed) })
+		store.until("what the old one signed is admitted", func() error { return store.admits(other) })
+		store.until("the withdrawn one is refused", func() error { return store.refuses(withdrawn) })
 	})
 	t.Run("what is issued after a clean report is welcome", func(t *testing.T) {
 		n.push("shop@"+image, scan{config: image})

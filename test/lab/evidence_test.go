@@ -52,7 +52,7 @@ func newNode(t *testing.T, blocks string, attestors ...string) *node {
 	n.must(err)
 	n.parent = "spiffe://" + site.TrustDomain + "/spire/agent/join_token/" + token
 	n.agent, err = n.NewAgent(ctx, "agent", site.AgentOptions{Token: token, Blocks: fmt.Sprintf(
-		"node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", n.engine.Socket()) + "\n" + strings.Join(attestors, "")})
+		"node_attestor \"join_token\" {}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}", n.engine.Socket()) + "\n" + strings.ReplaceAll(strings.Join(attestors, ""), "DIR", dir)})
 	n.must(err)
 	n.must(n.agent.Start(ctx))
 	t.Cleanup(func() { _ = n.agent.Stop(15 * time.Second) })

@@ -128,6 +128,7 @@ type Keeper struct {
 	states map[string]state
 	// withdrawn says that the last word was that there is no identity; known, that there was a word.
 	withdrawn, known bool
+	unlisted         bool      // it was said that there is no list of revoked certificates
 	expires          time.Time // of the certificate
 	domain           string    // the own trust domain's ID; empty: not known yet
 }

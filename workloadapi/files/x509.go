@@ -122,6 +122,12 @@ func (k *Keeper) x509Files(resp *workload.X509SVIDResponse, s *workload.X509SVID
 		}
 	}
 	add(k.cfg.Bundle, certificates(bundle), k.cfg.CertMode)
+	if missing := k.cfg.CRL != "" && len(resp.GetCrl()) == 0; missing != k.unlisted {
+		if k.unlisted = missing; missing {
+			k.log.WithField("file", k.cfg.CRL).Warn("the server gives out no lists of revoked certificates, which it does when a policy has on_fail = \"withdraw+revoke\"; " +
+				"whoever reads them refuses to start without, and refuses everybody when those that are there are out of date")
+		}
+	}
 	if k.cfg.CRL != "" && len(resp.GetCrl()) > 0 {
 		crl, err := lists(resp.GetCrl())
 		if err != nil {

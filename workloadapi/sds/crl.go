@@ -25,15 +25,19 @@ type revocations struct {
 }
 
 func newRevocations(b *identity.Bundle, now time.Time) revocations {
-	r := revocations{whole: !b.Nested}
+	r, any := revocations{whole: !b.Nested}, false
 	listed := map[string]bool{}
 	for _, der := range b.CRLs {
 		list, err := x509.ParseRevocationList(der)
 		if err != nil {
 			return revocations{} // Envoy would refuse the bundle with it
 		}
+		any = any || len(list.RevokedCertificateEntries) > 0
 		listed[string(list.AuthorityKeyId)] = true
 		r.lists = append(r.lists, pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der})...)
+	}
+	if !any {
+		return revocations{} // an Envoy without lists refuses no more, and does not depend on the next ones
 	}
 	for _, a := range b.X509 {
 		// One that has expired verifies nothing, and has no list any more.

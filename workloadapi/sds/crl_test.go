@@ -24,7 +24,7 @@ type lister struct {
 	list []byte
 }
 
-func newLister(t *testing.T, name string, until time.Time) lister {
+func newLister(t *testing.T, name string, until time.Time, revoked ...int64) lister {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -42,9 +42,12 @@ func newLister(t *testing.T, name string, until time.Time) lister {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var entries []x509.RevocationListEntry
+	for _, serial := range revoked {
+		entries = append(entries, x509.RevocationListEntry{SerialNumber: big.NewInt(serial), RevocationTime: time.Now()})
+	}
 	list, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
-		Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour),
-		RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: big.NewInt(7), RevocationTime: time.Now()}},
+		Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(time.Hour), RevokedCertificateEntries: entries,
 	}, cert, key)
 	if err != nil {
 		t.Fatal(err)
@@ -55,7 +58,7 @@ func newLister(t *testing.T, name string, until time.Time) lister {
 func TestListsOfRevokedCertificates(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("example.org")
 	later := time.Now().Add(time.Hour)
-	one, two, gone := newLister(t, "one", later), newLister(t, "two", later), newLister(t, "gone", time.Now().Add(-time.Hour))
+	one, two, gone := newLister(t, "one", later, 7), newLister(t, "two", later), newLister(t, "gone", time.Now().Add(-time.Hour))
 	lists := func(all ...lister) (ders [][]byte) {
 		for _, l := range all {
 			ders = append(ders, l.list)
@@ -76,13 +79,14 @@ func TestListsOfRevokedCertificates(t *testing.T) {
 		lists  int  // how many are given
 		leaf   bool // only of whoever signed the certificate itself
 	}{
-		{"nothing is revoked", bundle(nil, false, one), CRLAuto, 0, false},
+		{"there are none", bundle(nil, false, one), CRLAlways, 0, false},
+		{"nothing is revoked", bundle(lists(two), false, two), CRLAlways, 0, false},
 		{"one authority", bundle(lists(one), false, one), CRLAuto, 1, false},
 		{"two authorities", bundle(lists(one, two), false, one, two), "", 2, false},
 		{"and one that expired", bundle(lists(one), false, one, gone), CRLAuto, 1, false},
 		{"one authority has none", bundle(lists(one), false, one, two), CRLAuto, 0, false},
 		{"one authority has none, and that is known", bundle(lists(one), false, one, two), CRLAlways, 1, true},
-		{"an authority above has none", bundle(lists(two), false, one), CRLAuto, 0, false},
+		{"an authority above has none", bundle(lists(two, one), false, gone, newLister(t, "above", later)), CRLAuto, 0, false},
 		{"servers below have none", bundle(lists(one), true, one), CRLAuto, 0, false},
 		{"servers below have none, and that is known", bundle(lists(one), true, one), CRLAlways, 1, true},
 		{"they are not wanted", bundle(lists(one), false, one), CRLNever, 0, false},
