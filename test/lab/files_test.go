@@ -70,10 +70,11 @@ func TestFilesForServers(t *testing.T) {
 		w.delete("/app")
 		for _, s := range servers {
 			w.until(t, func() error {
-				if err := s.call(); err == nil {
+				err := s.call()
+				if err == nil {
 					return fmt.Errorf("%s accepts it", s.name)
 				}
-				return nil
+				return s.why(err)
 			})
 		}
 		if _, err := tls.LoadX509KeyPair(w.path("app", "svid.pem"), w.path("app", "svid_key.pem")); err != nil {
@@ -114,6 +115,19 @@ type server struct {
 	// cert is the path of its certificate; shown says who issued the one that it shows; nil: nobody asks.
 	cert  string
 	shown func() (string, error)
+	// why says whether what call came to is that the server refused the client's certificate.
+	why func(error) error
+}
+
+// says returns a server's why: what the error or its log says then.
+func says(log, what string) func(error) error {
+	return func(err error) error {
+		text, _ := os.ReadFile(log) // which has nothing to say if it is not there
+		if strings.Contains(err.Error(), what) || strings.Contains(string(text), what) {
+			return nil
+		}
+		return fmt.Errorf("%q is nowhere: %w", what, err)
+	}
 }
 
 // filesWorld is a server of ours and an agent with blocks of files.
@@ -350,7 +364,7 @@ http {
 	w.must(err)
 	w.t.Cleanup(func() { _ = p.Stop(15 * time.Second) })
 	return server{
-		name: "nginx", cert: w.path("nginx", "svid.pem"),
+		name: "nginx", cert: w.path("nginx", "svid.pem"), why: says("", "it answers 400"),
 		call: func() error {
 			config, err := w.clientConfig("/nginx")
 			if err != nil {
@@ -404,13 +418,13 @@ func startRedis(w *filesWorld) server {
 	w.must(os.Chown(dir, int(as.Uid), int(as.Gid)))
 	files := filepath.Join(w.Dir, "svid-redis")
 	p, err := site.Start(filepath.Join(w.Dir, "redis.log"), as, tool(w.t, "redis-server"),
-		"--port", "0", "--tls-port", port, "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--unixsocket", filepath.Join(dir, "redis.sock"),
+		"--loglevel", "verbose", "--port", "0", "--tls-port", port, "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--unixsocket", filepath.Join(dir, "redis.sock"),
 		"--tls-cert-file", filepath.Join(files, "svid.pem"), "--tls-key-file", filepath.Join(files, "svid_key.pem"),
 		"--tls-ca-cert-file", filepath.Join(files, "svid_bundle.pem"), "--tls-auth-clients", "yes")
 	w.must(err)
 	w.t.Cleanup(func() { _ = p.Stop(15 * time.Second) })
 	return server{
-		name: "Redis", cert: filepath.Join(files, "svid.pem"),
+		name: "Redis", cert: filepath.Join(files, "svid.pem"), why: says(filepath.Join(w.Dir, "redis.log"), "certificate verify failed"),
 		call: func() error {
 			out, err := site.Run(w.ctx, nil, tool(w.t, "redis-cli"), "--tls", "-h", "127.0.0.1", "-p", port,
 				"--cert", w.path("app", "svid.pem"), "--key", w.path("app", "svid_key.pem"), "--cacert", w.path("app", "svid_bundle.pem"), "PING")
@@ -471,7 +485,7 @@ log_level = "debug"
 		return err
 	}))
 	return server{
-		name: "PostgreSQL", cert: filepath.Join(files, "svid.pem"),
+		name: "PostgreSQL", cert: filepath.Join(files, "svid.pem"), why: says("", "alert unknown ca"),
 		call: func() error {
 			out, err := site.Run(w.ctx, nil, psql, "-At", "-c", "SELECT current_user", fmt.Sprintf(
 				"host=localhost hostaddr=127.0.0.1 port=%s user=app dbname=postgres sslmode=verify-full sslcert=%s sslkey=%s sslrootcert=%s",
