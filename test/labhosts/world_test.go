@@ -175,7 +175,7 @@ func (w *world) host(name string) *hosts.Host {
 }
 
 // startServer starts the server with a judge for each kind of node.
-func (w *world) startServer() {
+func (w *world) startServer(guests []*guest) {
 	w.t.Helper()
 	roots, err := w.tpms.Roots()
 	must(w.t, err)
@@ -213,6 +213,9 @@ telemetry {
   }
 }
 `, machines, roots, w.center.URL.Host, vcenter.Username, w.password, w.center.CA, region)
+	for _, g := range guests {
+		w.site.ServerBlocks += g.judge
+	}
 	must(w.t, w.site.StartServer(w.t.Context()))
 	cleanup(w.t, w.site.Stop)
 	w.bundle, err = w.site.WriteBundle(w.t.Context())
@@ -265,6 +268,14 @@ func (w *world) joined(ctx context.Context, n *node) error {
 		}
 		return errors.New("it is not among " + out)
 	})
+}
+
+// demands has the agent's selectors hold one that begins so.
+func (n *node) demands(t *testing.T, prefix string) {
+	t.Helper()
+	if prefix != "" && !slices.ContainsFunc(n.proved, func(s string) bool { return strings.HasPrefix(s, prefix) }) {
+		t.Errorf("%s has the selectors %q", n.id, n.proved)
+	}
 }
 
 // ask asks a workload.
