@@ -117,7 +117,7 @@ func TestAttestationsThatAreRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		_, err = stream.Recv()
-		refused(t, err, codes.InvalidArgument, "stream ended")
+		refused(t, err, codes.InvalidArgument, "EOF")
 	})
 	t.Run("one that goes silent is given up", func(t *testing.T) {
 		w := start(t, func(c *Config) { c.Limits.AttestDuration = 50 * time.Millisecond })
@@ -416,7 +416,7 @@ func TestListAgents(t *testing.T) {
 		{"banned", &filter{ByBanned: wrapperspb.Bool(true)}, []string{"b"}},
 		{"not banned", &filter{ByBanned: wrapperspb.Bool(false)}, []string{"a", "once-c"}},
 		{"that cannot attest again", &filter{ByCanReattest: wrapperspb.Bool(false)}, []string{"once-c"}},
-		{"that expire soon", &filter{ByExpiresBefore: later}, []string{"a", "once-c"}},
+		{"that expire soon", &filter{ByExpiresBefore: later}, []string{"a", "b", "once-c"}},
 		{"with exact selectors", &filter{BySelectorMatch: &types.SelectorMatch{Selectors: selectors("honest:name:a")}}, []string{"a"}},
 		{"with any selector", &filter{BySelectorMatch: &types.SelectorMatch{Match: types.SelectorMatch_MATCH_ANY, Selectors: selectors("honest:name:a", "honest:name:b")}}, []string{"a", "b"}},
 		{"with a superset", &filter{BySelectorMatch: &types.SelectorMatch{Match: types.SelectorMatch_MATCH_SUPERSET, Selectors: selectors("honest:name:a", "honest:name:b")}}, nil},
@@ -489,7 +489,7 @@ func TestPostStatus(t *testing.T) {
 	if err := post("1.2.3"); err != nil {
 		t.Fatal(err)
 	}
-	refused(t, post(strings.Repeat("v", 256)), codes.InvalidArgument, "agent version is 256 bytes long")
+	refused(t, post(strings.Repeat("v", 256)), codes.InvalidArgument, "agent version is too long")
 	refused(t, post("1\x1b[31m"), codes.InvalidArgument, "control character")
 	// Another write is awaited by its caller, and the status was written before it.
 	w.create(shop())

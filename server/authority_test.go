@@ -128,7 +128,7 @@ func TestLocalAuthority(t *testing.T) {
 				_, err = s.activate("nobody")
 				refused(t, err, codes.InvalidArgument, "unexpected authority ID")
 				_, err = s.activate(first)
-				refused(t, err, codes.Internal, "only Prepared authorities can be activated")
+				refused(t, err, codes.InvalidArgument, "unexpected authority ID")
 				_, err = s.taint("")
 				refused(t, err, codes.InvalidArgument, "no authority ID provided")
 				_, err = s.taint(first)

@@ -50,7 +50,7 @@ func TestEntriesThatAreRefused(t *testing.T) {
 		{"of an upper-case trust domain", spiffeID("Example.org", "/x")},
 		{"of a trust domain with a port", spiffeID("example.org:80", "/x")},
 		{"of a trust domain with a user", spiffeID("me@example.org", "/x")},
-		{"of a trust domain that is a whole ID", spiffeID("spiffe://example.org", "/x")},
+		{"of a trust domain that is a whole ID", spiffeID("spiffe://example.org/y", "/x")},
 		{"of a trust domain that is too long", spiffeID(strings.Repeat("a", 256), "/x")},
 		{"of a trust domain with a percent sign", spiffeID("example%2eorg", "/x")},
 		{"without a path", own("")},
@@ -327,7 +327,8 @@ func TestListEntries(t *testing.T) {
 		{"by any", &entryv1.ListEntriesRequest_Filter{BySelectors: match(types.SelectorMatch_MATCH_ANY, "unix:gid:5", "a:b")}, 2},
 		{"by federation", &entryv1.ListEntriesRequest_Filter{ByFederatesWith: &types.FederatesWithMatch{TrustDomains: []string{"elsewhere.test"}}}, 1},
 		{"by hint", &entryv1.ListEntriesRequest_Filter{ByHint: wrapperspb.String("h")}, 1},
-		{"by downstream", &entryv1.ListEntriesRequest_Filter{ByDownstream: wrapperspb.Bool(false)}, 8},
+		{"by downstream", &entryv1.ListEntriesRequest_Filter{ByDownstream: wrapperspb.Bool(true)}, 1},
+		{"by a false that is no filter, as with SPIRE", &entryv1.ListEntriesRequest_Filter{ByDownstream: wrapperspb.Bool(false)}, 9},
 		{"by something nobody has", &entryv1.ListEntriesRequest_Filter{BySpiffeId: id("/nobody")}, 0},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -380,7 +381,7 @@ func TestListEntries(t *testing.T) {
 		{"an unknown match", &entryv1.ListEntriesRequest{Filter: &entryv1.ListEntriesRequest_Filter{BySelectors: match(9, "a:b")}}, "match behavior"},
 		{"a malformed ID filter", &entryv1.ListEntriesRequest{Filter: &entryv1.ListEntriesRequest_Filter{BySpiffeId: id("x")}}, "malformed SPIFFE ID filter"},
 		{"a foreign parent filter", &entryv1.ListEntriesRequest{Filter: &entryv1.ListEntriesRequest_Filter{ByParentId: &types.SPIFFEID{TrustDomain: "x.test", Path: "/a"}}}, "not a member"},
-		{"an empty federation filter", &entryv1.ListEntriesRequest{Filter: &entryv1.ListEntriesRequest_Filter{ByFederatesWith: &types.FederatesWithMatch{}}}, "trust domain set is empty"},
+		{"an empty federation filter", &entryv1.ListEntriesRequest{Filter: &entryv1.ListEntriesRequest_Filter{ByFederatesWith: &types.FederatesWithMatch{}}}, "empty trust domain set"},
 	} {
 		t.Run(c.name+" is malformed", func(t *testing.T) {
 			_, err := w.entries().ListEntries(w.context(), c.req)

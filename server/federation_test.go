@@ -205,8 +205,8 @@ func TestBadRelationships(t *testing.T) {
 		match string
 	}{
 		{"the own trust domain", func(r *types.FederationRelationship) { r.TrustDomain, r.TrustDomainBundle = td.Name(), nil }, "unable to create federation relationship for server trust domain"},
-		{"no trust domain", func(r *types.FederationRelationship) { r.TrustDomain = "" }, "unable to parse trust domain"},
-		{"a malformed trust domain", func(r *types.FederationRelationship) { r.TrustDomain = "no domain" }, "unable to parse trust domain"},
+		{"no trust domain", func(r *types.FederationRelationship) { r.TrustDomain = "" }, "failed to parse trust domain"},
+		{"a malformed trust domain", func(r *types.FederationRelationship) { r.TrustDomain = "no domain" }, "failed to parse trust domain"},
 		{"no URL", func(r *types.FederationRelationship) { r.BundleEndpointUrl = "" }, "URL is missing"},
 		{"http", func(r *types.FederationRelationship) { r.BundleEndpointUrl = "http://abroad.test/" }, "https scheme"},
 		{"a file", func(r *types.FederationRelationship) { r.BundleEndpointUrl = "file:///etc/shadow" }, "https scheme"},
@@ -220,7 +220,7 @@ func TestBadRelationships(t *testing.T) {
 		{"another trust domain's bundle", func(r *types.FederationRelationship) { r.GetTrustDomainBundle().TrustDomain = "third.test" }, "must match"},
 		{"a broken bundle", func(r *types.FederationRelationship) {
 			r.GetTrustDomainBundle().GetX509Authorities()[0].Asn1 = []byte("x")
-		}, "unable to parse bundle"},
+		}, "failed to parse bundle"},
 	} {
 		t.Run(c.name+" is refused", func(t *testing.T) {
 			bad := proto.CloneOf(good)

@@ -156,8 +156,8 @@ func TestMint(t *testing.T) {
 		ttl  int32
 		part string
 	}{
-		{"without an ID", nil, 0, "expected exactly one URI SAN"},
-		{"with two IDs", []string{"spiffe://example.org/a", "spiffe://example.org/b"}, 0, "expected exactly one URI SAN"},
+		{"without an ID", nil, 0, "CSR URI SAN is required"},
+		{"with two IDs", []string{"spiffe://example.org/a", "spiffe://example.org/b"}, 0, "only one URI SAN is expected"},
 		{"with something that is no SPIFFE ID", []string{"https://example.org/a"}, 0, "CSR URI SAN is invalid"},
 		{"with a foreign ID", []string{"spiffe://elsewhere.test/a"}, 0, "not a member"},
 		{"with the server's ID", []string{"spiffe://example.org/spire/server"}, 0, "reserved"},

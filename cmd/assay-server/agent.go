@@ -238,7 +238,8 @@ func agentPurge() *cobra.Command {
 	r := newRemote("purge", "Forgets agents whose SVID expired long ago and who can attest again", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		client := agentv1.NewAgentClient(conn)
 		all, err := listAgents(ctx, client, &agentv1.ListAgentsRequest{
-			Filter:     &agentv1.ListAgentsRequest_Filter{ByCanReattest: wrapperspb.Bool(true)},
+			// One that is banned stays so: forgotten, it could attest again.
+			Filter:     &agentv1.ListAgentsRequest_Filter{ByCanReattest: wrapperspb.Bool(true), ByBanned: wrapperspb.Bool(false)},
 			OutputMask: &types.AgentMask{X509SvidExpiresAt: true},
 		})
 		if err != nil {

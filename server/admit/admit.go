@@ -335,7 +335,10 @@ func (d *Desk) Ban(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
 		}
 		n.Banned = true
 		n.Serial, n.NewSerial = "", ""
-		n.ExpiresAt, n.NewExpiresAt = time.Time{}, time.Time{}
+		if n.NewExpiresAt.After(n.ExpiresAt) { // what was issued is told still
+			n.ExpiresAt = n.NewExpiresAt
+		}
+		n.NewExpiresAt = time.Time{}
 		return nil
 	})
 	if err != nil {

@@ -279,7 +279,7 @@ func TestBanAndEvict(t *testing.T) {
 	if _, err := d.Ban(t.Context(), agent); err != nil {
 		t.Fatal(err)
 	}
-	if n := b.nodes[agent]; !n.Banned || n.Serial != "" || n.NewSerial != "" || !n.ExpiresAt.IsZero() {
+	if n := b.nodes[agent]; !n.Banned || n.Serial != "" || n.NewSerial != "" || !n.ExpiresAt.Equal(time.Unix(1, 0)) {
 		t.Errorf("banned node is %+v", n)
 	}
 	if _, err := d.Evict(t.Context(), agent); err != nil || len(b.nodes) != 0 {

@@ -133,7 +133,7 @@ func (s *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	version := req.GetAgentVersion()
 	switch {
 	case len(version) > maxAgentVersion:
-		return nil, refusal(codes.InvalidArgument, fmt.Sprintf("agent version is %d bytes long, the limit is %d", len(version), maxAgentVersion))
+		return nil, refusal(codes.InvalidArgument, fmt.Sprintf("agent version is too long (max %d characters)", maxAgentVersion))
 	case strings.ContainsFunc(version, func(r rune) bool { return r < 0x20 || r == 0x7f }):
 		return nil, refusal(codes.InvalidArgument, "agent version contains a control character")
 	}
@@ -256,7 +256,7 @@ func parseCSR(der []byte) (*x509.CertificateRequest, error) {
 	}
 	csr, err := ca.ParseCSR(der)
 	if err != nil {
-		return nil, malformed("malformed CSR", err)
+		return nil, refusal(codes.InvalidArgument, "malformed CSR: "+strings.TrimPrefix(err.Error(), ca.ErrCSR.Error()+": "))
 	}
 	return csr, nil
 }

@@ -92,7 +92,7 @@ func receive(ctx context.Context, stream agentv1.Agent_AttestAgentServer) func()
 		select {
 		case got := <-next:
 			if errors.Is(got.err, io.EOF) {
-				return nil, refusal(codes.InvalidArgument, "stream ended before attestation did")
+				return nil, refusal(codes.InvalidArgument, "failed to receive request from stream: EOF")
 			}
 			return got.req, got.err
 		case <-ctx.Done():

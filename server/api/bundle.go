@@ -15,6 +15,7 @@ import (
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
+	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/view"
@@ -40,12 +41,15 @@ func (s *bundleService) GetBundle(_ context.Context, req *bundlev1.GetBundleRequ
 }
 
 func (s *bundleService) AppendBundle(ctx context.Context, req *bundlev1.AppendBundleRequest) (*types.Bundle, error) {
-	if len(req.GetX509Authorities()) == 0 && len(req.GetJwtAuthorities()) == 0 {
+	if len(req.GetWitAuthorities()) > 0 && !s.api.cfg.WIT {
+		return nil, errNoWIT
+	}
+	if len(req.GetX509Authorities()) == 0 && len(req.GetJwtAuthorities()) == 0 && len(req.GetWitAuthorities()) == 0 {
 		return nil, refusal(codes.InvalidArgument, "no authorities to append")
 	}
 	td := s.api.cfg.TrustDomain
 	more, err := identity.BundleFromWire(&types.Bundle{
-		TrustDomain: td.Name(), X509Authorities: req.GetX509Authorities(), JwtAuthorities: req.GetJwtAuthorities(),
+		TrustDomain: td.Name(), X509Authorities: req.GetX509Authorities(), JwtAuthorities: req.GetJwtAuthorities(), WitAuthorities: req.GetWitAuthorities(),
 	})
 	if err != nil {
 		return nil, malformed("failed to convert authorities", err)
@@ -67,67 +71,102 @@ func (s *bundleService) append(ctx context.Context, more *identity.Bundle) (*ide
 				b.X509 = append(b.X509, a)
 			}
 		}
-		for _, k := range more.JWT {
-			switch at := slices.IndexFunc(b.JWT, func(have identity.JWTAuthority) bool { return have.KeyID == k.KeyID }); {
-			case at < 0:
-				b.JWT = append(b.JWT, k)
-			case !sameKey(b.JWT[at].Key, k.Key):
-				return refusal(codes.AlreadyExists, fmt.Sprintf("key ID %q is that of another key", k.KeyID))
-			}
+		var err error
+		if b.JWT, err = appendKeys(b.JWT, more.JWT); err != nil {
+			return err
 		}
-		if len(b.X509) > identity.MaxAuthorities || len(b.JWT) > identity.MaxAuthorities {
+		if b.WIT, err = appendKeys(b.WIT, more.WIT); err != nil {
+			return err
+		}
+		if max(len(b.X509), len(b.JWT), len(b.WIT)) > identity.MaxAuthorities {
 			return refusal(codes.InvalidArgument, fmt.Sprintf("bundle would have more than %d authorities", identity.MaxAuthorities))
 		}
 		return nil
 	})
 }
 
+func appendKeys(keys, more []identity.JWTAuthority) ([]identity.JWTAuthority, error) {
+	for _, k := range more {
+		switch at := slices.IndexFunc(keys, func(have identity.JWTAuthority) bool { return have.KeyID == k.KeyID }); {
+		case at < 0:
+			keys = append(keys, k)
+		case !sameKey(keys[at].Key, k.Key):
+			return nil, refusal(codes.AlreadyExists, fmt.Sprintf("key ID %q is that of another key", k.KeyID))
+		}
+	}
+	return keys, nil
+}
+
 // PublishJWTAuthority adds the key that a downstream server signs tokens with to the own bundle, and
 // returns all keys in it.
 func (s *bundleService) PublishJWTAuthority(ctx context.Context, req *bundlev1.PublishJWTAuthorityRequest) (*bundlev1.PublishJWTAuthorityResponse, error) {
-	who := caller.FromContext(ctx)
-	if err := s.api.sign.wait(ctx, who.Share(), 1); err != nil {
-		return nil, err
-	}
 	given := req.GetJwtAuthority()
 	if given == nil {
 		return nil, refusal(codes.InvalidArgument, "missing JWT authority")
 	}
-	td := s.api.cfg.TrustDomain
-	more, err := identity.BundleFromWire(&types.Bundle{TrustDomain: td.Name(), JwtAuthorities: []*types.JWTKey{{
+	w, err := s.publish(ctx, ca.KindJWT, &types.Bundle{JwtAuthorities: []*types.JWTKey{{
 		// Whether it is tainted is not the downstream server's to say: nobody could take it back.
 		PublicKey: given.GetPublicKey(), KeyId: given.GetKeyId(), ExpiresAt: given.GetExpiresAt(),
 	}}})
 	if err != nil {
-		return nil, malformed("invalid JWT authority", err)
+		return nil, err
 	}
+	return &bundlev1.PublishJWTAuthorityResponse{JwtAuthorities: w.GetJwtAuthorities()}, nil
+}
+
+// PublishWITAuthority is PublishJWTAuthority for WIT-SVIDs. SPIRE has not built it.
+func (s *bundleService) PublishWITAuthority(ctx context.Context, req *bundlev1.PublishWITAuthorityRequest) (*bundlev1.PublishWITAuthorityResponse, error) {
+	if !s.api.cfg.WIT {
+		return nil, errNoWIT
+	}
+	given := req.GetWitAuthority()
+	if given == nil {
+		return nil, refusal(codes.InvalidArgument, "missing WIT authority")
+	}
+	w, err := s.publish(ctx, ca.KindWIT, &types.Bundle{WitAuthorities: []*types.WITKey{{
+		PublicKey: given.GetPublicKey(), KeyId: given.GetKeyId(), ExpiresAt: given.GetExpiresAt(),
+	}}})
+	if err != nil {
+		return nil, err
+	}
+	return &bundlev1.PublishWITAuthorityResponse{WitAuthorities: w.GetWitAuthorities()}, nil
+}
+
+// publish adds the one key in w, which is of the kind, to the own bundle, and returns that.
+func (s *bundleService) publish(ctx context.Context, kind string, w *types.Bundle) (*types.Bundle, error) {
+	who := caller.FromContext(ctx)
+	if err := s.api.sign.wait(ctx, who.Share(), 1); err != nil {
+		return nil, err
+	}
+	td := s.api.cfg.TrustDomain
+	w.TrustDomain = td.Name()
+	more, err := identity.BundleFromWire(w)
+	if err != nil {
+		return nil, refusal(codes.InvalidArgument, err.Error())
+	}
+	key := append(more.JWT, more.WIT...)[0]
+	failed := "failed to publish " + kindNames[kind] + " key"
 	if a := s.api.Authorities; a != nil {
 		// Whoever verifies elsewhere in the trust domain learns of it from above.
-		if err := a.PublishAbove(ctx, more.JWT[0]); err != nil {
-			return nil, fail("failed to publish JWT key", err)
+		if err := a.PublishAbove(ctx, kind, key); err != nil {
+			return nil, fail(failed, err)
 		}
 	}
 	b, rev, err := s.append(ctx, more)
 	if err != nil {
-		return nil, fail("failed to publish JWT key", err)
+		return nil, fail(failed, err)
 	}
 	ledgerOf(ctx).note(func(l *audit.Line) {
-		l.SPIFFEID, l.Rev, l.Authority, l.ExpiresAt = td.IDString(), rev, more.JWT[0].KeyID, more.JWT[0].ExpiresAt
+		l.SPIFFEID, l.Rev, l.Authority, l.ExpiresAt = td.IDString(), rev, key.KeyID, key.ExpiresAt
 		if len(who.Entries) > 0 {
 			l.EntryID = who.Entries[0].ID
 		}
 	})
 	s.api.settle(ctx, rev)
-	w, err := b.Wire()
-	if err != nil {
+	if w, err = b.Wire(); err != nil {
 		return nil, fail("failed to convert bundle", err)
 	}
-	return &bundlev1.PublishJWTAuthorityResponse{JwtAuthorities: w.GetJwtAuthorities()}, nil
-}
-
-// PublishWITAuthority is not built by SPIRE either.
-func (s *bundleService) PublishWITAuthority(context.Context, *bundlev1.PublishWITAuthorityRequest) (*bundlev1.PublishWITAuthorityResponse, error) {
-	return nil, errNoWIT
+	return w, nil
 }
 
 // sameKey reports whether two public keys are one. A key ID stands for one key: a verifier that finds
@@ -166,7 +205,7 @@ func (s *bundleService) ListFederatedBundles(_ context.Context, req *bundlev1.Li
 }
 
 func (s *bundleService) GetFederatedBundle(_ context.Context, req *bundlev1.GetFederatedBundleRequest) (*types.Bundle, error) {
-	td, err := s.federated(req.GetTrustDomain())
+	td, err := s.federated(req.GetTrustDomain(), "getting a federated bundle for the server's own trust domain is not allowed")
 	if err != nil {
 		return nil, err
 	}
@@ -177,14 +216,14 @@ func (s *bundleService) GetFederatedBundle(_ context.Context, req *bundlev1.GetF
 	return maskBundle(b, req.GetOutputMask())
 }
 
-// federated parses the name of a trust domain that is not our own.
-func (s *bundleService) federated(name string) (spiffeid.TrustDomain, error) {
+// federated parses the name of a trust domain; own refuses our own.
+func (s *bundleService) federated(name, own string) (spiffeid.TrustDomain, error) {
 	td, err := identity.ParseTrustDomain(name)
 	if err != nil {
 		return td, malformed("trust domain argument is not valid", err)
 	}
 	if td == s.api.cfg.TrustDomain {
-		return td, refusal(codes.InvalidArgument, fmt.Sprintf("%q is this server's own trust domain, use GetBundle RPC instead", td.Name()))
+		return td, refusal(codes.InvalidArgument, own)
 	}
 	return td, nil
 }
@@ -197,6 +236,10 @@ const (
 	update              // if there is one
 	set                 // in any case
 )
+
+func (w write) String() string {
+	return [...]string{create: "creating", update: "updating", set: "setting"}[w]
+}
 
 // errAbsent and errPresent say that the condition of a write does not hold.
 var (
@@ -221,7 +264,7 @@ func (s *bundleService) put(ctx context.Context, w *types.Bundle, when write, in
 }
 
 func (s *bundleService) write(ctx context.Context, w *types.Bundle, when write, in *types.BundleMask) (*identity.Bundle, kv.Rev, error) {
-	if _, err := s.federated(w.GetTrustDomain()); err != nil {
+	if _, err := s.federated(w.GetTrustDomain(), when.String()+" a federated bundle for the server's own trust domain is not allowed"); err != nil {
 		return nil, 0, err
 	}
 	given, err := identity.BundleFromWire(w)
@@ -296,7 +339,7 @@ func (s *bundleService) BatchSetFederatedBundle(ctx context.Context, req *bundle
 func (s *bundleService) BatchDeleteFederatedBundle(ctx context.Context, req *bundlev1.BatchDeleteFederatedBundleRequest) (*bundlev1.BatchDeleteFederatedBundleResponse, error) {
 	resp := &bundlev1.BatchDeleteFederatedBundleResponse{}
 	if _, ok := bundlev1.BatchDeleteFederatedBundleRequest_Mode_name[int32(req.GetMode())]; !ok {
-		return nil, refusal(codes.InvalidArgument, "unhandled delete mode")
+		return nil, refusal(codes.InvalidArgument, fmt.Sprintf("failed to parse deletion mode: unhandled delete mode %q", fmt.Sprint(int32(req.GetMode()))))
 	}
 	if err := mayDelete(ctx, req.GetMode()); err != nil {
 		return nil, err
@@ -319,7 +362,7 @@ func (s *bundleService) BatchDeleteFederatedBundle(ctx context.Context, req *bun
 // remove deletes a federated bundle; what becomes of entries that federate with its trust domain is
 // the mode's to say.
 func (s *bundleService) remove(ctx context.Context, name string, mode bundlev1.BatchDeleteFederatedBundleRequest_Mode) (kv.Rev, error) {
-	td, err := s.federated(name)
+	td, err := s.federated(name, "removing the bundle for the server trust domain is not allowed")
 	if err != nil {
 		return 0, err
 	}

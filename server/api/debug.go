@@ -2,6 +2,8 @@ package api
 
 import (
 	"context"
+	"crypto/x509"
+	"slices"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -23,19 +25,13 @@ type debugService struct {
 
 func (s *debugService) GetInfo(context.Context, *debugv1.GetInfoRequest) (*debugv1.GetInfoResponse, error) {
 	a := s.api
-	federated := 0
-	for _, b := range a.View.Bundles() {
-		if b.TrustDomain != a.cfg.TrustDomain {
-			federated++
-		}
-	}
 	resp := &debugv1.GetInfoResponse{
 		Uptime:                clampInt32(int(a.cfg.Now().Sub(a.started) / time.Second)),
 		AgentsCount:           clampInt32(a.View.NodeCount()),
 		EntriesCount:          clampInt32(a.View.EntryCount()),
-		FederatedBundlesCount: clampInt32(federated),
+		FederatedBundlesCount: clampInt32(len(a.View.Bundles())), // as SPIRE counts, the own one too
 	}
-	for _, cert := range a.Chain() {
+	for _, cert := range a.toRoot(a.Chain()) {
 		c := &debugv1.GetInfoResponse_Cert{ExpiresAt: cert.NotAfter.Unix(), Subject: cert.Subject.String()}
 		if len(cert.URIs) == 1 {
 			if id, err := spiffeid.FromURI(cert.URIs[0]); err == nil {
@@ -45,6 +41,21 @@ func (s *debugService) GetInfo(context.Context, *debugv1.GetInfoRequest) (*debug
 		resp.SvidChain = append(resp.SvidChain, c)
 	}
 	return resp, nil
+}
+
+// toRoot returns the chain with the root that it hangs on.
+func (a *API) toRoot(chain []*x509.Certificate) []*x509.Certificate {
+	b, ok := a.View.Bundle(a.cfg.TrustDomain)
+	if !ok || len(chain) == 0 {
+		return chain
+	}
+	last := chain[len(chain)-1]
+	for _, root := range b.X509 {
+		if last.CheckSignatureFrom(root.Certificate) == nil {
+			return append(slices.Clone(chain), root.Certificate)
+		}
+	}
+	return chain
 }
 
 // loggerService is logger.v1.
@@ -78,9 +89,12 @@ func (s *loggerService) GetLogger(context.Context, *loggerv1.GetLoggerRequest) (
 }
 
 func (s *loggerService) SetLogLevel(_ context.Context, req *loggerv1.SetLogLevelRequest) (*types.Logger, error) {
+	if req.GetNewLevel() == types.LogLevel_UNSPECIFIED {
+		return nil, refusal(codes.InvalidArgument, "newLevel value cannot be LogLevel_UNSPECIFIED")
+	}
 	level, ok := levels[req.GetNewLevel()]
 	if !ok {
-		return nil, refusal(codes.InvalidArgument, "log level is missing or unknown")
+		return nil, refusal(codes.InvalidArgument, "unsupported log level")
 	}
 	return s.set(level)
 }

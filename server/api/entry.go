@@ -122,6 +122,9 @@ func createResult(ctx context.Context, asked *identity.Entry, m records.EntryRes
 	switch {
 	case m.Err == nil:
 		line.Rev = rev
+	case errors.Is(m.Err, records.ErrExists) && !similar(asked, m.Entry):
+		r.Entry = nil // the asker would take it for what was asked for
+		err = refusal(codes.AlreadyExists, "failed to create entry: another entry has the ID")
 	case errors.Is(m.Err, records.ErrExists):
 		err = refusal(codes.AlreadyExists, "similar entry already exists")
 	default:
@@ -132,6 +135,11 @@ func createResult(ctx context.Context, asked *identity.Entry, m records.EntryRes
 	}
 	ledgerOf(ctx).item(line, err)
 	return r
+}
+
+// similar reports whether two entries give the same identity to the same workloads.
+func similar(a, b *identity.Entry) bool {
+	return b != nil && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Selectors.Equal(b.Selectors)
 }
 
 // maxUpdates is how many entries of one batch are updated at the same time; they share one write to

@@ -58,11 +58,13 @@ func (a *API) entryFromWire(w *types.Entry) (*identity.Entry, error) {
 		return nil, err
 	}
 	if err := a.checkWorkloadID(e.SPIFFEID); err != nil {
-		return nil, fmt.Errorf("invalid SPIFFE ID: %w", err)
+		return nil, fmt.Errorf("invalid spiffe ID: %w", err)
 	}
 	switch {
 	case !e.ParentID.MemberOf(a.cfg.TrustDomain):
 		return nil, fmt.Errorf("invalid parent ID: %q is not a member of trust domain %q", e.ParentID, a.cfg.TrustDomain.Name())
+	case e.ParentID.Path() == "":
+		return nil, fmt.Errorf("invalid parent ID: %q is not a member of trust domain %q; path is empty", e.ParentID, a.cfg.TrustDomain.Name())
 	case e.Selectors.Len() == 0:
 		return nil, errors.New("selector list is empty")
 	case strings.ContainsFunc(e.ID, func(r rune) bool { return !isEntryIDRune(r) }):
@@ -168,7 +170,7 @@ type wireEntryFilter interface {
 func (a *API) entryFilter(w wireEntryFilter) (view.EntryFilter, error) {
 	var f view.EntryFilter
 	if w.GetBySpiffeId() != nil {
-		id, err := a.memberFromWire(w.GetBySpiffeId())
+		id, err := a.workloadIDFromWire(w.GetBySpiffeId())
 		if err != nil {
 			return f, malformed("malformed SPIFFE ID filter", err)
 		}
@@ -176,6 +178,9 @@ func (a *API) entryFilter(w wireEntryFilter) (view.EntryFilter, error) {
 	}
 	if w.GetByParentId() != nil {
 		id, err := a.memberFromWire(w.GetByParentId())
+		if err == nil && id.Path() == "" {
+			err = fmt.Errorf("%q is not a member of trust domain %q; path is empty", id, a.cfg.TrustDomain.Name())
+		}
 		if err != nil {
 			return f, malformed("malformed parent ID filter", err)
 		}
@@ -193,7 +198,7 @@ func (a *API) entryFilter(w wireEntryFilter) (view.EntryFilter, error) {
 			return f, refusal(codes.InvalidArgument, "malformed federates with filter: match behavior is unknown")
 		}
 		if len(m.GetTrustDomains()) == 0 {
-			return f, malformed("malformed federates with filter", errors.New("trust domain set is empty"))
+			return f, malformed("malformed federates with filter", errors.New("empty trust domain set"))
 		}
 		if len(m.GetTrustDomains()) > identity.MaxFederates {
 			return f, malformed("malformed federates with filter", fmt.Errorf("more than %d trust domains", identity.MaxFederates))
@@ -207,15 +212,14 @@ func (a *API) entryFilter(w wireEntryFilter) (view.EntryFilter, error) {
 		}
 		f.FederatesMatch = m.GetMatch()
 	}
-	if w.GetByHint() != nil {
-		hint := w.GetByHint().GetValue()
+	// As with SPIRE, an empty hint and a false are no filter.
+	if hint := w.GetByHint().GetValue(); hint != "" {
 		if len(hint) > identity.MaxHint {
 			return f, malformed("malformed hint filter", fmt.Errorf("%d bytes long, the limit is %d", len(hint), identity.MaxHint))
 		}
 		f.Hint = &hint
 	}
-	if w.GetByDownstream() != nil {
-		downstream := w.GetByDownstream().GetValue()
+	if downstream := w.GetByDownstream().GetValue(); downstream {
 		f.Downstream = &downstream
 	}
 	return f, nil

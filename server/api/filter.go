@@ -34,7 +34,7 @@ func pageFromWire(size int32, token string) (page, error) {
 		return page{}, refusal(codes.InvalidArgument, "page size is negative")
 	}
 	p := page{size: min(int(size), maxPage)}
-	if token == "" {
+	if size == 0 || token == "" { // as with SPIRE, a token without a size is none
 		return p, nil
 	}
 	rest, ok := strings.CutPrefix(token, tokenMark)

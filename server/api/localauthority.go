@@ -34,8 +34,8 @@ type Authorities interface {
 	Upstream() bool
 	TaintUpstream(ctx context.Context, subjectKeyID string) (kv.Rev, error)
 	RevokeUpstream(ctx context.Context, subjectKeyID string) (kv.Rev, error)
-	// PublishAbove makes the JWT key of a server below this one known above.
-	PublishAbove(ctx context.Context, key identity.JWTAuthority) error
+	// PublishAbove makes the key of a server below this one, that verifies tokens of the kind, known above.
+	PublishAbove(ctx context.Context, kind string, key identity.JWTAuthority) error
 }
 
 // authorityService is localauthority.v1. SPIRE has not built what is about WIT authorities either.
@@ -175,7 +175,10 @@ func (s *authorityService) activate(ctx context.Context, kind, id string) (*loca
 			err = refusal(codes.InvalidArgument, "unexpected authority ID")
 		case errors.Is(err, ca.ErrNotPrepared):
 			// What SPIRE answers. It is not the server's fault; clients look at the message.
-			err = refusal(codes.Internal, "only Prepared authorities can be activated")
+			err = refusal(codes.Internal, "only Prepared authorities can be activated: unsupported local authority status: OLD")
+			if active, _, _ := s.state(kind); active != nil && active.AuthorityID == id {
+				err = refusal(codes.InvalidArgument, "unexpected authority ID")
+			}
 		default:
 			err = fail("failed to activate "+kindNames[kind]+" authority", err)
 		}

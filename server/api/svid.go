@@ -363,8 +363,11 @@ func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVID
 	if err != nil {
 		return nil, err
 	}
-	if len(csr.URIs) != 1 {
-		return nil, malformed("CSR URI SAN is invalid", fmt.Errorf("expected exactly one URI SAN, found %d", len(csr.URIs)))
+	switch {
+	case len(csr.URIs) == 0:
+		return nil, refusal(codes.InvalidArgument, "CSR URI SAN is required")
+	case len(csr.URIs) > 1:
+		return nil, refusal(codes.InvalidArgument, "only one URI SAN is expected")
 	}
 	id, err := spiffeid.FromURI(csr.URIs[0])
 	if err == nil {

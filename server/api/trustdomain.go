@@ -123,6 +123,9 @@ func (s *trustDomainService) BatchDeleteFederationRelationship(ctx context.Conte
 	resp := &trustdomainv1.BatchDeleteFederationRelationshipResponse{}
 	for _, name := range req.GetTrustDomains() {
 		r := &trustdomainv1.BatchDeleteFederationRelationshipResponse_Result{Status: itemOK(), TrustDomain: name}
+		if td, err := identity.ParseTrustDomain(name); err == nil {
+			r.TrustDomain = td.Name() // which may have been given as an ID
+		}
 		rev, err := s.remove(ctx, name)
 		ledgerOf(ctx).item(audit.Line{SPIFFEID: "spiffe://" + name, Rev: rev}, err)
 		if err != nil {
@@ -137,7 +140,7 @@ func (s *trustDomainService) BatchDeleteFederationRelationship(ctx context.Conte
 func (s *trustDomainService) RefreshBundle(ctx context.Context, req *trustdomainv1.RefreshBundleRequest) (*emptypb.Empty, error) {
 	td, err := identity.ParseTrustDomain(req.GetTrustDomain())
 	if err != nil {
-		return nil, malformed("trust domain argument is not valid", err)
+		return nil, malformed("failed to parse trust domain", err)
 	}
 	ledgerOf(ctx).note(func(l *audit.Line) { l.SPIFFEID = td.IDString() })
 	rev, known, err := s.api.Refresher.Refresh(ctx, td)
@@ -166,7 +169,7 @@ func (s *trustDomainService) federationFromWire(w *types.FederationRelationship,
 	}
 	td, err := identity.ParseTrustDomain(w.GetTrustDomain())
 	if err != nil {
-		return nil, nil, malformed(what, fmt.Errorf("unable to parse trust domain: %w", err))
+		return nil, nil, malformed(what, fmt.Errorf("failed to parse trust domain: %w", err))
 	}
 	f := &records.Federation{TrustDomain: td, URL: w.GetBundleEndpointUrl()}
 	if mask != nil && !mask.GetBundleEndpointUrl() {
@@ -177,13 +180,13 @@ func (s *trustDomainService) federationFromWire(w *types.FederationRelationship,
 		case *types.FederationRelationship_HttpsWeb:
 		case *types.FederationRelationship_HttpsSpiffe:
 			if f.EndpointID, err = spiffeid.FromString(profile.HttpsSpiffe.GetEndpointSpiffeId()); err != nil {
-				return nil, nil, malformed(what, fmt.Errorf("unable to parse endpoint SPIFFE ID: %w", err))
+				return nil, nil, malformed(what, fmt.Errorf("failed to parse endpoint SPIFFE ID: %w", err))
 			}
 			if err := identity.CheckID(f.EndpointID); err != nil {
-				return nil, nil, malformed(what, fmt.Errorf("unable to parse endpoint SPIFFE ID: %w", err))
+				return nil, nil, malformed(what, fmt.Errorf("failed to parse endpoint SPIFFE ID: %w", err))
 			}
 		default:
-			return nil, nil, malformed(what, errors.New("unsupported bundle endpoint profile type"))
+			return nil, nil, malformed(what, fmt.Errorf("unsupported bundle endpoint profile type: %T", profile))
 		}
 	}
 	if err := f.Check(); err != nil {
@@ -195,7 +198,7 @@ func (s *trustDomainService) federationFromWire(w *types.FederationRelationship,
 	b, err := identity.BundleFromWire(w.GetTrustDomainBundle())
 	switch {
 	case err != nil:
-		return nil, nil, malformed(what, fmt.Errorf("unable to parse bundle: %w", err))
+		return nil, nil, malformed(what, fmt.Errorf("failed to parse bundle: %w", err))
 	case b.TrustDomain != td:
 		return nil, nil, malformed(what, fmt.Errorf("trust domain bundle (%q) must match the trust domain of the federation relationship (%q)", b.TrustDomain.Name(), td.Name()))
 	}
@@ -284,7 +287,7 @@ func (s *trustDomainService) put(ctx context.Context, given *identity.Bundle) (*
 		return nil, 0, nil
 	}
 	b, rev, err := s.api.Records.UpdateBundle(ctx, given.TrustDomain, func(b *identity.Bundle) error {
-		b.X509, b.JWT, b.RefreshHint, b.Origin = given.X509, given.JWT, given.RefreshHint, 0
+		b.X509, b.JWT, b.WIT, b.RefreshHint, b.Origin = given.X509, given.JWT, given.WIT, given.RefreshHint, 0
 		return nil
 	})
 	if err != nil {

@@ -35,6 +35,7 @@ import (
 const (
 	kindAbove    = "upstream"
 	kindAboveJWT = "upstream-jwt"
+	kindAboveWIT = "upstream-wit"
 
 	stateFollowed = "followed"
 )
@@ -56,7 +57,12 @@ const farAway = 10 * 365 * 24 * time.Hour
 
 func aboveID(kind, id string) string { return kind + "-" + id }
 
-func isAbove(kind string) bool { return kind == kindAbove || kind == kindAboveJWT }
+func isAbove(kind string) bool {
+	return kind == kindAbove || kind == kindAboveJWT || kind == kindAboveWIT
+}
+
+// aboveKinds are the kinds of token keys, as their lines are when they are heard of from above.
+var aboveKinds = map[string]string{KindJWT: kindAboveJWT, KindWIT: kindAboveWIT}
 
 // hangsOn says whether the authority's chain leads to the root.
 func (a *authority) hangsOn(root string) bool {
@@ -201,22 +207,25 @@ func (c *CA) absorb(ctx context.Context, now time.Time) error {
 
 // takeIn puts what is new of what was heard into changed. mu is held.
 func (c *CA) takeIn(changed map[string]*authority, news *upstream.Bundle, now time.Time) {
-	c.roots, c.keysAbove, c.there = news.X509, news.JWT, map[string]bool{}
+	c.roots, c.there = news.X509, map[string]bool{}
+	c.keysAbove = map[string][]identity.JWTAuthority{KindJWT: news.JWT, KindWIT: news.WIT}
 	for _, a := range news.X509 {
 		id := upstream.RootID(a.Certificate)
 		c.there[aboveID(kindAbove, id)] = true
 		c.noteAbove(changed, kindAbove, id, a.Tainted, a.Certificate.NotAfter, now)
 	}
-	for _, k := range news.JWT {
-		if own := c.lines[k.KeyID]; own != nil && own.line.Kind == KindJWT {
-			continue // our own, come back from above
+	for _, kind := range []string{KindJWT, KindWIT} {
+		for _, k := range c.keysAbove[kind] {
+			if own := c.lines[k.KeyID]; own != nil && own.line.Kind == kind {
+				continue // our own, come back from above
+			}
+			until := k.ExpiresAt
+			if until.IsZero() {
+				until = now.Add(farAway)
+			}
+			c.there[aboveID(aboveKinds[kind], k.KeyID)] = true
+			c.noteAbove(changed, aboveKinds[kind], k.KeyID, k.Tainted, until, now)
 		}
-		until := k.ExpiresAt
-		if until.IsZero() {
-			until = now.Add(farAway)
-		}
-		c.there[aboveID(kindAboveJWT, k.KeyID)] = true
-		c.noteAbove(changed, kindAboveJWT, k.KeyID, k.Tainted, until, now)
 	}
 }
 
@@ -274,18 +283,19 @@ func (c *CA) missAbove(changed map[string]*authority, now time.Time) {
 	}
 }
 
-// mergeAbove adds what is believed above to the lists of a bundle, and takes away what is not.
-func (c *CA) mergeAbove(x509s []identity.X509Authority, jwts []identity.JWTAuthority, now time.Time) ([]identity.X509Authority, []identity.JWTAuthority, bool) {
-	changed := false
-	state := func(kind, id string) string {
-		if line := c.lines[aboveID(kind, id)]; line != nil {
-			return line.line.State
-		}
-		return ""
+// stateAbove is what has become of an authority above; empty if it was not heard of.
+func (c *CA) stateAbove(kind, id string) string {
+	if line := c.lines[aboveID(kind, id)]; line != nil {
+		return line.line.State
 	}
-	kept := make([]identity.X509Authority, 0, len(x509s)+len(c.roots))
+	return ""
+}
+
+// mergeRoots adds the roots that are believed above to those of a bundle, and takes away what is not.
+func (c *CA) mergeRoots(x509s []identity.X509Authority, now time.Time) (kept []identity.X509Authority, changed bool) {
+	kept = make([]identity.X509Authority, 0, len(x509s)+len(c.roots))
 	for _, a := range x509s {
-		st := state(kindAbove, upstream.RootID(a.Certificate))
+		st := c.stateAbove(kindAbove, upstream.RootID(a.Certificate))
 		if st == StateRevoked {
 			changed = true
 			continue
@@ -297,51 +307,61 @@ func (c *CA) mergeAbove(x509s []identity.X509Authority, jwts []identity.JWTAutho
 	}
 	limit := now.Add(-pruneAfter)
 	for _, a := range c.roots {
-		st := state(kindAbove, upstream.RootID(a.Certificate))
+		st := c.stateAbove(kindAbove, upstream.RootID(a.Certificate))
 		known := slices.ContainsFunc(kept, func(b identity.X509Authority) bool { return b.Certificate.Equal(a.Certificate) })
 		if st == StateRevoked || known || !a.Certificate.NotAfter.After(limit) || c.revokedX509(a.Certificate) {
 			continue
 		}
 		kept, changed = append(kept, identity.X509Authority{Certificate: a.Certificate, Tainted: st == StateTainted}), true
 	}
-	keptJWT := make([]identity.JWTAuthority, 0, len(jwts)+len(c.keysAbove))
-	for _, k := range jwts {
-		switch st := state(kindAboveJWT, k.KeyID); {
+	return kept, changed
+}
+
+// mergeKeys does so with keys of tokens.
+func (c *CA) mergeKeys(kind string, keys []identity.JWTAuthority, now time.Time) (kept []identity.JWTAuthority, changed bool) {
+	limit := now.Add(-pruneAfter)
+	kept = make([]identity.JWTAuthority, 0, len(keys)+len(c.keysAbove[kind]))
+	for _, k := range keys {
+		switch st := c.stateAbove(aboveKinds[kind], k.KeyID); {
 		case st == StateRevoked && c.lines[k.KeyID] == nil:
 			changed = true
 			continue
 		case st == StateTainted && !k.Tainted:
 			k.Tainted, changed = true, true
 		}
-		keptJWT = append(keptJWT, k)
+		kept = append(kept, k)
 	}
-	for _, k := range c.keysAbove {
-		known := slices.ContainsFunc(keptJWT, func(b identity.JWTAuthority) bool { return b.KeyID == k.KeyID })
-		st := state(kindAboveJWT, k.KeyID)
+	for _, k := range c.keysAbove[kind] {
+		known := slices.ContainsFunc(kept, func(b identity.JWTAuthority) bool { return b.KeyID == k.KeyID })
+		st := c.stateAbove(aboveKinds[kind], k.KeyID)
 		if known || st == StateRevoked || c.lines[k.KeyID] != nil || !k.ExpiresAt.IsZero() && !k.ExpiresAt.After(limit) {
 			continue
 		}
 		k.Tainted = st == StateTainted
-		keptJWT, changed = append(keptJWT, k), true
+		kept, changed = append(kept, k), true
 	}
-	return kept, keptJWT, changed
+	return kept, changed
 }
 
-// PublishAbove makes the JWT key of a server below this one known to the authority above, if there is one
-// that takes them.
-func (c *CA) PublishAbove(ctx context.Context, key identity.JWTAuthority) error {
+// PublishAbove makes the key of a server below this one known to the authority above, if there is one that
+// takes them. It verifies tokens of the kind.
+func (c *CA) PublishAbove(ctx context.Context, kind string, key identity.JWTAuthority) error {
 	if c.cfg.Upstream == nil {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, upstream.Patience)
 	defer cancel()
-	if err := c.cfg.Upstream.PublishJWT(ctx, key); err != nil && !errors.Is(err, upstream.ErrNoJWT) {
-		return fmt.Errorf("publish JWT key at the upstream authority: %w", err)
+	publish := c.cfg.Upstream.PublishJWT
+	if kind == KindWIT {
+		publish = c.cfg.Upstream.PublishWIT
+	}
+	if err := publish(ctx, key); err != nil && !errors.Is(err, upstream.ErrNoJWT) {
+		return fmt.Errorf("publish %s key at the upstream authority: %w", strings.ToUpper(kind), err)
 	}
 	return nil
 }
 
-// tellAbove publishes the own JWT keys above, those that are not known there yet. mu is not held: it may
+// tellAbove publishes the own keys of tokens above, those that are not known there yet. mu is not held: it may
 // take its time.
 func (c *CA) tellAbove(ctx context.Context) error {
 	if c.cfg.Upstream == nil {
@@ -350,16 +370,18 @@ func (c *CA) tellAbove(ctx context.Context) error {
 	c.mu.Lock()
 	var untold []*authority
 	for _, a := range c.lines {
-		if a.line.Kind == KindJWT && (a.line.State == StatePrepared || a.line.State == StateActive) && !c.told[a.line.AuthorityID] {
+		if isToken(a.line.Kind) && (a.line.State == StatePrepared || a.line.State == StateActive) && !c.told[a.line.AuthorityID] {
 			untold = append(untold, a)
 		}
 	}
-	if next := c.pending[KindJWT]; next != nil && !c.told[next.line.AuthorityID] {
-		untold = append(untold, next.authority)
+	for kind := range aboveKinds {
+		if next := c.pending[kind]; next != nil && !c.told[next.line.AuthorityID] {
+			untold = append(untold, next.authority)
+		}
 	}
 	c.mu.Unlock()
 	for _, a := range untold {
-		if err := c.PublishAbove(ctx, identity.JWTAuthority{KeyID: a.line.AuthorityID, Key: a.public, ExpiresAt: a.line.NotAfter}); err != nil {
+		if err := c.PublishAbove(ctx, a.line.Kind, identity.JWTAuthority{KeyID: a.line.AuthorityID, Key: a.public, ExpiresAt: a.line.NotAfter}); err != nil {
 			return err
 		}
 		c.mu.Lock()
@@ -369,7 +391,7 @@ func (c *CA) tellAbove(ctx context.Context) error {
 	return nil
 }
 
-// untold says of a JWT authority that it is not known above yet.
+// untold says of an authority of tokens that it is not known above yet.
 func (c *CA) untold(a *authority) bool {
-	return c.cfg.Upstream != nil && a.line.Kind == KindJWT && !c.told[a.line.AuthorityID]
+	return c.cfg.Upstream != nil && isToken(a.line.Kind) && !c.told[a.line.AuthorityID]
 }

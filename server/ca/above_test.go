@@ -94,6 +94,10 @@ func (a *above) PublishJWT(_ context.Context, key identity.JWTAuthority) error {
 	return nil
 }
 
+func (a *above) PublishWIT(ctx context.Context, key identity.JWTAuthority) error {
+	return a.PublishJWT(ctx, key)
+}
+
 func (a *above) Follow(context.Context, func(upstream.Bundle)) error { return upstream.ErrNoBundle }
 
 // nested makes a CA below a, whose clock is that of its certificates.

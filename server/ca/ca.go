@@ -160,9 +160,9 @@ type CA struct {
 	// bundleRev is the revision of the last bundle that this CA wrote, 0 if it wrote none. mu guards it.
 	bundleRev kv.Rev
 	// roots and keysAbove are what was heard from above, there their lines' IDs, absorbed the news that they
-	// are from, and told the JWT keys that are known there. mu guards them.
+	// are from, and told the keys of tokens that are known there. mu guards them.
 	roots     []identity.X509Authority
-	keysAbove []identity.JWTAuthority
+	keysAbove map[string][]identity.JWTAuthority
 	there     map[string]bool
 	absorbed  *upstream.Bundle
 	told      map[string]bool

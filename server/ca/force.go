@@ -123,9 +123,9 @@ func (c *CA) heard(ctx context.Context, kind, id string) {
 // agents that do not have it in their bundle yet, and then for nobody: an operator who replaces a stolen
 // key is not held up by an agent that hangs.
 func (c *CA) ActivateAuthority(ctx context.Context, kind, id string) (records.Journal, error) {
-	if kind == KindJWT {
+	if isToken(kind) {
 		if err := c.tellAbove(ctx); err != nil {
-			c.log.WithError(err).Error("The upstream authority does not know the JWT key that is being activated: who verifies elsewhere in the trust domain will not either")
+			c.log.WithError(err).Error("The upstream authority does not know the key that is being activated: who verifies elsewhere in the trust domain will not either")
 		}
 	}
 	c.heard(ctx, kind, id)

@@ -422,10 +422,11 @@ func (c *CA) merge(b *identity.Bundle, now time.Time) (changed bool) {
 		}
 		changed = changed || entryChanged
 	}
-	b.WIT = wits
-	var aboveChanged bool
-	b.X509, b.JWT, aboveChanged = c.mergeAbove(x509s, jwts, now)
-	return changed || aboveChanged
+	var rootsChanged, jwtsChanged, witsChanged bool
+	b.X509, rootsChanged = c.mergeRoots(x509s, now)
+	b.JWT, jwtsChanged = c.mergeKeys(KindJWT, jwts, now)
+	b.WIT, witsChanged = c.mergeKeys(KindWIT, wits, now)
+	return changed || rootsChanged || jwtsChanged || witsChanged
 }
 
 // revokedX509 and revokedKey say of an authority in a bundle that it was revoked, whoever put it there.

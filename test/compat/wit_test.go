@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/ecdsa"
 	"encoding/json"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -126,4 +128,66 @@ func TestWIT(t *testing.T) {
 			t.Errorf("it says %q, %v", out, err)
 		}
 	})
+}
+
+// TestNestedWIT is about a server that signs WIT-SVIDs below another that does: each verifies what the other
+// signs, from the start and after a rotation.
+func TestNestedWIT(t *testing.T) {
+	top := newSite(t, func(s *site.Site) { s.ServerExtra = "wit_svids = true" })
+	agent := newAgent(t, top, "above")
+	e := newEntry(onlyAgent(t, top), "/below")
+	e.Downstream = true
+	createEntry(t, entries(t, top), e)
+	below := newSite(t, func(s *site.Site) {
+		s.ServerExtra = "wit_svids = true"
+		s.ServerBlocks = fmt.Sprintf("node_attestor \"join_token\" {}\nupstream_authority \"spire\" {\n  server_address = \"127.0.0.1\"\n  server_port = %d\n  workload_api_socket = %q\n}", top.Port, agent.Socket)
+	})
+	verifies := func(by, at *site.Site) error {
+		out, err := by.ServerCLI(t.Context(), "wit", "mint", "-spiffeID", "spiffe://example.org/shop", "-output", "json")
+		if err != nil {
+			return err
+		}
+		var minted struct{ Token string }
+		unmarshal(t, out, &minted)
+		keys, err := at.ServerCLI(t.Context(), "bundle", "show", "-format", "spiffe")
+		if err != nil {
+			return err
+		}
+		var all struct {
+			Keys []map[string]any `json:"keys"`
+		}
+		unmarshal(t, keys, &all)
+		all.Keys = slices.DeleteFunc(all.Keys, func(k map[string]any) bool { return k["use"] != "wit-svid" })
+		only, err := json.Marshal(all)
+		if err != nil {
+			return err
+		}
+		bundle, err := witbundle.Parse(spiffeid.RequireTrustDomainFromString(site.TrustDomain), only)
+		if err == nil {
+			_, err = witsvid.ParseAndValidate(minted.Token, bundle)
+		}
+		return err
+	}
+	both := func(when string) {
+		t.Helper()
+		for what, sites := range map[string][2]*site.Site{"below, verified above": {below, top}, "above, verified below": {top, below}} {
+			err := below.Server().WaitFor(patiently(t), "a WIT-SVID signed "+what, func() error { return verifies(sites[0], sites[1]) })
+			if err != nil {
+				t.Errorf("%s: %v", when, err)
+			}
+		}
+	}
+	both("at first")
+	for name, s := range map[string]*site.Site{"below": below, "above": top} {
+		out, err := s.ServerCLI(t.Context(), "localauthority", "wit", "prepare", "-output", "json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var state map[string]map[string]string
+		unmarshal(t, out, &state)
+		if out, err := s.ServerCLI(t.Context(), "localauthority", "wit", "activate", "-authorityID", state["prepared_authority"]["authority_id"]); err != nil {
+			t.Fatalf("%s: %s, %v", name, out, err)
+		}
+	}
+	both("after both were rotated")
 }

@@ -63,11 +63,6 @@ func fixed(m proto.Message) message { return func(*ground, []byte) proto.Message
 // call is a sample with one message.
 func call(as string, m message) sample { return sample{as: as, messages: []message{m}} }
 
-// notYet is a sample of a method that is not served yet. When it is, its sample must say what is good.
-func notYet(as string, m proto.Message) sample {
-	return sample{as: as, code: codes.Unimplemented, messages: []message{fixed(m)}}
-}
-
 func (s sample) quietly() sample   { s.quiet = true; return s }
 func (s sample) endlessly() sample { s.endless = true; return s }
 
@@ -103,9 +98,9 @@ var samples = map[string]sample{
 
 	"/spire.api.server.bundle.v1.Bundle/CountBundles":         call("admin", fixed(&bundlev1.CountBundlesRequest{})),
 	"/spire.api.server.bundle.v1.Bundle/GetBundle":            call("anyone", fixed(&bundlev1.GetBundleRequest{OutputMask: &types.BundleMask{X509Authorities: true}})).quietly(),
-	"/spire.api.server.bundle.v1.Bundle/AppendBundle":         call("admin", fixed(&bundlev1.AppendBundleRequest{X509Authorities: aBundle("").X509Authorities, JwtAuthorities: aBundle("").JwtAuthorities})),
+	"/spire.api.server.bundle.v1.Bundle/AppendBundle":         call("admin", fixed(&bundlev1.AppendBundleRequest{X509Authorities: aBundle("").X509Authorities, JwtAuthorities: aBundle("").JwtAuthorities, WitAuthorities: []*types.WITKey{aWITKey()}})),
 	"/spire.api.server.bundle.v1.Bundle/PublishJWTAuthority":  call("downstream", fixed(&bundlev1.PublishJWTAuthorityRequest{JwtAuthority: aBundle("").JwtAuthorities[0]})),
-	"/spire.api.server.bundle.v1.Bundle/PublishWITAuthority":  notYet("downstream", &bundlev1.PublishWITAuthorityRequest{WitAuthority: &types.WITKey{KeyId: "w"}}),
+	"/spire.api.server.bundle.v1.Bundle/PublishWITAuthority":  call("downstream", fixed(&bundlev1.PublishWITAuthorityRequest{WitAuthority: aWITKey()})),
 	"/spire.api.server.bundle.v1.Bundle/ListFederatedBundles": call("admin", fixed(&bundlev1.ListFederatedBundlesRequest{PageSize: 2})),
 	"/spire.api.server.bundle.v1.Bundle/GetFederatedBundle": call("admin", func(g *ground, _ []byte) proto.Message {
 		return &bundlev1.GetFederatedBundleRequest{TrustDomain: g.federated()}
@@ -337,6 +332,11 @@ func aBundle(td string) *types.Bundle {
 		X509Authorities: []*types.X509Certificate{{Asn1: anAuthority}},
 		JwtAuthorities:  []*types.JWTKey{{PublicKey: pkix, KeyId: "k", ExpiresAt: time.Now().Add(time.Hour).Unix()}},
 	}
+}
+
+func aWITKey() *types.WITKey {
+	k := aBundle("").GetJwtAuthorities()[0]
+	return &types.WITKey{PublicKey: k.GetPublicKey(), KeyId: "w", ExpiresAt: k.GetExpiresAt()}
 }
 
 var anAuthority = newAuthority()

@@ -171,7 +171,7 @@ func keysFromWire[K wireKey](kind string, list []K) ([]JWTAuthority, error) {
 		case err != nil:
 			return nil, fmt.Errorf("invalid %s authority: expiry: %w", kind, err)
 		case k.GetKeyId() == "":
-			return nil, fmt.Errorf("invalid %s authority: key ID is missing", kind)
+			return nil, fmt.Errorf("invalid %s authority: missing key ID", kind)
 		case len(k.GetKeyId()) > MaxKeyID:
 			return nil, fmt.Errorf("invalid %s authority: key ID is %d bytes long, the limit is %d", kind, len(k.GetKeyId()), MaxKeyID)
 		case slices.ContainsFunc(out, func(a JWTAuthority) bool { return a.KeyID == k.GetKeyId() }):

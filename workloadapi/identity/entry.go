@@ -87,7 +87,7 @@ func EntryFromWire(w *types.Entry) (*Entry, error) {
 	}
 	var err error
 	if e.SPIFFEID, err = IDFromWire(w.GetSpiffeId()); err != nil {
-		return nil, fmt.Errorf("invalid SPIFFE ID: %w", err)
+		return nil, fmt.Errorf("invalid spiffe ID: %w", err)
 	}
 	// An agent asks for its entries without the parent.
 	if w.GetParentId() != nil {
@@ -117,7 +117,7 @@ func EntryFromWire(w *types.Entry) (*Entry, error) {
 	case len(e.ID) > MaxEntryID:
 		return nil, fmt.Errorf("invalid entry ID: %d bytes long, the limit is %d", len(e.ID), MaxEntryID)
 	case len(e.Hint) > MaxHint:
-		return nil, fmt.Errorf("invalid hint: %d bytes long, the limit is %d", len(e.Hint), MaxHint)
+		return nil, fmt.Errorf("hint is too long, max length is %d characters", MaxHint)
 	case len(e.DNSNames) > MaxDNSNames:
 		return nil, fmt.Errorf("invalid DNS names: %d of them, the limit is %d", len(e.DNSNames), MaxDNSNames)
 	case e.Revision < 0:

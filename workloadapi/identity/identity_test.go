@@ -69,7 +69,7 @@ func TestEntry(t *testing.T) {
 		"no trust domain":             func(e *types.Entry) { e.SpiffeId.TrustDomain = "" },
 		"an upper-case trust domain":  func(e *types.Entry) { e.SpiffeId.TrustDomain = "Example.org" },
 		"a trust domain with a port":  func(e *types.Entry) { e.SpiffeId.TrustDomain = "example.org:80" },
-		"an ID in place of a domain":  func(e *types.Entry) { e.SpiffeId.TrustDomain = "spiffe://example.org" },
+		"an ID in place of a domain":  func(e *types.Entry) { e.SpiffeId.TrustDomain = "spiffe://example.org/x" },
 		"a path without a slash":      func(e *types.Entry) { e.SpiffeId.Path = "shop" },
 		"a trailing slash":            func(e *types.Entry) { e.SpiffeId.Path = "/shop/" },
 		"an empty segment":            func(e *types.Entry) { e.SpiffeId.Path = "/a//b" },

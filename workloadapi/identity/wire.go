@@ -3,6 +3,7 @@ package identity
 import (
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -61,7 +62,8 @@ func IDFromWire(w *types.SPIFFEID) (spiffeid.ID, error) {
 	if err != nil {
 		return spiffeid.ID{}, err
 	}
-	if td.Name() != w.GetTrustDomain() { // it was given as a whole ID
+	// SPIRE takes the trust domain's own ID for its name, and no other.
+	if given := strings.TrimPrefix(w.GetTrustDomain(), "spiffe://"); td.Name() != given {
 		return spiffeid.ID{}, errors.New("trust domain must be a name, not a SPIFFE ID")
 	}
 	return spiffeid.FromPath(td, w.GetPath())
@@ -80,7 +82,14 @@ func SelectorsFromWire(ws []*types.Selector) (attestor.Set, error) {
 	list := make([]attestor.Selector, 0, len(ws))
 	for _, w := range ws {
 		s := attestor.Selector{Type: w.GetType(), Value: w.GetValue()}
-		if err := s.Check(); err != nil {
+		switch err := s.Check(); { // the first three in SPIRE's words
+		case s.Type == "":
+			return attestor.Set{}, errors.New("missing selector type")
+		case s.Value == "":
+			return attestor.Set{}, errors.New("missing selector value")
+		case strings.Contains(s.Type, ":"):
+			return attestor.Set{}, errors.New("selector type contains ':'")
+		case err != nil:
 			return attestor.Set{}, fmt.Errorf("invalid selectors: %w", err)
 		}
 		list = append(list, s)

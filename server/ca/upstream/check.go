@@ -197,7 +197,7 @@ func (c *Checked) try(key crypto.Signer, td spiffeid.TrustDomain, now time.Time)
 
 // CheckBundle looks at what an upstream authority publishes, and returns what of it is of use.
 func CheckBundle(b Bundle, now time.Time) (Bundle, error) {
-	if n := max(len(b.X509), len(b.JWT)); n > identity.MaxAuthorities {
+	if n := max(len(b.X509), len(b.JWT), len(b.WIT)); n > identity.MaxAuthorities {
 		return Bundle{}, refuse("its bundle has %d authorities, the limit is %d", n, identity.MaxAuthorities)
 	}
 	var out Bundle
@@ -218,19 +218,32 @@ func CheckBundle(b Bundle, now time.Time) (Bundle, error) {
 		}
 		return Bundle{}, refuse("its bundle has no X.509 authority that is of use: %w", useless)
 	}
+	var err error
+	if out.JWT, err = checkKeys("JWT", b.JWT, now); err != nil {
+		return Bundle{}, err
+	}
+	if out.WIT, err = checkKeys("WIT", b.WIT, now); err != nil {
+		return Bundle{}, err
+	}
+	return out, nil
+}
+
+// checkKeys returns those that have not expired.
+func checkKeys(kind string, list []identity.JWTAuthority, now time.Time) ([]identity.JWTAuthority, error) {
+	var out []identity.JWTAuthority
 	seen := map[string]bool{}
-	for _, k := range b.JWT {
+	for _, k := range list {
 		switch {
 		case k.KeyID == "" || seen[k.KeyID]:
-			return Bundle{}, refuse("its bundle has two JWT keys of one ID, or one without")
+			return nil, refuse("its bundle has two %s keys of one ID, or one without", kind)
 		case !k.ExpiresAt.IsZero() && now.After(k.ExpiresAt):
 			continue
 		}
 		if err := identity.CheckKey(k.Key); err != nil {
-			return Bundle{}, refuse("its bundle has a JWT key that is refused: %w", err)
+			return nil, refuse("its bundle has a %s key that is refused: %w", kind, err)
 		}
 		seen[k.KeyID] = true
-		out.JWT = append(out.JWT, k)
+		out = append(out, k)
 	}
 	return out, nil
 }

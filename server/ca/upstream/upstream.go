@@ -54,6 +54,7 @@ type Signed struct {
 type Bundle struct {
 	X509 []identity.X509Authority
 	JWT  []identity.JWTAuthority
+	WIT  []identity.JWTAuthority
 }
 
 // Limits of what is taken from an upstream authority.
@@ -89,6 +90,8 @@ type Authority interface {
 	Sign(ctx context.Context, r Request) (*Signed, error)
 	// PublishJWT makes a key known from above, or returns an error wrapping ErrNoJWT.
 	PublishJWT(ctx context.Context, key identity.JWTAuthority) error
+	// PublishWIT does so with a key that verifies WIT-SVIDs.
+	PublishWIT(ctx context.Context, key identity.JWTAuthority) error
 	// Follow calls fn with what is published, at once and after every change, until ctx ends or following
 	// fails. It returns an error wrapping ErrNoBundle if there is nothing to follow.
 	Follow(ctx context.Context, fn func(Bundle)) error

@@ -76,11 +76,7 @@ func newTarget(t *testing.T) *target {
 	}
 	t.Cleanup(func() { conn.Close() })
 	g.conn = conn
-	list, err := agentv1.NewAgentClient(conn).ListAgents(t.Context(), &agentv1.ListAgentsRequest{Filter: &agentv1.ListAgentsRequest_Filter{}})
-	if err != nil || len(list.GetAgents()) == 0 {
-		t.Fatalf("find the agent: %v, %v", list, err)
-	}
-	g.agentID = list.GetAgents()[0].GetId()
+	g.agentID = onlyAgent(t, g)
 	return g
 }
 
@@ -157,9 +153,15 @@ func (g *target) api(t *testing.T, args ...string) string {
 // eventually asks until there is no error.
 func eventually(t *testing.T, what string, ask func() error) {
 	t.Helper()
+	every(t, 100*time.Millisecond, what, ask)
+}
+
+// every is eventually with a pause.
+func every(t *testing.T, pause time.Duration, what string, ask func() error) {
+	t.Helper()
 	deadline := time.NewTimer(patience)
 	defer deadline.Stop()
-	tick := time.NewTicker(100 * time.Millisecond)
+	tick := time.NewTicker(pause)
 	defer tick.Stop()
 	for {
 		err := ask()
@@ -262,6 +264,7 @@ func code(t *testing.T, err error, want codes.Code) {
 }
 
 func TestSPIRE(t *testing.T) {
+	t.Parallel()
 	g := newTarget(t)
 	t.Run("entries", g.entries)
 	t.Run("fetch-x509-svids", g.fetchX509)

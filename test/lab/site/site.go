@@ -270,6 +270,8 @@ type Agent struct {
 type AgentOptions struct {
 	// Blocks replace the attestor blocks. Empty: join_token, and unix with discover_workload_path.
 	Blocks string
+	// SPIRENode takes the place of a spire-agent's join token, as Blocks do with ours.
+	SPIRENode string
 	// Docker is the socket of an engine whose containers are attested; Blocks must be empty.
 	Docker string
 	// Extra is put inside the agent block.

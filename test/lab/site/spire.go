@@ -9,6 +9,8 @@ import (
 // Assay's is run then. Options whose keys SPIRE does not have are for the caller to leave out.
 type SPIRE struct {
 	Server, Agent string // paths
+	// ServerPlugins are put among the server's plugins.
+	ServerPlugins string
 }
 
 // serverProgram is the program that the site's server is, and that talks to it.
@@ -47,13 +49,18 @@ plugins {
   }
   NodeAttestor "join_token" { plugin_data {} }
   KeyManager "disk" { plugin_data { keys_path = %q } }
+  %s
 }
 `, s.trustDomain(), s.Port, s.ServerSocket(), s.ServerData(), s.logLevel(), s.ServerExtra,
-		filepath.Join(s.ServerData(), "datastore.sqlite3"), filepath.Join(s.ServerData(), "keys.json"))
+		filepath.Join(s.ServerData(), "datastore.sqlite3"), filepath.Join(s.ServerData(), "keys.json"), s.SPIRE.ServerPlugins)
 }
 
 // spireAgentConfig is the configuration of a spire-agent as an agent of the site. It joins with a token.
 func (s *Site) spireAgentConfig(a *Agent, o AgentOptions) string {
+	node := `NodeAttestor "join_token" { plugin_data {} }`
+	if o.SPIRENode != "" {
+		node = o.SPIRENode
+	}
 	attestors := `WorkloadAttestor "unix" { plugin_data {} }`
 	if o.Docker != "" {
 		attestors = fmt.Sprintf(`WorkloadAttestor "docker" { plugin_data { docker_socket_path = %q } }`, "unix://"+o.Docker)
@@ -69,9 +76,9 @@ func (s *Site) spireAgentConfig(a *Agent, o AgentOptions) string {
   %s
 }
 plugins {
-  NodeAttestor "join_token" { plugin_data {} }
+  %s
   KeyManager "disk" { plugin_data { directory = %q } }
   %s
 }
-`, s.trustDomain(), s.Port, a.Socket, a.Data(), s.logLevel(), o.Trust, o.Extra, a.Data(), attestors)
+`, s.trustDomain(), s.Port, a.Socket, a.Data(), s.logLevel(), o.Trust, o.Extra, node, a.Data(), attestors)
 }

@@ -112,6 +112,11 @@ func (a *Authority) PublishJWT(context.Context, identity.JWTAuthority) error {
 	return upstream.ErrNoJWT
 }
 
+// PublishWIT implements upstream.Authority, as PublishJWT does.
+func (a *Authority) PublishWIT(ctx context.Context, key identity.JWTAuthority) error {
+	return a.PublishJWT(ctx, key)
+}
+
 // Follow implements upstream.Authority.
 func (a *Authority) Follow(context.Context, func(upstream.Bundle)) error { return upstream.ErrNoBundle }
 

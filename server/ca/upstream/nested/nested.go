@@ -171,6 +171,37 @@ func parse(list [][]byte, most int) ([]*x509.Certificate, error) {
 
 // PublishJWT implements upstream.Authority.
 func (a *Authority) PublishJWT(ctx context.Context, key identity.JWTAuthority) error {
+	err := a.publish(ctx, key, func(client bundlev1.BundleClient, public []byte, expires int64) error {
+		_, err := client.PublishJWTAuthority(ctx, &bundlev1.PublishJWTAuthorityRequest{JwtAuthority: &types.JWTKey{
+			PublicKey: public, KeyId: key.KeyID, ExpiresAt: expires,
+		}})
+		return err
+	})
+	if err != nil {
+		return a.explain("publish a JWT key", err)
+	}
+	return nil
+}
+
+// PublishWIT implements upstream.Authority. SPIRE's server does not take these keys, nor does one of ours
+// that signs no WIT-SVIDs.
+func (a *Authority) PublishWIT(ctx context.Context, key identity.JWTAuthority) error {
+	err := a.publish(ctx, key, func(client bundlev1.BundleClient, public []byte, expires int64) error {
+		_, err := client.PublishWITAuthority(ctx, &bundlev1.PublishWITAuthorityRequest{WitAuthority: &types.WITKey{
+			PublicKey: public, KeyId: key.KeyID, ExpiresAt: expires,
+		}})
+		return err
+	})
+	switch {
+	case status.Code(err) == codes.Unimplemented:
+		return fmt.Errorf("%w: the upstream server takes no keys of WIT-SVIDs", upstream.ErrNoJWT)
+	case err != nil:
+		return a.explain("publish a WIT key", err)
+	}
+	return nil
+}
+
+func (a *Authority) publish(ctx context.Context, key identity.JWTAuthority, do func(client bundlev1.BundleClient, public []byte, expires int64) error) error {
 	conn, err := a.dial(ctx)
 	if err != nil {
 		return err
@@ -180,15 +211,11 @@ func (a *Authority) PublishJWT(ctx context.Context, key identity.JWTAuthority) e
 	if err != nil {
 		return fmt.Errorf("encode public key: %w", err)
 	}
-	w := &types.JWTKey{PublicKey: public, KeyId: key.KeyID}
+	var expires int64
 	if !key.ExpiresAt.IsZero() {
-		w.ExpiresAt = key.ExpiresAt.Unix()
+		expires = key.ExpiresAt.Unix()
 	}
-	_, err = bundlev1.NewBundleClient(conn).PublishJWTAuthority(ctx, &bundlev1.PublishJWTAuthorityRequest{JwtAuthority: w})
-	if err != nil {
-		return a.explain("publish a JWT key", err)
-	}
-	return nil
+	return do(bundlev1.NewBundleClient(conn), public, expires)
 }
 
 // Follow implements upstream.Authority.
@@ -257,7 +284,7 @@ func (a *Authority) take(w *types.Bundle, fn func(upstream.Bundle)) error {
 	if b.TrustDomain != a.cfg.TrustDomain {
 		return fmt.Errorf("%w: its bundle is of trust domain %s, and this server is of %s", upstream.ErrRefused, b.TrustDomain.Name(), a.cfg.TrustDomain.Name())
 	}
-	fn(upstream.Bundle{X509: b.X509, JWT: b.JWT})
+	fn(upstream.Bundle{X509: b.X509, JWT: b.JWT, WIT: b.WIT})
 	return nil
 }
 

@@ -100,6 +100,14 @@ func Run(t *testing.T, a upstream.Authority, o Options) {
 			}
 		}
 	})
+	t.Run("keys of WIT-SVIDs are published, or it says that they are not", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), upstream.Patience)
+		defer cancel()
+		key := identity.JWTAuthority{KeyID: "wit-key-of-the-suite", Key: newKey(t).Public(), ExpiresAt: time.Now().Add(time.Hour).Truncate(time.Second)}
+		if err := a.PublishWIT(ctx, key); err != nil && !errors.Is(err, upstream.ErrNoJWT) {
+			t.Errorf("got %v, want ErrNoJWT or nothing", err)
+		}
+	})
 	t.Run("its bundle is followed, or it says that there is none", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), upstream.Patience)
 		defer cancel()
