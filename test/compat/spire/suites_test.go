@@ -5,7 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha1" //nolint:gosec // the name that x509pop gives a node
+	"crypto/sha1" // the name that x509pop gives a node
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/hex"
@@ -136,7 +136,7 @@ func newPop(t *testing.T) *pop {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sum := sha1.Sum(der) //nolint:gosec // as above
+	sum := sha1.Sum(der)
 	return &pop{
 		key: writePEM(t, dir, "node.key", "PRIVATE KEY", pkcs8(t, key)), cert: writePEM(t, dir, "node.pem", "CERTIFICATE", der),
 		root: root.cert, path: "/spire/agent/x509pop/" + hex.EncodeToString(sum[:]),
