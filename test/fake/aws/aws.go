@@ -12,6 +12,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -51,6 +52,7 @@ type Cloud struct {
 	Asked map[string]int
 
 	server *httptest.Server
+	more   []*httptest.Server
 	tokens map[string]time.Time
 }
 
@@ -61,11 +63,25 @@ func New() *Cloud {
 	return c
 }
 
+// Also serves at another listener, as 169.254.169.254 of a machine; Close ends that too.
+func (c *Cloud) Also(l net.Listener) (url string) {
+	s := httptest.NewUnstartedServer(c)
+	_ = s.Listener.Close()
+	s.Listener = l
+	s.Start()
+	c.more = append(c.more, s)
+	return s.URL
+}
+
 // URL is where all of the services are.
 func (c *Cloud) URL() string { return c.server.URL }
 
 // Close ends the services.
-func (c *Cloud) Close() { c.server.Close() }
+func (c *Cloud) Close() {
+	for _, s := range append(c.more, c.server) {
+		s.Close()
+	}
+}
 
 // ServeHTTP answers for the metadata service below /latest/ and for the others at /.
 func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {

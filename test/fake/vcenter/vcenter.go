@@ -217,7 +217,13 @@ func (v *Center) Inside(vm *object.VirtualMachine, uuid string) (dmi, vmtoolsd s
 	if err != nil {
 		return "", "", err
 	}
-	l, err := net.Listen("unix", filepath.Join(dir, "s"))
+	return v.InsideAt(vm, uuid, "/", dir, self)
+}
+
+// InsideAt is Inside for a machine that has its root directory elsewhere, with a folder in it that is there and
+// the test's own binary in it, as the machine sees both.
+func (v *Center) InsideAt(vm *object.VirtualMachine, uuid, root, dir, self string) (dmi, vmtoolsd string, err error) {
+	l, err := net.Listen("unix", filepath.Join(root, dir, "s"))
 	if err != nil {
 		return "", "", err
 	}
@@ -226,10 +232,10 @@ func (v *Center) Inside(vm *object.VirtualMachine, uuid string) (dmi, vmtoolsd s
 	v.servers = append(v.servers, hypervisor)
 	go func() { _ = hypervisor.Serve(l) }() // until Close
 	vmtoolsd = filepath.Join(dir, "vmtoolsd")
-	script := fmt.Sprintf("#!/bin/sh\n%s='%s' exec '%s' \"$@\"\n", channel, l.Addr(), self)
+	script := fmt.Sprintf("#!/bin/sh\n%s='%s' exec '%s' \"$@\"\n", channel, filepath.Join(dir, "s"), self)
 	return dir, vmtoolsd, errors.Join(
-		os.WriteFile(filepath.Join(dir, "product_uuid"), []byte(strings.ToUpper(uuid)+"\n"), 0o400),
-		os.WriteFile(vmtoolsd, []byte(script), 0o700))
+		os.WriteFile(filepath.Join(root, dir, "product_uuid"), []byte(strings.ToUpper(uuid)+"\n"), 0o400),
+		os.WriteFile(filepath.Join(root, vmtoolsd), []byte(script), 0o700))
 }
 
 // serve answers one machine for its own guestinfo.
