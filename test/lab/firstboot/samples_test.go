@@ -96,7 +96,7 @@ func recorded(t *testing.T, program, script string, args ...string) []string {
 	t.Helper()
 	dir := t.TempDir()
 	said := filepath.Join(dir, "said")
-	if err := os.WriteFile(filepath.Join(dir, program), []byte("#!/bin/sh\nprintf '%s\\n' \"$@\" > '"+said+"'\n"), 0o700); err != nil { //nolint:gosec // it is to be run
+	if err := os.WriteFile(filepath.Join(dir, program), []byte("#!/bin/sh\nprintf '%s\\n' \"$@\" > '"+said+"'\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), filepath.Join(repository, "deploy", script), args...)
