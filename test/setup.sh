@@ -5,7 +5,7 @@ set -euo pipefail
 declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [jq]=jq [dockerd]=docker.io [containerd]=containerd
 	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux
 	[systemd-nspawn]=systemd-container [dbus-daemon]=dbus [rpm]=rpm [swtpm]=swtpm [swtpm_setup]=swtpm-tools
-	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman [softhsm2-util]=softhsm2
+	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman [newuidmap]=uidmap [softhsm2-util]=softhsm2
 	[etcd]=etcd-server [ip]=iproute2 [cloud-init]=cloud-init [shellcheck]=shellcheck [curl]=curl [ssh-keygen]=openssh-client [wrk]=wrk)
 # What keeps its identity in files.
 need+=([initdb]=postgresql [psql]=postgresql-client [redis-server]=redis-server [redis-cli]=redis-tools)

@@ -3,8 +3,10 @@ package workload_test
 import (
 	"os"
 	"strconv"
+	"syscall"
 	"testing"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/docker"
 	"github.com/assay-id/assay/test/lab"
 	real "github.com/assay-id/assay/test/lab/docker"
@@ -125,5 +127,66 @@ func TestRealPodman(t *testing.T) {
 		}
 		p.up()
 		has(t, attest(t, w, "/proc", p.run(image)), "image:id:"+image)
+	})
+}
+
+// TestRealRootlessPodman attests containers of a user who is not root, by that user's own Podman.
+func TestRealRootlessPodman(t *testing.T) {
+	const uid = 24001
+	if err := private.RootlessAvailable(); err != nil {
+		lab.Missing(t, "rootless Podman", err)
+	}
+	e, err := private.Start(t.Context(), private.Config{UID: uid})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := e.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	p := &podman{e, t}
+	program, err := real.Idle(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	image := p.build(program, "shop")
+	pid := p.run(image, "--label", "team=red", "--env", "MODE=fast")
+	w, _ := open(t, docker.Config{SocketPath: "unix://" + p.Socket(), Timeout: "20s"})
+
+	t.Run("a container is attested by its image and its labels", func(t *testing.T) {
+		has(t, attest(t, w, "/proc", pid), "docker:label:app:shop", "docker:label:team:red", "docker:env:MODE=fast",
+			"image:id:"+image, "docker:image_config_digest:"+image, "claim:image:app:shop", "claim:runtime:team:red")
+	})
+	t.Run("it is that user's: root in the container is the user outside", func(t *testing.T) {
+		stat, err := os.Stat("/proc/" + strconv.Itoa(pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if owner := stat.Sys().(*syscall.Stat_t).Uid; owner != uid { //nolint:forcetypeassert // it is Linux
+			t.Errorf("the process is user %d's", owner)
+		}
+	})
+	t.Run("this process is in none", func(t *testing.T) {
+		if set := attest(t, w, "/proc", os.Getpid()); set.Len() != 0 {
+			t.Errorf("selectors %q", set.Strings())
+		}
+	})
+	t.Run("a cgroup that the user calls like the container is not the container", func(t *testing.T) {
+		impostor, err := p.Impostor(t.Context(), pid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		set, err := w.Attest(t.Context(), attestor.Process{PID: impostor, Proc: "/proc"})
+		if err == nil || len(set) != 0 {
+			t.Errorf("selectors %v, %v", set, err)
+		}
+	})
+	t.Run("root's Podman does not know it", func(t *testing.T) {
+		theirs := newPodman(t)
+		other, _ := open(t, docker.Config{SocketPath: "unix://" + theirs.Socket(), Timeout: "20s"})
+		if set := attest(t, other, "/proc", pid); set.Len() != 0 {
+			t.Errorf("selectors %q", set.Strings())
+		}
 	})
 }

@@ -1,4 +1,4 @@
-// Package podman runs a private Podman: the real one with a storage, and a service that speaks Docker's API,
+// Package podman runs a private Podman, root's or a user's own: the real one with a storage, and a service that speaks Docker's API,
 // of its own. Images are built FROM scratch around static Go programs, so that nothing is pulled.
 //
 // It returns errors and never calls testing functions, so that a program can use it too.
@@ -28,12 +28,15 @@ type Engine struct {
 	dir     string
 	netns   string
 	service *exec.Cmd
+	user    *rootless // nil: root's
 }
 
 // Config says what is special about a Podman; the zero value is fine.
 type Config struct {
 	// Netns is the path of a network namespace that all of it runs in; empty is this process's.
 	Netns string
+	// UID is whose it is; 0 is root's. Any other user gets a name, subordinate users and a cgroup for it.
+	UID int
 }
 
 // Available says why there can be no private Podman here, or nil.
@@ -57,6 +60,11 @@ func Start(ctx context.Context, c Config) (*Engine, error) {
 		return nil, err
 	}
 	e := &Engine{dir: dir, netns: c.Netns}
+	if c.UID != 0 {
+		if e.user, err = newRootless(dir, c.UID); err != nil {
+			return nil, errors.Join(err, os.RemoveAll(dir))
+		}
+	}
 	if err := e.Up(ctx); err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
@@ -72,6 +80,9 @@ func (e *Engine) Command(ctx context.Context, args ...string) *exec.Cmd {
 		"--root", filepath.Join(e.dir, "root"), "--runroot", filepath.Join(e.dir, "run"), "--tmpdir", filepath.Join(e.dir, "tmp"),
 		"--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file", "--runtime", "runc",
 	}, args...)
+	if e.user != nil {
+		return e.user.command(ctx, e.dir, e.netns, "podman", args...)
+	}
 	if e.netns != "" {
 		return exec.CommandContext(ctx, "nsenter", append([]string{"--net=" + e.netns, "--", "podman"}, args...)...)
 	}
@@ -134,6 +145,9 @@ func (e *Engine) Down() {
 func (e *Engine) Close() error {
 	_, err := e.Do("rm", "--force", "--time", "0", "--all")
 	e.Down()
+	if e.user != nil {
+		err = errors.Join(err, e.user.close())
+	}
 	// What Podman started to tidy up after its containers may still be at it.
 	removed := os.RemoveAll(e.dir)
 	for end := time.Now().Add(patience); removed != nil && time.Now().Before(end); removed = os.RemoveAll(e.dir) {
@@ -149,6 +163,9 @@ func (e *Engine) Build(program, app string) (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(folder)
+	if err := os.Chmod(folder, 0o755); err != nil { //nolint:gosec // whoever's Podman it is, reads it
+		return "", err
+	}
 	text, err := os.ReadFile(program)
 	if err != nil {
 		return "", err
@@ -168,6 +185,9 @@ func (e *Engine) Build(program, app string) (string, error) {
 func (e *Engine) Run(args ...string) (int, error) {
 	if !slices.Contains(args, "--network") {
 		args = append([]string{"--network", "none"}, args...)
+	}
+	if e.user != nil {
+		args = append([]string{"--cgroup-parent", "/" + e.user.cgroup}, args...)
 	}
 	// Podman raises limits that not every machine lets it raise.
 	id, err := e.Do(append([]string{"run", "--detach", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"}, args...)...)
