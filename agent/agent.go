@@ -171,15 +171,18 @@ func (a *agent) holding() (uplink.Holding, <-chan struct{}) {
 
 func (a *agent) openKeep() error {
 	keys := keep.MemoryKeys()
-	if a.cfg.KeyManager == KeysDisk {
-		var err error
-		if keys, err = keep.DiskKeys(a.cfg.KeyDir); err != nil {
-			return fmt.Errorf("open agent key store: %w%s", err, mayNot(err))
-		}
-	} else {
+	var err error
+	switch a.cfg.KeyManager {
+	case KeysDisk:
+		keys, err = keep.DiskKeys(a.cfg.KeyDir)
+	case KeysTPM:
+		keys, err = keep.TPMKeys(a.cfg.KeyDir, a.cfg.TPM)
+	default:
 		a.log.Warn("agent keys are held in memory only: nothing survives a restart, and a spent join token will have to be replaced")
 	}
-	var err error
+	if err != nil {
+		return fmt.Errorf("open agent key store: %w%s", err, mayNot(err))
+	}
 	if a.keep, err = keep.Open(a.cfg.DataDir, keys, a.cfg.Log.WithField("component", "keep")); err != nil {
 		return fmt.Errorf("open data directory: %w%s", err, mayNot(err))
 	}

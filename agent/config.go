@@ -12,6 +12,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi"
 	"github.com/assay-id/assay/workloadapi/files"
@@ -34,6 +35,7 @@ const (
 const (
 	KeysMemory = "memory"
 	KeysDisk   = "disk"
+	KeysTPM    = "tpm"
 )
 
 // Kinds of workload key for Config.WorkloadKeyType.
@@ -67,8 +69,10 @@ type Config struct {
 	// KeyManager says where the agent's own key and the key that seals DataDir live: KeysDisk (the
 	// default) or KeysMemory, with which nothing survives a restart.
 	KeyManager string
-	// KeyDir is where KeysDisk keeps its keys; empty means DataDir.
+	// KeyDir is where KeysDisk keeps its keys, and KeysTPM what its TPM sealed; empty means DataDir.
 	KeyDir string
+	// TPM is where KeysTPM has its keys.
+	TPM *keep.TPM
 
 	// SocketPath is the Workload API's Unix socket, made with mode 0777; empty means
 	// DefaultSocketPath.
@@ -264,8 +268,11 @@ func (c Config) Check() error {
 	if c.DataDir == "" {
 		wrong("data directory is missing")
 	}
-	if c.KeyManager != KeysDisk && c.KeyManager != KeysMemory {
-		wrong("key manager %q is unknown; there are %q and %q", c.KeyManager, KeysDisk, KeysMemory)
+	switch {
+	case c.KeyManager != KeysDisk && c.KeyManager != KeysMemory && c.KeyManager != KeysTPM:
+		wrong("key manager %q is unknown; there are %q, %q and %q", c.KeyManager, KeysDisk, KeysMemory, KeysTPM)
+	case c.KeyManager == KeysTPM && c.TPM == nil:
+		wrong("key manager %q needs a TPM", KeysTPM)
 	}
 	if c.TrustBundleFormat != BundlePEM && c.TrustBundleFormat != BundleSPIFFE {
 		wrong("trust bundle format %q is unknown; there are %q and %q", c.TrustBundleFormat, BundlePEM, BundleSPIFFE)

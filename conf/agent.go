@@ -59,11 +59,13 @@ type Agent struct {
 	DisableWorkloadAPI, DisableSDSAPI bool
 	SDS                               SDS
 
-	KeyManager string // "disk" or "memory"
-	KeysDir    string // of "disk"; empty: DataDir
-	Node       Node
-	Workloads  []Workload
-	Files      []Files
+	KeyManager string // "disk", "memory" or "tpm"
+	KeysDir    string // of "disk" and "tpm"; empty: DataDir
+	// TPMPath, the one in /dev if it is empty, and TPMOwnerPassword are those of "tpm".
+	TPMPath, TPMOwnerPassword string
+	Node                      Node
+	Workloads                 []Workload
+	Files                     []Files
 
 	Log     Log
 	Health  Health
@@ -146,6 +148,13 @@ type diskDirectory struct {
 	Directory string `hcl:"directory,optional"`
 }
 
+// tpmKeys is key_manager "tpm".
+type tpmKeys struct {
+	Path          string `hcl:"tpm_path,optional"`
+	OwnerPassword string `hcl:"owner_hierarchy_password,optional"`
+	Directory     string `hcl:"directory,optional"`
+}
+
 // LoadAgent reads an agent's file and checks all of it. nodes and workloads are the attestors that
 // the program has. The error is a Mistakes with everything that is wrong.
 func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.WorkloadKind, options Options) (*Agent, error) {
@@ -167,8 +176,19 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 	l.workloads(a, f.WorkloadAttestors, workloads)
 	kind, config := l.keyManager(f.KeyManagers, AgentKeyManagers())
 	a.KeyManager = kind
-	if disk, ok := config.(*diskDirectory); ok && disk.Directory != "" {
-		a.KeysDir = l.directory("key_manager.disk.directory", disk.Directory, "")
+	switch c := config.(type) {
+	case *diskDirectory:
+		if c.Directory != "" {
+			a.KeysDir = l.directory("key_manager.disk.directory", c.Directory, "")
+		}
+	case *tpmKeys:
+		if c.Directory != "" {
+			a.KeysDir = l.directory("key_manager.tpm.directory", c.Directory, "")
+		}
+		if c.Path != "" && !filepath.IsAbs(c.Path) {
+			l.say("key_manager.tpm.tpm_path", "Invalid path", "%q is no absolute path of a device.", c.Path)
+		}
+		a.TPMPath, a.TPMOwnerPassword = c.Path, c.OwnerPassword
 	}
 	a.Files = l.filesBlocks(f.Files)
 	a.Health = l.health(f.Health, agentHealthPort)

@@ -292,11 +292,21 @@ workload_attestor "unix" {
   #metadata_uri = "http://169.254.170.2/v4/0123456789abcdef"
 #}
 
-# Where the agent's own key lives: "disk", or "memory", with which nothing survives a restart.
+# Where the agent's own key lives: "disk", "tpm", or "memory", with which nothing survives a restart.
 key_manager "disk" {
   # The default is data_dir.
   #directory = "/var/lib/assay/agent"
 }
+
+# In place of it: the agent's own key is made in the machine's TPM 2.0 and never leaves it, and what is kept on
+# disk is sealed for this TPM, so that a copied disk is of no use. Workloads' own keys are in that, not in the TPM.
+#key_manager "tpm" {
+  # The device, the one in /dev by default, the password of the owner hierarchy if it has one, and where
+  # what the TPM sealed is kept: in data_dir by default.
+  #tpm_path                 = "/dev/tpmrm0"
+  #owner_hierarchy_password = ""
+  #directory                = "/var/lib/assay/agent"
+#}
 
 # GET /live and /ready, for probes. Nobody is asked who they are: keep it on loopback or behind
 # something that asks. Without listener_enabled there is no listener.

@@ -113,7 +113,10 @@ func (l *loader) log(block, level, format, file string, source bool) Log {
 
 // AgentKeyManagers are the kinds of key managers that an agent can have, each with what makes its configuration.
 func AgentKeyManagers() map[string]func() any {
-	return map[string]func() any{"disk": func() any { return new(diskDirectory) }, "memory": func() any { return new(struct{}) }}
+	return map[string]func() any{
+		"disk": func() any { return new(diskDirectory) }, "memory": func() any { return new(struct{}) },
+		"tpm": func() any { return new(tpmKeys) },
+	}
 }
 
 // ServerShape and AgentShape are the structs that files are decoded into, for who writes such files.

@@ -97,7 +97,7 @@ func TestServerSample(t *testing.T) {
 		}
 	})
 	t.Run("every key is in it, and nothing else", func(t *testing.T) {
-		if diff := cmp.Diff(keysOf(reflect.TypeFor[serverFile](), ""), keysIn(t, "server.hcl", "key_manager", "upstream_authority")); diff != "" {
+		if diff := cmp.Diff(keysOf(reflect.TypeFor[serverFile]()), keysIn(t, "server.hcl", "key_manager", "upstream_authority")); diff != "" {
 			t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
 		}
 	})
@@ -115,7 +115,7 @@ func TestAgentSample(t *testing.T) {
 		t.Errorf("the sample loads as %+v", a)
 	}
 	t.Run("every key is in it, and nothing else", func(t *testing.T) {
-		if diff := cmp.Diff(keysOf(reflect.TypeFor[agentFile](), "directory"), keysIn(t, "agent.hcl")); diff != "" {
+		if diff := cmp.Diff(keysOf(reflect.TypeFor[agentFile]()), keysIn(t, "agent.hcl", "key_manager")); diff != "" {
 			t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
 		}
 	})
@@ -139,7 +139,7 @@ func TestEntriesSample(t *testing.T) {
 		}
 	})
 	t.Run("every key is in it, and nothing else", func(t *testing.T) {
-		if diff := cmp.Diff(keysOf(reflect.TypeFor[entriesFile](), ""), keysIn(t, "entries.hcl")); diff != "" {
+		if diff := cmp.Diff(keysOf(reflect.TypeFor[entriesFile]()), keysIn(t, "entries.hcl")); diff != "" {
 			t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
 		}
 	})
@@ -198,9 +198,8 @@ func keysIn(t *testing.T, sample string, roles ...string) []string {
 	return slices.Sorted(maps.Keys(found))
 }
 
-// keysOf returns the paths of all keys that a struct takes. keyManager is the key of the disk one, if there
-// is no other that has any.
-func keysOf(t reflect.Type, keyManager string) []string {
+// keysOf returns the paths of all keys that a struct takes.
+func keysOf(t reflect.Type) []string {
 	var keys []string
 	var walk func(prefix string, t reflect.Type)
 	walk = func(prefix string, t reflect.Type) {
@@ -210,8 +209,6 @@ func keysOf(t reflect.Type, keyManager string) []string {
 		for field := range t.Fields() {
 			name, kind, _ := strings.Cut(field.Tag.Get("hcl"), ",")
 			switch {
-			case name == "key_manager" && keyManager != "":
-				keys = append(keys, name+"."+keyManager)
 			case field.Type == reflect.TypeFor[[]typeBlock](), field.Type == reflect.TypeFor[[]filesBlock]():
 				keys = append(keys, name)
 			case kind == "block":
@@ -414,6 +411,8 @@ func TestAgentMistakes(t *testing.T) {
 			`F:6,17-18: Invalid port; 0 is no TCP port: it must be from 1 to 65535.`},
 		{"an admin socket that workloads see", replace(goodAgent, "}\nnode", "  admin_socket_path = \"/run/assay/agent/public/x/admin.sock\"\n}\nnode"),
 			`F:6,23-61: Invalid socket path; "/run/assay/agent/public/x/admin.sock" is in the directory of the Workload API's socket or below it, which is handed to workloads; choose another directory, or "" for no admin socket.`},
+		{"a TPM at no path", goodAgent + "key_manager \"tpm\" {\n  tpm_path = \"tpm0\"\n}",
+			`F:10,14-20: Invalid path; "tpm0" is no absolute path of a device.`},
 		{"two node attestors", goodAgent + `node_attestor "x509pop" {}`,
 			`F:9,1-24: Duplicate node attestor; There can be only one node_attestor block: an agent proves its node in one way.`},
 		{"no workload attestor", replace(goodAgent, `workload_attestor "unix" {}`, ""),

@@ -36,12 +36,12 @@ func keysUnder(t *testing.T, sample, block string) []string {
 
 func TestFilesSamples(t *testing.T) {
 	t.Run("every key of a files block is in the agent's sample, and nothing else", func(t *testing.T) {
-		if diff := cmp.Diff(keysOf(reflect.TypeFor[filesKeys](), ""), keysUnder(t, "agent.hcl", "files")); diff != "" {
+		if diff := cmp.Diff(keysOf(reflect.TypeFor[filesKeys]()), keysUnder(t, "agent.hcl", "files")); diff != "" {
 			t.Errorf("keys of the struct (-) and of the sample (+):\n%s", diff)
 		}
 	})
 	t.Run("every key of the client's file is in its sample, and nothing else", func(t *testing.T) {
-		want := append(keysOf(reflect.TypeFor[filesClientFile](), ""), keysOf(reflect.TypeFor[filesKeys](), "")...)
+		want := append(keysOf(reflect.TypeFor[filesClientFile]()), keysOf(reflect.TypeFor[filesKeys]())...)
 		slices.Sort(want)
 		if diff := cmp.Diff(want, keysIn(t, "files.hcl")); diff != "" {
 			t.Errorf("keys of the structs (-) and of the sample (+):\n%s", diff)

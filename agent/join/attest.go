@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -43,7 +42,7 @@ func (j *Joiner) attest(ctx context.Context) error {
 	if err := j.bootstrap(ctx); err != nil {
 		return err
 	}
-	key, csr, err := newCSR()
+	key, csr, err := newCSR(j.store)
 	if err != nil {
 		return err
 	}
@@ -99,7 +98,7 @@ func (j *Joiner) renew(ctx context.Context) error {
 	if old == nil {
 		return errors.New("renew agent SVID: it has expired")
 	}
-	key, csr, err := newCSR()
+	key, csr, err := newCSR(j.store)
 	if err != nil {
 		return err
 	}
@@ -275,8 +274,8 @@ func (j *Joiner) parse(svid *types.X509SVID, key crypto.Signer, bundle *x509bund
 
 // newCSR makes a key and the request that SPIRE's servers expect of agents: without a URI, because
 // who the agent is, the server says.
-func newCSR() (crypto.Signer, []byte, error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+func newCSR(store Store) (crypto.Signer, []byte, error) {
+	key, err := store.NewKey()
 	if err != nil {
 		return nil, nil, fmt.Errorf("make agent key: %w", err)
 	}

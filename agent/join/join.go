@@ -10,6 +10,7 @@ package join
 
 import (
 	"context"
+	"crypto"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -35,6 +36,8 @@ type Store interface {
 	DropOwn() error
 	Bundle() *identity.Bundle
 	SaveBundle(*identity.Bundle) error
+	// NewKey makes a key for the agent itself.
+	NewKey() (crypto.Signer, error)
 }
 
 // Config is what a Joiner needs besides its parts. TrustDomain, Target, Type, Node and Bootstrap are

@@ -1,6 +1,9 @@
 package keep
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -20,6 +23,7 @@ const (
 type Keys struct {
 	seal       []byte
 	persistent bool
+	tpm        *TPM  // where the agent's own key lives; nil: with the rest
 	lost       error // why the key from before could not be used; nil: it could, or there was none
 }
 
@@ -33,7 +37,8 @@ func MemoryKeys() *Keys {
 
 type keysJSON struct {
 	Version int    `json:"version"`
-	Seal    []byte `json:"seal"`
+	Seal    []byte `json:"seal,omitempty"`
+	TPM     *blob  `json:"tpm,omitempty"` // in place of Seal: it is sealed in the TPM
 }
 
 // DiskKeys opens the key store in dir, or makes one, with mode 0600. A store that is damaged is put
@@ -59,6 +64,8 @@ func DiskKeys(dir string) (*Keys, error) {
 		err = errors.New("not the JSON it was written as") // no part of it: it was a key
 	case stored.Version > keysVersion:
 		return nil, fmt.Errorf("read agent keys %s: version %d is not known to this agent", path, stored.Version)
+	case stored.TPM != nil:
+		return nil, fmt.Errorf("read agent keys %s: they are in the machine's TPM; configure key_manager \"tpm\", or remove the file and lose what is sealed", path)
 	case len(stored.Seal) != sealKeySize:
 		err = fmt.Errorf("key of %d bytes, want %d", len(stored.Seal), sealKeySize)
 	default:
@@ -86,6 +93,14 @@ func newDiskKeys(path string) (*Keys, error) {
 		return nil, fmt.Errorf("write agent keys: %w", err)
 	}
 	return k, nil
+}
+
+// NewKey makes a key for the agent itself, where the key store has them.
+func (k *Keep) NewKey() (crypto.Signer, error) {
+	if k.keys.tpm != nil {
+		return k.keys.tpm.newKey()
+	}
+	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }
 
 // writeFile replaces the file at path whole or not at all, with mode 0600, and returns when the

@@ -38,7 +38,8 @@ func (o *Own) ID() (spiffeid.ID, error) {
 type ownJSON struct {
 	Version      int      `json:"version"`
 	Chain        [][]byte `json:"chain"`
-	Key          []byte   `json:"key"` // PKCS #8
+	Key          []byte   `json:"key,omitempty"` // PKCS #8
+	TPM          *blob    `json:"tpm,omitempty"` // in place of Key: it lives in the TPM
 	Reattestable bool     `json:"reattestable"`
 }
 
@@ -48,7 +49,7 @@ func (k *Keep) Own() *Own {
 	if !k.load(ownFile, &stored) {
 		return nil
 	}
-	own, err := stored.parse()
+	own, err := stored.parse(k.keys.tpm)
 	if err != nil {
 		k.spoilt(ownFile, err)
 		return nil
@@ -56,7 +57,7 @@ func (k *Keep) Own() *Own {
 	return own
 }
 
-func (s *ownJSON) parse() (*Own, error) {
+func (s *ownJSON) parse(t *TPM) (*Own, error) {
 	if s.Version != jsonVersion {
 		return nil, fmt.Errorf("version %d: %w", s.Version, errVersion)
 	}
@@ -69,7 +70,15 @@ func (s *ownJSON) parse() (*Own, error) {
 		own.Chain = append(own.Chain, cert)
 	}
 	var err error
-	if own.Key, err = parseKey(s.Key); err != nil {
+	switch {
+	case s.TPM != nil && t == nil:
+		return nil, errors.New("its key is in the TPM, and the key manager is another")
+	case s.TPM != nil:
+		own.Key, err = t.key(s.TPM)
+	default:
+		own.Key, err = parseKey(s.Key)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if _, err := own.ID(); err != nil {
@@ -83,11 +92,15 @@ func (s *ownJSON) parse() (*Own, error) {
 
 // SaveOwn keeps the agent's SVID and returns when it is on disk.
 func (k *Keep) SaveOwn(own *Own) error {
-	key, err := x509.MarshalPKCS8PrivateKey(own.Key)
-	if err != nil {
-		return fmt.Errorf("marshal agent key: %w", err)
+	stored := ownJSON{Version: jsonVersion, Reattestable: own.Reattestable}
+	if key, ok := own.Key.(*tpmKey); ok {
+		stored.TPM = key.blob
+	} else {
+		var err error
+		if stored.Key, err = x509.MarshalPKCS8PrivateKey(own.Key); err != nil {
+			return fmt.Errorf("marshal agent key: %w", err)
+		}
 	}
-	stored := ownJSON{Version: jsonVersion, Key: key, Reattestable: own.Reattestable}
 	for _, cert := range own.Chain {
 		stored.Chain = append(stored.Chain, cert.Raw)
 	}

@@ -4,6 +4,7 @@ import (
 	"testing"
 
 	"github.com/assay-id/assay/cmd/cli/samplestest"
+	"github.com/assay-id/assay/conf"
 )
 
 func TestSample(t *testing.T) {
@@ -17,4 +18,7 @@ func TestSample(t *testing.T) {
 		kinds[k.Type] = k.Config
 	}
 	samplestest.Run(t, "../../conf/agent.hcl", "workload_attestor", kinds)
+	kinds = conf.AgentKeyManagers()
+	delete(kinds, "memory") // has no keys to document
+	samplestest.Run(t, "../../conf/agent.hcl", "key_manager", kinds)
 }

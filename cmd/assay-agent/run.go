@@ -11,7 +11,9 @@ import (
 
 	"github.com/assay-id/assay/agent"
 	"github.com/assay-id/assay/agent/join"
+	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/tpmchip"
 	"github.com/assay-id/assay/cmd/cli"
 	"github.com/assay-id/assay/cmd/daemon"
 	"github.com/assay-id/assay/conf"
@@ -114,6 +116,16 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	c.TrustDomain = from.TrustDomain
 	c.ServerAddress, c.ServerPort = from.ServerAddress, from.ServerPort
 	c.DataDir, c.KeyManager, c.KeyDir, c.Standby = from.DataDir, from.KeyManager, from.KeysDir, from.Standby
+	if from.KeyManager == agent.KeysTPM {
+		path := from.TPMPath
+		if path == "" {
+			var err error
+			if path, err = tpmchip.Find("/dev"); err != nil {
+				return c, fmt.Errorf("open key manager \"tpm\": %w (set tpm_path)", err)
+			}
+		}
+		c.TPM = &keep.TPM{Path: path, OwnerPassword: from.TPMOwnerPassword}
+	}
 	c.SocketPath, c.AdminSocketPath = from.SocketPath, from.AdminSocketPath
 	c.AuthorizedDelegates = from.AuthorizedDelegates
 	c.TrustBundlePath, c.TrustBundleURL, c.TrustBundleFormat = from.TrustBundlePath, from.TrustBundleURL, from.TrustBundleFormat

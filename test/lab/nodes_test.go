@@ -142,6 +142,12 @@ func (m *machines) agent(name, combination string, o site.AgentOptions, parts ..
 	if err != nil {
 		m.t.Fatal(err)
 	}
+	m.watched(a, name)
+	return a
+}
+
+// watched ends an agent with the test, and shows its log if that failed.
+func (m *machines) watched(a *site.Agent, name string) {
 	m.t.Cleanup(func() {
 		if a.Process != nil {
 			a.Kill()
@@ -150,7 +156,6 @@ func (m *machines) agent(name, combination string, o site.AgentOptions, parts ..
 			m.t.Logf("end of the log of agent %s:\n%s", name, site.Tail(a.Log, 30))
 		}
 	})
-	return a
 }
 
 // joins starts an agent and waits until it is attested.
@@ -165,6 +170,12 @@ func (m *machines) says(a *site.Agent, want string) {
 	if err := a.Launch(); err != nil {
 		m.t.Fatal(err)
 	}
+	m.until(a, want)
+}
+
+// until waits until an agent's log has a text.
+func (m *machines) until(a *site.Agent, want string) {
+	m.t.Helper()
 	err := a.WaitFor(m.ctx, "the agent's log", func() error {
 		text, err := os.ReadFile(a.Log)
 		if err == nil && !strings.Contains(string(text), want) {
@@ -346,4 +357,52 @@ func TestJoinTokenBesideACertificate(t *testing.T) {
 		}
 	}
 	m.refused(m.agent("thief", "handed-out", site.AgentOptions{Token: token}, tokenPart, good), "join token does not exist or has already been used")
+}
+
+// TestAgentWithItsKeysInTheTPM joins with a token, which works once: after a restart it is known by the key that
+// its TPM has, without the server's help, and a copy of its disk is of no use on another machine.
+func TestAgentWithItsKeysInTheTPM(t *testing.T) {
+	m, tpms := newMachines(t, "node_attestor \"join_token\" {}\n", "one", "two")
+	token, err := m.Token(m.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := func(tpm string) string {
+		return fmt.Sprintf("node_attestor \"join_token\" {}\nworkload_attestor \"unix\" {}\nkey_manager \"tpm\" {\n  tpm_path = %q\n}\n", tpms[tpm])
+	}
+	a, err := m.NewAgent(m.ctx, "sealed", site.AgentOptions{Token: token, Blocks: blocks("one")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.watched(a, "sealed")
+	m.joins(a)
+	m.until(a, "following the feed")
+	a.Kill()
+	stolen, err := m.NewAgent(m.ctx, "stolen", site.AgentOptions{Token: token, Blocks: blocks("two")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.watched(stolen, "stolen")
+	if err := os.CopyFS(stolen.Data(), os.DirFS(a.Data())); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(a.Log); err != nil {
+		t.Fatal(err)
+	}
+	t.Run("after a restart it is known without a new token", func(t *testing.T) {
+		m := m.in(t)
+		m.says(a, "following the feed")
+		text, err := os.ReadFile(a.Log)
+		if err != nil || strings.Contains(string(text), "agent attested") {
+			t.Errorf("it attested again: %v", err)
+		}
+	})
+	t.Run("a copy of its disk is of no use to another machine", func(t *testing.T) {
+		m := m.in(t)
+		m.refused(stolen, "not of this TPM")
+		text, err := os.ReadFile(stolen.Log)
+		if err != nil || strings.Contains(string(text), "following the feed") {
+			t.Errorf("the copy is followed: %v", err)
+		}
+	})
 }
