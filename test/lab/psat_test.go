@@ -108,7 +108,7 @@ func TestPSAT(t *testing.T) {
 	})
 	t.Run("an API server that is away is no refusal, and is found again", func(t *testing.T) {
 		token := w.token(t, "agent", w.pod, "spire-server")
-		c.Stop("kube-apiserver")
+		c.Kill("kube-apiserver")
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 		defer cancel()
 		if _, err := judge.Judge(ctx, psatEvidence(token), nil); err == nil || errors.Is(err, attestor.ErrEvidence) {

@@ -110,7 +110,7 @@ func TestRegistrar(t *testing.T) {
 		r.has("/spire/agent/k8s_psat/lab/" + string(node.UID) + " /ns/shop/sa/default k8s:pod-uid:" + string(pod.UID))
 	})
 	t.Run("an API server that is away takes no entry, and what happened meanwhile is caught up with", func(t *testing.T) {
-		r.kube.Stop("kube-apiserver")
+		r.kube.Kill("kube-apiserver")
 		r.has("/spire/agent/k8s_psat/lab/" + string(node.UID) + " /ns/shop/sa/default k8s:pod-uid:" + string(pod.UID))
 		if err := r.kube.StartAPIServer(t.Context()); err != nil {
 			t.Fatal(err)
@@ -129,6 +129,7 @@ func TestRegistrar(t *testing.T) {
 		r.has()
 	})
 	t.Run("it takes all that the kustomizations and the chart make", r.manifests)
+	t.Run("all pods are found by a server that knows of none, and then only what changes is looked at", r.reconcile)
 	if log, err := os.ReadFile(r.site.ServerLog()); err != nil || strings.Contains(string(log), "may not watch") || strings.Contains(string(log), "forbidden") {
 		t.Errorf("the shipped role is not enough (%v):\n%s", err, site.Tail(r.site.ServerLog(), 20))
 	}
