@@ -53,6 +53,8 @@ var limits = map[string]func(p primitives) float64{
 	"200 agents connected and idle, feed held: server CPU":          func(p primitives) float64 { return 0 },
 	"Docker workload, container known: dockerd CPU per call":        func(p primitives) float64 { return 0 },
 	"Docker entry created after the container runs → SVID, p50":     func(p primitives) float64 { return millis(p.fsync + p.sign + 2*p.hop) },
+	"authority tainted: CPU of server + agent, each workload":       func(p primitives) float64 { return micros(p.sign+2*p.signature, 1) },
+	"federated bundle set → stream, p50":                            func(p primitives) float64 { return millis(p.fsync + 2*p.hop) },
 	"agent restart: SVIDs signed again":                             func(p primitives) float64 { return 0 },
 	"server start → first full answer to an agent, 10,000 entries":  func(p primitives) float64 { return millis(p.wire*10_000/2 + p.handshake) },
 	"server start → first full answer to an agent, 100,000 entries": func(p primitives) float64 { return millis(p.wire*100_000/2 + p.handshake) },

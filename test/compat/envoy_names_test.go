@@ -101,12 +101,18 @@ func TestEnvoyAbroad(t *testing.T) {
 		in.until(t, "the new authority alone", func() error { return authoritiesAt(t, in, "other.test", 1) })
 		out.eventually(t, "a request with the new authority alone", served)
 	})
+	for who, i := range map[string]*identified{"/home": inside, "/abroad": outside} {
+		t.Run("a certificate that was asked for by its ID is replaced in quarantine: "+who, func(t *testing.T) {
+			p := map[string]*proxy{"/home": in, "/abroad": out}[who]
+			i.change(t, func(e *types.Entry) { e.SpiffeId.Path = "/quarantine" + who })
+			out.eventually(t, "refusal", refused)
+			p.shows(t, "neither", func(certificates string) bool { return !strings.Contains(certificates, who) })
+			i.change(t, func(e *types.Entry) { e.SpiffeId.Path = who })
+			out.eventually(t, "a request after it", served)
+		})
+	}
 	t.Run("who is federated with no more is refused", func(t *testing.T) {
-		inside.entry.FederatesWith = []string{"forger.test"}
-		resp, err := inside.client.BatchUpdateEntry(t.Context(), &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{inside.entry}})
-		if err != nil || resp.GetResults()[0].GetStatus().GetCode() != 0 {
-			t.Fatal(resp, err)
-		}
+		inside.change(t, func(e *types.Entry) { e.FederatesWith = []string{"forger.test"} })
 		out.eventually(t, "refusal of who is abroad", refused)
 	})
 }
@@ -195,6 +201,16 @@ func envoyEntry(t *testing.T, s *site.Site, agent *site.Agent, path, name string
 	e.FederatesWith = federated
 	i.entry = createEntry(t, i.client, e)
 	return i
+}
+
+// change changes the entry.
+func (i *identified) change(t *testing.T, how func(*types.Entry)) {
+	t.Helper()
+	how(i.entry)
+	resp, err := i.client.BatchUpdateEntry(t.Context(), &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{i.entry}})
+	if err != nil || resp.GetResults()[0].GetStatus().GetCode() != 0 {
+		t.Fatal(resp, err)
+	}
 }
 
 // setBundle sets the bundle of another trust domain.
