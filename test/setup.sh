@@ -9,6 +9,8 @@ declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [jq]=jq 
 	[etcd]=etcd-server [ip]=iproute2 [cloud-init]=cloud-init [shellcheck]=shellcheck [curl]=curl [ssh-keygen]=openssh-client [wrk]=wrk)
 # What keeps its identity in files.
 need+=([initdb]=postgresql [psql]=postgresql-client [redis-server]=redis-server [redis-cli]=redis-tools)
+# What judges alert rules.
+need+=([promtool]=prometheus)
 PATH=$PATH:/usr/sbin:/sbin:$(echo /usr/lib/postgresql/*/bin | tr ' ' :)
 missing=()
 for tool in "${!need[@]}"; do

@@ -18,6 +18,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
@@ -195,6 +196,7 @@ type world struct {
 	bundle  *identity.Bundle
 	others  []*identity.Bundle
 	stop    func()
+	metrics *prometheus.Registry
 }
 
 // bubble runs the test in a synctest bubble with a world that ends with it.
@@ -213,12 +215,30 @@ func bubble(t *testing.T, cfg issue.Config, fn func(w *world)) {
 	})
 }
 
+// missing is what the metric says of identities that are wanted and not there.
+func (w *world) missing() float64 {
+	w.t.Helper()
+	families, err := w.metrics.Gather()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() == "assay_agent_svids_missing" {
+			return f.GetMetric()[0].GetGauge().GetValue()
+		}
+	}
+	w.t.Fatal("there is no such metric")
+	return 0
+}
+
 func (w *world) start(cfg issue.Config) {
 	w.t.Helper()
 	cfg.TrustDomain = td
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	cfg.Log = log
+	w.metrics = prometheus.NewRegistry()
+	cfg.Metrics = w.metrics
 	var err error
 	if w.issuer, err = issue.New(w.view, w.signer, w.store, cfg); err != nil {
 		w.t.Fatal(err)

@@ -321,8 +321,14 @@ func TestRenewal(t *testing.T) {
 			if err != nil {
 				t.Error(err)
 			}
+			if n := w.missing(); n != 0 {
+				t.Errorf("%v identities are missing while one is valid", n)
+			}
 			pass(2 * time.Minute)
 			c, err = s.last()
+			if n := w.missing(); n != 1 {
+				t.Errorf("%v identities are missing", n)
+			}
 			if len(c.SVIDs) != 0 || !errors.Is(err, identity.ErrUnavailable) {
 				t.Errorf("got %v %v", ids(c), err)
 			}

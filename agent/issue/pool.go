@@ -77,6 +77,7 @@ type metrics struct {
 	signed   *prometheus.CounterVec
 	latency  *prometheus.HistogramVec
 	held     *prometheus.GaugeVec
+	missing  prometheus.Gauge
 	subjects prometheus.Gauge
 }
 
@@ -92,11 +93,20 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 		held: prometheus.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "assay_agent_svids_held", Help: "SVIDs of workloads that are held, by kind.",
 		}, []string{"kind"}),
+		missing: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "assay_agent_svids_missing",
+			Help: "X509-SVIDs that workloads want at the moment and do not have: the last one expired, or the server signs none.",
+		}),
 		subjects: prometheus.NewGauge(prometheus.GaugeOpts{
 			Name: "assay_agent_subjects", Help: "Sets of facts that workloads are known by.",
 		}),
 	}
-	for _, c := range []prometheus.Collector{m.signed, m.latency, m.held, m.subjects} {
+	// Alerts are about increases, and there is none from nothing to one.
+	for _, kind := range []string{"x509", "jwt"} {
+		m.signed.WithLabelValues(kind, "ok")
+		m.signed.WithLabelValues(kind, "failed")
+	}
+	for _, c := range []prometheus.Collector{m.signed, m.latency, m.held, m.missing, m.subjects} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}

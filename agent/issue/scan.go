@@ -12,9 +12,14 @@ import (
 func (i *Issuer) scan(now time.Time) {
 	i.nextScan = now.Add(scanEvery) // what follows brings it nearer
 	stale := map[*subject]bool{}
+	missing := 0
 	for _, sl := range i.slots {
 		i.scanSlot(sl, stale, now)
-		if !i.wanted(sl, now) && (!sl.forced || sl.svid == nil) {
+		wanted := i.wanted(sl, now)
+		if wanted && !sl.usable(now) && (sl.over || sl.failures > 0) {
+			missing++
+		}
+		if !wanted && (!sl.forced || sl.svid == nil) {
 			continue
 		}
 		if !sl.usable(now) || !sl.current() || !now.Before(sl.renewAt) {
@@ -42,6 +47,7 @@ func (i *Issuer) scan(now time.Time) {
 	i.forgetImages(now)
 	i.metrics.held.WithLabelValues("x509").Set(float64(len(i.slots)))
 	i.metrics.held.WithLabelValues("jwt").Set(float64(len(i.jwts.slots)))
+	i.metrics.missing.Set(float64(missing))
 	i.metrics.subjects.Set(float64(len(i.subjects)))
 }
 

@@ -117,6 +117,9 @@ func New(store Store, dir string, cfg Config) (*Snapshots, error) {
 			Help: "When the store was last found to be in a good snapshot, in Unix seconds; 0 until then.",
 		}),
 	}
+	for _, result := range []string{"ok", "failed", "damaged"} {
+		s.taken.WithLabelValues(result) // alerts are about increases, and there is none from nothing to one
+	}
 	if cfg.Metrics != nil {
 		for _, c := range []prometheus.Collector{s.taken, s.last} {
 			if err := cfg.Metrics.Register(c); err != nil {

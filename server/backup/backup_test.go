@@ -203,8 +203,15 @@ func TestSnapshots(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, f := range families {
-			if f.GetName() == "assay_server_snapshots_total" && len(f.GetMetric()) != 2 {
-				t.Errorf("counted %v", f)
+			if f.GetName() != "assay_server_snapshots_total" {
+				continue
+			}
+			counted := map[string]float64{}
+			for _, m := range f.GetMetric() {
+				counted[m.GetLabel()[0].GetValue()] = m.GetCounter().GetValue()
+			}
+			if counted["ok"] != 1 || counted["damaged"] != 1 || counted["failed"] != 0 {
+				t.Errorf("counted %v", counted)
 			}
 		}
 	})

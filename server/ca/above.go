@@ -103,11 +103,13 @@ func (c *CA) signAbove(ctx context.Context, a *made, now time.Time) error {
 	defer cancel()
 	signed, err := c.cfg.Upstream.Sign(asking, upstream.Request{CSR: csr, TTL: c.cfg.CATTL, Now: now})
 	if err != nil {
+		c.metrics.above.WithLabelValues("sign").Inc()
 		return fmt.Errorf("ask the upstream authority: %w", err)
 	}
 	// Asking took its time.
 	checked, err := upstream.Check(signed, a.signer, c.td, c.cfg.Now())
 	if err != nil {
+		c.metrics.above.WithLabelValues("sign").Inc()
 		return err
 	}
 	cert := checked.Chain[0]
@@ -159,6 +161,7 @@ func (c *CA) followAbove(ctx context.Context) {
 			b, err := upstream.CheckBundle(b, c.cfg.Now())
 			if err != nil {
 				c.metrics.failures.Inc()
+				c.metrics.above.WithLabelValues("bundle").Inc()
 				c.log.WithError(err).Error("What the upstream authority publishes is not taken over")
 				return
 			}
@@ -168,6 +171,7 @@ func (c *CA) followAbove(ctx context.Context) {
 		if errors.Is(err, upstream.ErrNoBundle) || ctx.Err() != nil {
 			return
 		}
+		c.metrics.above.WithLabelValues("bundle").Inc()
 		c.log.WithError(err).WithField("again_in", wait.String()).Warn("The upstream authority's bundle cannot be followed")
 		select {
 		case <-time.After(wait):

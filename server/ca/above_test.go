@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	dto "github.com/prometheus/client_model/go"
+
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/ca/upstream/upstreamtest"
@@ -220,6 +222,10 @@ func TestHostileAbove(t *testing.T) {
 			err := c.step(t.Context())
 			if !errors.Is(err, upstream.ErrRefused) {
 				t.Errorf("got %v", err)
+			}
+			var m dto.Metric
+			if err := c.metrics.above.WithLabelValues("sign").Write(&m); err != nil || m.GetCounter().GetValue() != 1 {
+				t.Errorf("%v failures are counted (%v)", m.GetCounter(), err)
 			}
 			if activeID(c) != before || len(store.held().X509) != x509s || store.states()["x509 prepared"] != 0 {
 				t.Error("something has changed")

@@ -293,7 +293,7 @@ func (c *CA) activate(ctx context.Context, kind string, now time.Time) error {
 	slot := c.slot(kind)
 	if active != nil && slot.Load() != active { // the start, or resumed: it is in the bundle, so it may sign
 		slot.Store(active)
-		c.metrics.active(kind, active.line.NotAfter)
+		c.metrics.active(kind, active)
 	}
 	if prepared == nil {
 		return nil
@@ -347,7 +347,7 @@ func (c *CA) takeOver(ctx context.Context, kind string, active, prepared *author
 		return fmt.Errorf("activate %s authority: %w", kind, err)
 	}
 	c.slot(kind).Store(changed[0])
-	c.metrics.active(kind, changed[0].line.NotAfter)
+	c.metrics.active(kind, changed[0])
 	c.log.WithFields(changed[0].fields()).Info("Authority activated")
 	if active != nil && state == StateOld && !c.lists(c.lines[active.line.AuthorityID], now) {
 		c.deleteKey(ctx, active)

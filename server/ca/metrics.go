@@ -2,7 +2,6 @@ package ca
 
 import (
 	"fmt"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 )
@@ -12,6 +11,8 @@ type metrics struct {
 	refused  *prometheus.CounterVec
 	failures prometheus.Counter
 	expires  *prometheus.GaugeVec
+	due      *prometheus.GaugeVec
+	above    *prometheus.CounterVec
 }
 
 func newMetrics(reg prometheus.Registerer) (*metrics, error) {
@@ -32,11 +33,27 @@ func newMetrics(reg prometheus.Registerer) (*metrics, error) {
 			Name: "assay_server_ca_authority_expires_seconds",
 			Help: "When the active authority expires, in Unix seconds, by kind.",
 		}, []string{"kind"}),
+		due: prometheus.NewGaugeVec(prometheus.GaugeOpts{
+			Name: "assay_server_ca_authority_due_seconds",
+			Help: "When the successor of the active authority is to take over, in Unix seconds, by kind. In the past: it does not come.",
+		}, []string{"kind"}),
+		above: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "assay_server_ca_upstream_failures_total",
+			Help: "Questions to the upstream authority that got no answer to go by, by what was asked for: sign, bundle.",
+		}, []string{"what"}),
+	}
+	// Alerts are about increases, and there is none from nothing to one.
+	for _, profile := range []string{profileWorkload, profileAgent, profileJWT} {
+		m.signed.WithLabelValues(profile)
+		m.refused.WithLabelValues(profile)
+	}
+	for _, what := range []string{"sign", "bundle"} {
+		m.above.WithLabelValues(what)
 	}
 	if reg == nil {
 		return m, nil
 	}
-	for _, c := range []prometheus.Collector{m.signed, m.refused, m.failures, m.expires} {
+	for _, c := range []prometheus.Collector{m.signed, m.refused, m.failures, m.expires, m.due, m.above} {
 		if err := reg.Register(c); err != nil {
 			return nil, fmt.Errorf("register CA metrics: %w", err)
 		}
@@ -52,6 +69,7 @@ func (m *metrics) count(profile string, err error) {
 	m.signed.WithLabelValues(profile).Inc()
 }
 
-func (m *metrics) active(kind string, notAfter time.Time) {
-	m.expires.WithLabelValues(kind).Set(float64(notAfter.Unix()))
+func (m *metrics) active(kind string, a *authority) {
+	m.expires.WithLabelValues(kind).Set(float64(a.line.NotAfter.Unix()))
+	m.due.WithLabelValues(kind).Set(float64(a.activateAt().Unix()))
 }

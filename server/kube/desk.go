@@ -88,6 +88,8 @@ func (d *desk) run(ctx context.Context) {
 		return
 	}
 	defer d.sees.close()
+	d.m.sight.Set(1)
+	defer d.m.sight.Set(0)
 	for ctx.Err() == nil && !d.take(ctx) {
 		// The server is this process, so this is rare: a full disk, say.
 		select {

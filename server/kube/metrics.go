@@ -12,6 +12,7 @@ type metrics struct {
 	trouble *prometheus.CounterVec
 	rounds  prometheus.Observer
 	rules   prometheus.Gauge
+	sight   prometheus.Gauge
 }
 
 func newMetrics(r prometheus.Registerer, cluster string) (*metrics, error) {
@@ -28,7 +29,11 @@ func newMetrics(r prometheus.Registerer, cluster string) (*metrics, error) {
 	rules := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "assay_server_kube_rules", Help: "ClusterSPIFFEID resources of this registrar.",
 	}, []string{"cluster"})
-	for _, c := range []prometheus.Collector{writes, trouble, rounds, rules} {
+	sight := prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "assay_server_kube_in_sight",
+		Help: "1 while this registrar has the lease of the cluster and sees it. Of several servers one has; if none has, nobody keeps the entries.",
+	}, []string{"cluster"})
+	for _, c := range []prometheus.Collector{writes, trouble, rounds, rules, sight} {
 		// Registrars of several clusters share one set.
 		var there prometheus.AlreadyRegisteredError
 		if err := r.Register(c); errors.As(err, &there) {
@@ -39,6 +44,8 @@ func newMetrics(r prometheus.Registerer, cluster string) (*metrics, error) {
 				trouble = there.ExistingCollector.(*prometheus.CounterVec)
 			case prometheus.Collector(rounds):
 				rounds = there.ExistingCollector.(*prometheus.HistogramVec)
+			case prometheus.Collector(sight):
+				sight = there.ExistingCollector.(*prometheus.GaugeVec)
 			default:
 				rules = there.ExistingCollector.(*prometheus.GaugeVec)
 			}
@@ -47,8 +54,11 @@ func newMetrics(r prometheus.Registerer, cluster string) (*metrics, error) {
 		}
 	}
 	label := prometheus.Labels{"cluster": cluster}
+	for _, result := range []string{"created", "updated", "deleted", "masked", "failed"} {
+		writes.MustCurryWith(label).WithLabelValues(result) // alerts are about increases, and there is none from nothing to one
+	}
 	return &metrics{
 		writes: writes.MustCurryWith(label), trouble: trouble.MustCurryWith(label),
-		rounds: rounds.With(label), rules: rules.With(label),
+		rounds: rounds.With(label), rules: rules.With(label), sight: sight.With(label),
 	}, nil
 }

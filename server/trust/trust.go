@@ -290,6 +290,9 @@ func (f *Fetcher) of(td spiffeid.TrustDomain) *state {
 	if !ok {
 		s = &state{turn: make(chan struct{}, 1)}
 		f.peers[td] = s
+		for _, outcome := range []string{"changed", "same", "refused", "failed"} {
+			f.fetches.WithLabelValues(td.Name(), outcome) // alerts are about increases, and there is none from nothing to one
+		}
 	}
 	return s
 }

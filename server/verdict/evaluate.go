@@ -94,6 +94,7 @@ func (s *Service) evaluate(ctx context.Context, cause string, digests []string) 
 	if len(digests) == 0 {
 		return nil
 	}
+	defer func(began time.Time) { s.m.took.Observe(time.Since(began).Seconds()) }(time.Now())
 	now := s.cfg.Now()
 	images := make([]*image, len(digests))
 	verdicts := make([][]policy.Verdict, len(digests))
@@ -146,7 +147,11 @@ func (s *Service) evaluate(ctx context.Context, cause string, digests []string) 
 	errs = append(errs, s.publish(ctx, images, now))
 	s.tell(changed)
 	s.wake()
-	return errors.Join(errs...)
+	err := errors.Join(errs...)
+	if err != nil {
+		s.m.unwritten.Inc()
+	}
+	return err
 }
 
 // keepUnwritten notes what the store did not take, so that the next evaluation writes it: after a restart

@@ -142,6 +142,9 @@ type Service struct {
 	posted chan struct{} // holds a token when there is an alert to send
 
 	revokes atomic.Bool // some policy revokes
+	// dueAt is when the next verdict's time comes, in Unix nanoseconds; 0: never. It stays in the past for as
+	// long as what was due is not written.
+	dueAt atomic.Int64
 
 	// mu guards all below and is held while a change of it is written.
 	mu     sync.Mutex
@@ -195,7 +198,8 @@ func Open(ctx context.Context, parts Parts, rules Rules, cfg Config) (*Service, 
 			excepted: map[string]policy.Exception{}, guards: map[string]*stored.EvidenceGuard{}, blobs: map[string]int{}, words: words{},
 		},
 	}
-	s.m = newMetrics(cfg.Metrics)
+	s.m = newMetrics(cfg.Metrics, s.overdue)
+	s.m.policies(rules.Policies)
 	s.revokes.Store(slices.ContainsFunc(rules.Policies, revokes))
 	var err error
 	if s.verifier, err = trust.New(rules.Trust, trust.Config{Now: cfg.Now, Metrics: cfg.Metrics}); err != nil {
@@ -271,6 +275,7 @@ func (s *Service) due(ctx context.Context) time.Duration {
 			list = append(list, digest)
 		}
 	}
+	s.noteDue()
 	if len(list) > 0 {
 		err := s.evaluate(ctx, "time", list)
 		select {
@@ -291,7 +296,33 @@ func (s *Service) due(ctx context.Context) time.Duration {
 			sleep = min(sleep, i.due.Sub(now))
 		}
 	}
+	s.noteDue()
 	return max(sleep, 0)
+}
+
+// noteDue notes when the next verdict's time comes. mu is held.
+func (s *Service) noteDue() {
+	var next time.Time
+	for _, i := range s.state.images {
+		if !i.due.IsZero() && (next.IsZero() || i.due.Before(next)) {
+			next = i.due
+		}
+	}
+	if next.IsZero() {
+		s.dueAt.Store(0)
+		return
+	}
+	s.dueAt.Store(next.UnixNano())
+}
+
+// overdue is for how long the next verdict should have been there. It waits for nobody: whoever asks wants to
+// know it above all when everything stands still.
+func (s *Service) overdue() time.Duration {
+	at := s.dueAt.Load()
+	if at == 0 {
+		return 0
+	}
+	return max(s.cfg.Now().Sub(time.Unix(0, at)), 0)
 }
 
 // wake makes watchTime look again.
@@ -360,6 +391,7 @@ func (s *Service) Replace(ctx context.Context, rules Rules) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rules = rules
+	s.m.policies(rules.Policies)
 	before := s.revokes.Swap(slices.ContainsFunc(rules.Policies, revokes))
 	s.verifier.Replace(rules.Trust)
 	s.callers.Replace(rules.Sources)

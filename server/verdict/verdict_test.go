@@ -176,6 +176,26 @@ func TestTimeTakesIdentitiesAway(t *testing.T) {
 	}
 }
 
+func TestVerdictsThatAreLate(t *testing.T) {
+	w := newWorld(t, strings.Replace(prod, `fail {`, "max_age = \"24h\"\n  fail {", 1))
+	w.run(config(1), 1)
+	w.mustPush(scan{image: config(1)})
+	w.pass(23 * time.Hour)
+	if late := w.overdue(); late != 0 {
+		t.Errorf("nothing is due, and it is late by %s", late)
+	}
+	w.mu.Lock()
+	w.at = w.at.Add(3 * time.Hour) // nobody gets to it
+	w.mu.Unlock()
+	if late := w.overdue(); late < time.Hour || late > 3*time.Hour {
+		t.Errorf("what was due two hours ago is late by %s", late)
+	}
+	w.pass(0)
+	if late := w.overdue(); late != 0 {
+		t.Errorf("it is done, and late by %s", late)
+	}
+}
+
 func TestTheBlastGuardHoldsAMassWithdrawal(t *testing.T) {
 	w := newWorld(t, strings.Replace(prod, "fail {", "blast_guard {\n    max_fraction = 0.2\n    window = \"5m\"\n  }\n  fail {", 1))
 	const images = 100

@@ -47,7 +47,9 @@ func TestChart(t *testing.T) {
 		same(t, helm(t, csiDriver), append(kustomize(t, base), kustomize(t, "../../deploy/k8s/csi")...))
 	})
 	t.Run("its copies are those of the originals", func(t *testing.T) {
-		for dir, pattern := range map[string]string{"crds": "../../deploy/k8s/crds/cluster*.yaml"} {
+		for dir, pattern := range map[string]string{
+			"crds": "../../deploy/k8s/crds/cluster*.yaml", "files": "../../deploy/monitoring/*.[yj][as]*",
+		} {
 			originals, err := filepath.Glob(pattern)
 			if err != nil || len(originals) == 0 {
 				t.Fatalf("there is no %s (%v)", pattern, err)
@@ -153,6 +155,32 @@ func TestValuesOfTheChart(t *testing.T) {
 		}
 		if validate(t, all) == 0 {
 			t.Error("no configuration was validated")
+		}
+	})
+	t.Run("rules and dashboard are those of deploy/monitoring", func(t *testing.T) {
+		all := helm(t, `monitoring={"podMonitor":{"enabled":true},"rules":{"enabled":true,"labels":{"release":"x"}},"dashboard":{"enabled":true}}`)
+		kinds := map[string]int{}
+		for _, o := range all {
+			kinds[o.GetKind()]++
+			switch {
+			case o.GetKind() == "PrometheusRule":
+				groups, _, _ := unstructured.NestedSlice(o.Object, "spec", "groups")
+				text, err := os.ReadFile(rulesFile)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if want := parse(t, string(text))[0].Object["groups"]; !cmp.Equal(any(groups), want) || o.GetLabels()["release"] != "x" {
+					t.Errorf("the rules are not those of %s: %s", rulesFile, cmp.Diff(any(groups), want))
+				}
+			case strings.HasSuffix(o.GetName(), "-dashboard"):
+				got, _, _ := unstructured.NestedString(o.Object, "data", "assay.json")
+				if want, err := os.ReadFile(dashboardFile); err != nil || got != string(want) || o.GetLabels()["grafana_dashboard"] != "1" {
+					t.Errorf("the dashboard is not that of %s (%v)", dashboardFile, err)
+				}
+			}
+		}
+		if kinds["PodMonitor"] != 2 || kinds["PrometheusRule"] != 1 {
+			t.Errorf("there are %v", kinds)
 		}
 	})
 	t.Run("a change of the configuration rolls the pods", func(t *testing.T) {
