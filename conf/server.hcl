@@ -246,6 +246,8 @@ node_attestor "join_token" {}
   # IAM roles by which an instance proves itself, and no others then. Without, a document is good once.
   #instance_roles = ["web"]
   #require_proof  = false
+  # How the agent's ID is made of the document, with the functions of SPIRE's templates; the default is SPIRE's.
+  #agent_path_template = "{{ .PluginName }}/{{ .AccountID }}/{{ .Region }}/{{ .InstanceID }}"
   # How old an instance may be that shows its document alone; any age by default.
   #max_instance_age = "10m"
   # Ask EC2 for state, tags and security groups, and IAM for the role.

@@ -18,6 +18,9 @@ import (
 // Type is the attestor's name in configuration, in evidence, in selectors and in agent IDs.
 const Type = "aws_iid"
 
+// DefaultAgentPath is SPIRE's too.
+const DefaultAgentPath = "{{ .PluginName }}/{{ .AccountID }}/{{ .Region }}/{{ .InstanceID }}"
+
 // AgentConfig is the agent's configuration block.
 type AgentConfig struct {
 	// MetadataEndpoint is where the instance metadata service is, if not at its usual address.
@@ -40,6 +43,8 @@ type ServerConfig struct {
 	RequireProof bool `hcl:"require_proof,optional"`
 	// MaxInstanceAge is how old an instance may be that shows the document alone; empty is any age.
 	MaxInstanceAge string `hcl:"max_instance_age,optional"`
+	// AgentPathTemplate makes the agent's path; DefaultAgentPath if empty.
+	AgentPathTemplate string `hcl:"agent_path_template,optional"`
 	// LookupInstance asks EC2 for the instance's state, tags and security groups, and IAM for its role.
 	LookupInstance bool `hcl:"lookup_instance,optional"`
 	// RefreshInterval is how often that is asked again of the instances whose agents were admitted.

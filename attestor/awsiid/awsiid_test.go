@@ -343,19 +343,32 @@ func TestNode(t *testing.T) {
 	})
 }
 
+func TestAgentPathTemplate(t *testing.T) {
+	judge := openJudge(t, judgeConfig+"\nagent_path_template = \"{{ .PluginName }}/{{ .Region }}/{{ .InstanceID }}\"")
+	proof, err := judge.Judge(t.Context(), read(t, "testdata/real.json"), mustNotAsk(t))
+	if err != nil || proof.Path != "aws_iid/us-east-1/"+instance {
+		t.Errorf("%+v, %v", proof, err)
+	}
+	judge = openJudge(t, judgeConfig+"\nagent_path_template = \"{{ .PluginName }}/{{ .Tags.tier }}\"")
+	if proof, err := judge.Judge(t.Context(), read(t, "testdata/real.json"), mustNotAsk(t)); !errors.Is(err, attestor.ErrEvidence) {
+		t.Errorf("with what is not there: %+v, %v", proof, err)
+	}
+}
+
 func TestConfig(t *testing.T) {
 	for why, c := range map[string]awsiid.ServerConfig{
-		"no accounts":           {RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
-		"an account that is no": {AccountIDs: []string{"*"}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
-		"no regions":            {AccountIDs: []string{account}},
-		"a region that is none": {AccountIDs: []string{account}, RegionCertificates: map[string]string{"*": "testdata/us-east-1.pem"}},
-		"no certificate":        {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/real.json"}},
-		"proof without roles":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RequireProof: true},
-		"half a key":            {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, AccessKeyID: "x"},
-		"an age that is none":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, MaxInstanceAge: "old"},
-		"refreshing nothing":    {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RefreshInterval: "1m"},
-		"refreshing always":     {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RefreshInterval: "1s", LookupInstance: true},
-		"plain HTTP":            {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, STSEndpoint: "http://sts.example.org"},
+		"no accounts":             {RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
+		"an account that is no":   {AccountIDs: []string{"*"}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
+		"no regions":              {AccountIDs: []string{account}},
+		"a region that is none":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"*": "testdata/us-east-1.pem"}},
+		"no certificate":          {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/real.json"}},
+		"proof without roles":     {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RequireProof: true},
+		"half a key":              {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, AccessKeyID: "x"},
+		"an age that is none":     {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, MaxInstanceAge: "old"},
+		"a template that is none": {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, AgentPathTemplate: "{{"},
+		"refreshing nothing":      {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RefreshInterval: "1m"},
+		"refreshing always":       {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RefreshInterval: "1s", LookupInstance: true},
+		"plain HTTP":              {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, STSEndpoint: "http://sts.example.org"},
 	} {
 		if _, err := server.Kind().Open(&c, attestor.Needs{}); err == nil {
 			t.Errorf("%s: accepted", why)

@@ -99,7 +99,7 @@ func rest(ctx context.Context, pause time.Duration) bool {
 
 // member is the agent of an instance, as it was admitted.
 type member struct {
-	document  awsiid.Document // as far as its path tells
+	document  awsiid.Document // as far as its selectors tell
 	path      string
 	selectors attestor.Set
 }
@@ -108,12 +108,17 @@ type member struct {
 func (j *judge) admitted(agents attestor.Admitted) map[string][]member {
 	found := map[string][]member{}
 	for path, selectors := range agents.Each() {
-		parts := strings.Split(path, "/")
-		if len(parts) != 4 || !awsapi.IsAccount(parts[1]) || !awsapi.IsRegion(parts[2]) {
-			continue
+		var d awsiid.Document
+		for _, s := range selectors.All() {
+			for begin, into := range map[string]*string{"account_id:": &d.AccountID, "region:": &d.Region, "instance:id:": &d.InstanceID} {
+				if value, ok := strings.CutPrefix(s.Value, begin); ok {
+					*into = value
+				}
+			}
 		}
-		d := awsiid.Document{AccountID: parts[1], Region: parts[2], InstanceID: parts[3]}
-		found[d.Region] = append(found[d.Region], member{d, path, selectors})
+		if awsapi.IsAccount(d.AccountID) && awsapi.IsRegion(d.Region) && d.InstanceID != "" {
+			found[d.Region] = append(found[d.Region], member{d, path, selectors})
+		}
 	}
 	return found
 }

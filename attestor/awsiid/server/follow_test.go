@@ -34,12 +34,13 @@ type nodes struct {
 func newNodes(ids ...string) *nodes {
 	n := &nodes{all: map[string]attestor.Set{}, changed: make(chan struct{}, 1)}
 	for _, id := range ids {
-		n.all[pathTo(id)] = attestor.NewSet(attestor.Selector{Type: awsiid.Type, Value: "instance:id:" + id})
+		n.all[pathTo(id)] = attestor.NewSet(selectors([]string{"instance:id:" + id, "account_id:" + account, "region:us-east-1"})...)
 	}
 	return n
 }
 
-func pathTo(id string) string { return "aws_iid/" + account + "/us-east-1/" + id }
+// pathTo is one that says nothing of account and region, as an operator's template may make it.
+func pathTo(id string) string { return "aws_iid/" + id }
 
 func (n *nodes) Each() iter.Seq2[string, attestor.Set] {
 	n.mu.Lock()
@@ -177,7 +178,8 @@ func TestFollow(t *testing.T) {
 		})
 		n.await(t, theInstance, "aws_iid:tag:tier:back")
 		want := []string{
-			"aws_iid:iamrole:arn:aws:iam::" + account + ":role/web", "aws_iid:instance:id:" + theInstance,
+			"aws_iid:account_id:" + account, "aws_iid:iamrole:arn:aws:iam::" + account + ":role/web", "aws_iid:instance:id:" + theInstance,
+			"aws_iid:region:us-east-1",
 			"aws_iid:sg:id:sg-9", "aws_iid:sg:name:db", "aws_iid:tag:tier:back",
 		}
 		if got := n.shown(theInstance); !slices.Equal(got, want) {

@@ -22,6 +22,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/agentpath"
 	"github.com/assay-id/assay/attestor/awsapi"
 	"github.com/assay-id/assay/attestor/awsiid"
 )
@@ -37,6 +38,7 @@ func Kind() attestor.JudgeKind {
 type judge struct {
 	config       awsiid.ServerConfig
 	certificates map[string]*x509.Certificate // by region
+	path         *agentpath.Template
 	maxAge       time.Duration
 	refresh      time.Duration
 	trustDomain  string
@@ -85,6 +87,15 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 		}
 		j.maxAge = age
 	}
+	template := c.AgentPathTemplate
+	if template == "" {
+		template = awsiid.DefaultAgentPath
+	}
+	path, err := agentpath.Parse(template)
+	if err != nil {
+		return nil, err
+	}
+	j.path = path
 	if c.RefreshInterval != "" {
 		every, err := time.ParseDuration(c.RefreshInterval)
 		switch {
@@ -98,7 +109,6 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	if c.RequireProof && len(c.InstanceRoles) == 0 {
 		return nil, errors.New("require_proof needs instance_roles, the roles by which instances prove themselves")
 	}
-	var err error
 	j.cloud, err = newCloud(*c, j.now)
 	return j, err
 }
@@ -121,6 +131,12 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 	}
 	if !slices.Contains(j.config.AccountIDs, document.AccountID) {
 		return attestor.Proof{}, attestor.Refusef("instance is of an account that is not accepted")
+	}
+	path, err := j.path.Path(map[string]any{
+		"PluginName": awsiid.Type, "AccountID": document.AccountID, "Region": document.Region, "InstanceID": document.InstanceID,
+	})
+	if err != nil {
+		return attestor.Proof{}, attestor.Refusef("%w", err)
 	}
 	role := ""
 	switch {
@@ -150,7 +166,7 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 		values = append(values, found...)
 	}
 	return attestor.Proof{
-		Path:        strings.Join([]string{awsiid.Type, document.AccountID, document.Region, document.InstanceID}, "/"),
+		Path:        path,
 		Selectors:   selectors(values),
 		CanReattest: role != "",
 	}, nil
