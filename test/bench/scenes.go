@@ -26,6 +26,7 @@ var scenes = []scene{
 	{"rotation", tainted, true},
 	{"federation", federated, false},
 	{"Envoy", betweenEnvoys, true},
+	{"host", hostScene, true},
 	{"docker", inDocker, false},
 	{"agents", agents, false},
 	{"signing", signing, false},
