@@ -39,7 +39,7 @@ func (w *world) newGuests() []*guest {
 	w.t.Helper()
 	roots, err := w.tpms.Roots()
 	must(w.t, err)
-	return []*guest{w.bySSH(), w.byName(), w.byDevID(roots), w.byTask()}
+	return []*guest{w.bySSH(), w.byName(), w.byDevID(roots), w.byTask(), w.byTwoWays(roots)}
 }
 
 // bySSH shows a host certificate, as ssh-keygen would make it.
@@ -123,6 +123,25 @@ func (w *world) byTask() *guest {
 			"ECS_CONTAINER_METADATA_URI_V4=http://169.254.170.2" + path(w.cloud.MetadataURI(arn)),
 			"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI=" + path(w.cloud.CredentialsURI()),
 		},
+	}
+}
+
+// byTwoWays is a virtual machine with a TPM, which must show both.
+func (w *world) byTwoWays(roots string) *guest {
+	t := w.t
+	vm, err := w.center.VM(t.Context(), "DC0_C0_RP0_VM1")
+	must(t, err)
+	must(t, w.center.Secure(t.Context(), vm))
+	is, err := w.center.Read(t.Context(), vm)
+	must(t, err)
+	dmi, vmtoolsd, err := w.center.Inside(vm, is.Config.Uuid)
+	must(t, err)
+	socket, err := w.tpms.Make(t.Context(), "three")
+	must(t, err)
+	return &guest{
+		node: node{kind: "all"}, on: "vm", proves: "all:part:tpm/",
+		judge: fmt.Sprintf("node_attestor \"all\" {\n  combination \"vm\" {\n    part \"vsphere\" {\n%s    }\n    part \"tpm\" {\n      ek_ca_path = %q\n    }\n  }\n}\n", w.vCenterBlock(), roots),
+		shows: fmt.Sprintf("node_attestor \"all\" {\n  combination = \"vm\"\n  part \"vsphere\" {\n    vmtoolsd_path = %q\n    dmi_path = %q\n  }\n  part \"tpm\" {\n    tpm_path = %q\n  }\n}\n", vmtoolsd, dmi, socket),
 	}
 }
 

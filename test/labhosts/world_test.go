@@ -193,13 +193,7 @@ node_attestor "tpm" {
   pcrs       = [0, 7]
 }
 node_attestor "vsphere" {
-  vcenter_url        = "https://%s"
-  username           = %q
-  password_file      = %q
-  ca_path            = %q
-  folders            = ["/DC0/vm"]
-  require_secure_rpc = true
-}
+%s}
 node_attestor "aws_iid" {
   account_ids         = ["123456789012"]
   region_certificates = { "us-east-1" = %q }
@@ -212,7 +206,7 @@ telemetry {
     port = 9989
   }
 }
-`, machines, roots, w.center.URL.Host, vcenter.Username, w.password, w.center.CA, region)
+`, machines, roots, w.vCenterBlock(), region)
 	for _, g := range guests {
 		w.site.ServerBlocks += g.judge
 	}
@@ -220,6 +214,17 @@ telemetry {
 	cleanup(w.t, w.site.Stop)
 	w.bundle, err = w.site.WriteBundle(w.t.Context())
 	must(w.t, err)
+}
+
+// vCenterBlock is how the server knows the vCenter.
+func (w *world) vCenterBlock() string {
+	return fmt.Sprintf(`  vcenter_url        = "https://%s"
+  username           = %q
+  password_file      = %q
+  ca_path            = %q
+  folders            = ["/DC0/vm"]
+  require_secure_rpc = true
+`, w.center.URL.Host, vcenter.Username, w.password, w.center.CA)
 }
 
 // cli runs a command of the server.
