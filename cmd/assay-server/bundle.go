@@ -231,7 +231,7 @@ func parseBundle(text []byte, format, id string) (*types.Bundle, error) {
 		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: cert.Raw})
 	}
 	if len(b.X509Authorities) == 0 {
-		return nil, errors.New("unable to parse bundle data: there is no PEM certificate in it")
+		return nil, errors.New("unable to parse bundle data: no PEM blocks")
 	}
 	return b, nil
 }

@@ -46,7 +46,7 @@ func (r relationship) wire(bundle []byte) (*types.FederationRelationship, error)
 	case r.Profile == "":
 		return nil, errors.New("bundle endpoint profile is required")
 	case r.Profile == profileSPIFFE && r.EndpointID == "":
-		return nil, fmt.Errorf("endpoint SPIFFE ID is required if profile is %q", profileSPIFFE)
+		return nil, errors.New("endpoint SPIFFE ID is required if 'https_spiffe' endpoint profile is set")
 	case r.Profile == profileWeb && r.EndpointID != "":
 		return nil, fmt.Errorf("the %q profile has no endpoint SPIFFE ID", profileWeb)
 	}
@@ -290,7 +290,7 @@ func federationShow() *cobra.Command {
 	r := newRemote("show", "Shows where the bundle of another trust domain is fetched", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		f, err := trustdomainv1.NewTrustDomainClient(conn).GetFederationRelationship(ctx, &trustdomainv1.GetFederationRelationshipRequest{TrustDomain: td})
 		if err != nil {
-			return fmt.Errorf("error fetching federation relationship: %w", err)
+			return fmt.Errorf("error showing federation relationship: %w", err)
 		}
 		return r.output.Print(r.Command, func(w io.Writer) error {
 			fmt.Fprintf(w, "Found a federation relationship with trust domain %s:\n\n", f.GetTrustDomain())

@@ -322,10 +322,12 @@ func idOf(v any) string {
 }
 
 func (w *words) value(key, v string) string {
-	if name, ok := w.names[v]; ok {
+	if name, ok := w.names[v]; ok || v == "" {
 		return name
 	}
 	switch key {
+	case "private_key":
+		return "KEY"
 	case "expires_at", "created_at", "issued_at", "x509svid_expires_at":
 		if n, err := strconv.ParseInt(v, 10, 64); err == nil && time.Until(time.Unix(n, 0)).Abs() < 72*time.Hour {
 			return "TIME"
@@ -340,7 +342,7 @@ func (w *words) value(key, v string) string {
 		if len(v) >= 32 {
 			return w.name("key", v)
 		}
-	case "asn1", "cert_chain", "ca_cert_chain", "x509_authorities":
+	case "asn1", "cert_chain", "ca_cert_chain", "x509_authorities", "x509_svid", "root_cas":
 		if der, err := base64.StdEncoding.DecodeString(v); err == nil {
 			return certificate(der)
 		}
