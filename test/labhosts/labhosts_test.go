@@ -135,6 +135,11 @@ func TestHosts(t *testing.T) {
 		w.reboot(t, r, []*node{unit, box, vm, cloud}, cloud, plain, same)
 	})
 	t.Run("the server comes back", func(t *testing.T) { w.back(t, r, []*node{unit, box, vm, cloud}, before, same) })
+	if t.Failed() {
+		return
+	}
+	t.Run("an agent is banned while its link is cut", func(t *testing.T) { w.banMeanwhile(t, r, vm, unit) })
+	t.Run("a node that was banned does not come back, and one that was evicted does", func(t *testing.T) { w.again(t, r, vm) })
 }
 
 // join brings all nodes up at once.
@@ -270,6 +275,56 @@ func (w *world) ban(t *testing.T, r *report, n *node, others []*node, same func(
 	}
 	same(t, others...)
 	w.everybodyCalls(t, others)
+}
+
+// banMeanwhile bans an agent that cannot be told: it serves what is valid until its link is mended, and then
+// nothing, before anything else.
+func (w *world) banMeanwhile(t *testing.T, r *report, n, other *node) {
+	must(t, n.host.Refuse())
+	n.connected(t, 0)
+	w.cli(t, "agent", "ban", "-spiffeID", n.id)
+	var s state
+	must(t, n.ask("/fetch", &s))
+	if s.serial(n.workload) == "" {
+		t.Errorf("it cannot know, and is served %+v", s)
+	}
+	must(t, n.host.Admit())
+	began := time.Now()
+	gone := n.until(t, "/state", "lose its identity", func(s state) bool { return len(s.IDs) == 0 })
+	r.add("link admits again -> the workload of an agent that was banned has nothing", gone.Since.Sub(began))
+	if err := other.call(n); err == nil {
+		t.Error("it still speaks mTLS")
+	}
+}
+
+// again restarts an agent that was banned, whose node proves itself as before, and then once more when the
+// server has forgotten it.
+func (w *world) again(t *testing.T, r *report, n *node) {
+	must(t, n.down(t.Context()))
+	// What it says from now on is about this start.
+	must(t, os.Truncate(n.agent.Log, 0))
+	must(t, n.agent.Launch())
+	must(t, n.start(t.Context()))
+	eventually(t, "the server refuses it", func() error {
+		text, err := os.ReadFile(n.agent.Log)
+		if err == nil && !strings.Contains(strings.ToLower(string(text)), "banned") {
+			err = errors.New("its log does not say so")
+		}
+		return err
+	})
+	var s state
+	must(t, n.ask("/fetch", &s))
+	if len(s.IDs) != 0 {
+		t.Errorf("it is served %+v", s)
+	}
+	w.cli(t, "agent", "evict", "-spiffeID", n.id)
+	must(t, n.down(t.Context()))
+	began := time.Now()
+	must(t, n.up(t.Context()))
+	must(t, n.start(t.Context()))
+	must(t, w.joined(t.Context(), n))
+	n.has(t, n.workload)
+	r.add("agent evicted and started anew -> its workload has its identity", time.Since(began))
 }
 
 // clock sets one agent's clock past the end of all it has, and right again.

@@ -29,7 +29,7 @@ import (
 const (
 	domain = "spiffe://" + site.TrustDomain
 	// patience is how long one thing may take at most.
-	patience = time.Minute
+	patience = 2 * time.Minute
 	// mtls is where every workload serves, control where it is asked, metrics where an agent's are.
 	mtls, control, metrics = ":7000", "127.0.0.1:7001", "127.0.0.1:9989"
 )

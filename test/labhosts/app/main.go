@@ -109,7 +109,7 @@ func (a *app) run(ctx context.Context, control, listen string) error {
 }
 
 // fetchTime is how long an agent may take that has something to serve.
-const fetchTime = 5 * time.Second
+const fetchTime = 20 * time.Second
 
 // fetch asks as a workload does that has just been started.
 func fetch(ctx context.Context) state {
