@@ -175,6 +175,8 @@ node_attestor "join_token" {}
   # The program of open-vm-tools, and where the kernel shows the machine's UUID.
   #vmtoolsd_path = "/usr/bin/vmtoolsd"
   #dmi_path      = "/sys/class/dmi/id"
+  # The server's name for the vCenter that the machine is in, where it knows several.
+  #vcenter = "east"
 #}
 
 # The machine's TPM 2.0.

@@ -296,8 +296,24 @@ node_attestor "join_token" {}
   #clusters = ["cluster-1"]
   # Refuse those in which any user can read guestinfo; otherwise they are believed once.
   #require_secure_rpc = false
-  # Tags as selectors, too.
-  #tags = false
+  # The guest writes its answer into guestinfo, so that who may only look at it in vCenter cannot be it.
+  #guest_answers = true
+  # Tags as selectors, too, and how often they are asked for.
+  #tags          = false
+  #tags_interval = "1m"
+  # In place of the keys above, several vCenters: a block for each, with the same keys.
+  #vcenter "east" {
+    #vcenter_url        = "https://vcenter-east.example.org"
+    #username           = "assay@vsphere.local"
+    #password_file      = "/etc/assay/vcenter-east-password"
+    #ca_path            = "/etc/assay/vcenter-ca.pem"
+    #folders            = ["/Datacenter/vm/production"]
+    #clusters           = ["cluster-1"]
+    #require_secure_rpc = false
+    #guest_answers      = true
+    #tags               = false
+    #tags_interval      = "1m"
+  #}
 #}
 
 # A machine by its TPM 2.0.

@@ -10,8 +10,12 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"reflect"
 	"regexp"
 	"strings"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 // Type is the attestor's name in configuration, in evidence, in selectors and in agent IDs.
@@ -20,8 +24,9 @@ const Type = "vsphere"
 // NonceSize is the size in bytes of either side's nonce.
 const NonceSize = 32
 
-// KeyPrefix begins the guestinfo keys that nonces are written to; the rest is the session, in hex.
-const KeyPrefix = "guestinfo.assay.nonce."
+// KeyPrefix begins the guestinfo keys that nonces are written to, AnswerPrefix those that the guest writes its
+// answers to; the rest is the session, in hex, and the same in both.
+const KeyPrefix, AnswerPrefix = "guestinfo.assay.nonce.", "guestinfo.assay.answer."
 
 // AgentConfig is the agent's configuration block.
 type AgentConfig struct {
@@ -29,11 +34,31 @@ type AgentConfig struct {
 	Vmtoolsd string `hcl:"vmtoolsd_path,optional"`
 	// DMI is where the kernel shows the machine's own numbers.
 	DMI string `hcl:"dmi_path,optional"`
+	// VCenter is the server's name for the vCenter that the machine is in, where it knows several.
+	VCenter string `hcl:"vcenter,optional"`
 }
 
-// ServerConfig is the server's configuration block.
+// ServerConfig is the server's configuration block: one vCenter, or blocks of several.
 type ServerConfig struct {
-	// URL is vCenter's, as https://vcenter.example.org.
+	URL              string   `hcl:"vcenter_url,optional"`
+	Username         string   `hcl:"username,optional"`
+	PasswordFile     string   `hcl:"password_file,optional"`
+	CAPath           string   `hcl:"ca_path,optional"`
+	Folders          []string `hcl:"folders,optional"`
+	Clusters         []string `hcl:"clusters,optional"`
+	RequireSecureRPC bool     `hcl:"require_secure_rpc,optional"`
+	GuestAnswers     *bool    `hcl:"guest_answers,optional"`
+	Tags             bool     `hcl:"tags,optional"`
+	TagsInterval     string   `hcl:"tags_interval,optional"`
+
+	VCenters []VCenter `hcl:"vcenter,block"`
+}
+
+// VCenter is one vCenter.
+type VCenter struct {
+	// Name is what agents call it.
+	Name string `hcl:"name,label"`
+	// URL is its address, as https://vcenter.example.org.
 	URL string `hcl:"vcenter_url"`
 	// Username is the account that the server logs in with, PasswordFile the file with its password.
 	Username     string `hcl:"username"`
@@ -48,19 +73,47 @@ type ServerConfig struct {
 	Clusters []string `hcl:"clusters,optional"`
 	// RequireSecureRPC refuses virtual machines in which any user can read guestinfo.
 	RequireSecureRPC bool `hcl:"require_secure_rpc,optional"`
-	// Tags asks vCenter for the tags of virtual machines.
-	Tags bool `hcl:"tags,optional"`
+	// GuestAnswers has the guest write its answer into guestinfo; by default it must.
+	GuestAnswers *bool `hcl:"guest_answers,optional"`
+	// Tags asks vCenter for the tags of virtual machines, TagsInterval says how often.
+	Tags         bool   `hcl:"tags,optional"`
+	TagsInterval string `hcl:"tags_interval,optional"`
+}
+
+// All are the vCenters, however they were written.
+func (c *ServerConfig) All() ([]VCenter, error) {
+	one := VCenter{
+		URL: c.URL, Username: c.Username, PasswordFile: c.PasswordFile, CAPath: c.CAPath, Folders: c.Folders, Clusters: c.Clusters,
+		RequireSecureRPC: c.RequireSecureRPC, GuestAnswers: c.GuestAnswers, Tags: c.Tags, TagsInterval: c.TagsInterval,
+	}
+	if len(c.VCenters) == 0 {
+		return []VCenter{one}, nil
+	}
+	if !reflect.DeepEqual(one, VCenter{}) {
+		return nil, errors.New("write the keys of a vCenter into its vcenter block, or have no such block")
+	}
+	seen := map[string]bool{}
+	for _, v := range c.VCenters {
+		if v.Name == "" || seen[v.Name] {
+			return nil, fmt.Errorf("vcenter %q: each needs a name of its own", v.Name)
+		}
+		seen[v.Name] = true
+	}
+	return c.VCenters, nil
 }
 
 // Evidence is the payload: who the machine says it is.
 type Evidence struct {
 	BIOSUUID string `json:"bios_uuid"`
 	Nonce    []byte `json:"nonce"`
+	// VCenter is where to look for it; empty: everywhere.
+	VCenter string `json:"vcenter,omitempty"`
 }
 
-// Challenge says where the nonce is to be found.
+// Challenge says where the nonce is to be found, and where the guest must write its answer: empty if nowhere.
 type Challenge struct {
-	Key string `json:"key"`
+	Key    string `json:"key"`
+	Answer string `json:"answer,omitempty"`
 }
 
 // Response proves that the nonce was read.
@@ -79,6 +132,12 @@ func IsUUID(text string) bool { return uuidForm.MatchString(text) }
 // IsKey reports whether a text is a key that a nonce can be at: an agent reads no other.
 func IsKey(text string) bool { return keyForm.MatchString(text) }
 
+// IsAnswer reports whether a text is the key that the answer to a nonce at another key is written to: an agent
+// writes no other.
+func IsAnswer(answer, key string) bool {
+	return IsKey(key) && answer == AnswerPrefix+strings.TrimPrefix(key, KeyPrefix)
+}
+
 // Decode reads one JSON message.
 func Decode(message []byte, into any) error {
 	if json.Unmarshal(message, into) != nil {
@@ -88,10 +147,11 @@ func Decode(message []byte, into any) error {
 }
 
 // MAC is what an agent answers with: the nonce is the key, and the transcript has all that the two sides
-// must agree on, each part with its length, so that nothing can be taken for something else.
-func MAC(nonce, agentNonce []byte, key, trustDomain, uuid string) []byte {
+// must agree on, each part with its length, so that nothing can be taken for something else. What it is for is
+// the agent's own key: an answer is of no use to somebody else's request.
+func MAC(nonce, agentNonce []byte, key, trustDomain, uuid string, own attestor.KeyHash) []byte {
 	mac := hmac.New(sha256.New, nonce)
-	for _, part := range []string{"assay vsphere 1", string(agentNonce), key, trustDomain, uuid} {
+	for _, part := range []string{"assay vsphere 2", string(agentNonce), key, trustDomain, uuid, string(own[:])} {
 		var length [4]byte
 		binary.BigEndian.PutUint32(length[:], uint32(len(part))) //nolint:gosec // all of them are short
 		mac.Write(length[:])

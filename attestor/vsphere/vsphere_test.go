@@ -2,6 +2,7 @@ package vsphere_test
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -170,7 +172,7 @@ func TestSuite(t *testing.T) {
 	})
 	t.Run("no nonce is left behind", func(t *testing.T) {
 		for _, option := range c.read(vm).Config.ExtraConfig {
-			if o := option.GetOptionValue(); strings.HasPrefix(o.Key, vsphere.KeyPrefix) {
+			if o := option.GetOptionValue(); strings.HasPrefix(o.Key, "guestinfo.assay.") {
 				t.Errorf("%s = %v", o.Key, o.Value)
 			}
 		}
@@ -221,8 +223,65 @@ func TestForgeries(t *testing.T) {
 			var q vsphere.Challenge
 			c.must(json.Unmarshal(challenge, &q))
 			nonce := make([]byte, vsphere.NonceSize)
-			return json.Marshal(vsphere.Response{MAC: vsphere.MAC(nonce, e.Nonce, q.Key, "other.org", uuid)})
+			return json.Marshal(vsphere.Response{MAC: vsphere.MAC(nonce, e.Nonce, q.Key, "other.org", uuid, attestor.KeyHash{})})
 		}, "not made with the nonce")
+	})
+	t.Run("somebody who reads the nonce in vCenter, and is not in the machine", func(t *testing.T) {
+		// Whoever may look at a machine's configuration sees its guestinfo. They start an attestation of
+		// their own, for a key of their own, and make the answer; but they cannot write it.
+		mine := attestor.KeyHash{7}
+		var e vsphere.Evidence
+		c.must(json.Unmarshal(payload, &e))
+		forge := func(_ context.Context, challenge []byte) ([]byte, error) {
+			var q vsphere.Challenge
+			c.must(json.Unmarshal(challenge, &q))
+			for _, option := range c.read(vm).Config.ExtraConfig {
+				if o := option.GetOptionValue(); o.Key == q.Key {
+					nonce, err := base64.StdEncoding.DecodeString(o.Value.(string))
+					c.must(err)
+					return json.Marshal(vsphere.Response{MAC: vsphere.MAC(nonce, e.Nonce, q.Key, attestortest.TrustDomain.Name(), uuid, mine)})
+				}
+			}
+			return nil, errors.New("there is no nonce")
+		}
+		proof, err := all.(attestor.KeyJudge).JudgeFor(t.Context(), payload, mine, forge)
+		if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), "has not written it") {
+			t.Errorf("%+v, %v", proof, err)
+		}
+		t.Run("is believed where the guest need not write", func(t *testing.T) {
+			if _, err := c.judge("folders = [\"/\"]\nguest_answers = false").(attestor.KeyJudge).JudgeFor(t.Context(), payload, mine, forge); err != nil {
+				t.Errorf("the README says otherwise: %v", err)
+			}
+		})
+	})
+	t.Run("an answer for another key than is asked for", func(t *testing.T) {
+		proof, err := all.(attestor.KeyJudge).JudgeFor(t.Context(), payload, attestor.KeyHash{7}, answer)
+		if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), "for another key") {
+			t.Errorf("%+v, %v", proof, err)
+		}
+	})
+	t.Run("the machine writes another answer than is sent", func(t *testing.T) {
+		refuse(t, all, func(ctx context.Context, challenge []byte) ([]byte, error) {
+			said, err := answer(ctx, challenge)
+			var q vsphere.Challenge
+			c.must(json.Unmarshal(challenge, &q))
+			c.reconfigure(vm, types.VirtualMachineConfigSpec{ExtraConfig: []types.BaseOptionValue{
+				&types.OptionValue{Key: q.Answer, Value: base64.StdEncoding.EncodeToString(make([]byte, 32))},
+			}})
+			return said, err
+		}, "has written another")
+	})
+	t.Run("reading alone is kept from its users, and writing is not", func(t *testing.T) {
+		c.reconfigure(other, types.VirtualMachineConfigSpec{ExtraConfig: []types.BaseOptionValue{
+			&types.OptionValue{Key: "guest_rpc.rpci.auth.cmd.info-get", Value: "TRUE"},
+		}})
+		payload, answer := c.evidence(c.inside(other, c.read(other).Config.Uuid))
+		if proof, err := all.Judge(t.Context(), payload, answer); err != nil || proof.CanReattest {
+			t.Errorf("%+v, %v", proof, err)
+		}
+		if proof, err := c.judge("folders = [\"/\"]\nguest_answers = false").Judge(t.Context(), payload, answer); err != nil || !proof.CanReattest {
+			t.Errorf("%+v, %v", proof, err)
+		}
 	})
 	t.Run("a guest that is too slow ends with the attestation, and leaves no nonce", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
@@ -235,7 +294,7 @@ func TestForgeries(t *testing.T) {
 			t.Errorf("error is %v", err)
 		}
 		for _, option := range c.read(vm).Config.ExtraConfig {
-			if o := option.GetOptionValue(); strings.HasPrefix(o.Key, vsphere.KeyPrefix) {
+			if o := option.GetOptionValue(); strings.HasPrefix(o.Key, "guestinfo.assay.") {
 				t.Errorf("left behind: %s", o.Key)
 			}
 		}
@@ -304,6 +363,15 @@ func TestNode(t *testing.T) {
 			}
 		}
 	})
+	t.Run("it writes to no other key than the answer's", func(t *testing.T) {
+		key := vsphere.KeyPrefix + strings.Repeat("0", 32)
+		for _, to := range []string{"guestinfo.userdata", key, vsphere.AnswerPrefix, vsphere.AnswerPrefix + strings.Repeat("1", 32), vsphere.AnswerPrefix + strings.Repeat("0", 32) + " x"} {
+			question, _ := json.Marshal(vsphere.Challenge{Key: key, Answer: to})
+			if _, err := answer(t.Context(), question); err == nil || !strings.Contains(err.Error(), "no answer is written to") {
+				t.Errorf("%q: %v", to, err)
+			}
+		}
+	})
 	t.Run("VMware's serial number tells the UUID", func(t *testing.T) {
 		for serial, want := range map[string]string{
 			"VMware-42 1a 9e 3f 5c 00 11 22-33 44 55 66 77 88 99 aa\n": "421a9e3f-5c00-1122-3344-5566778899aa",
@@ -334,10 +402,20 @@ func TestNode(t *testing.T) {
 type told struct {
 	known string
 	said  chan string
+	set   atomic.Pointer[attestor.Set]
 }
 
+// has says which selectors the agent has.
+func (n *told) has(set attestor.Set) { n.set.Store(&set) }
+
 func (n *told) Each() iter.Seq2[string, attestor.Set] {
-	return func(yield func(string, attestor.Set) bool) { yield(n.known, attestor.Set{}) }
+	return func(yield func(string, attestor.Set) bool) {
+		if set := n.set.Load(); set != nil {
+			yield(n.known, *set)
+			return
+		}
+		yield(n.known, attestor.Set{})
+	}
 }
 
 func (n *told) Update(_ context.Context, path string, s []attestor.Selector) error {
@@ -345,6 +423,111 @@ func (n *told) Update(_ context.Context, path string, s []attestor.Selector) err
 	return nil
 }
 func (n *told) Evict(_ context.Context, path string) error { n.said <- path + " gone"; return nil }
+
+func TestTagsArePushed(t *testing.T) {
+	c := newCenter(t)
+	vm := c.vm("DC0_H0_VM0")
+	path := "vsphere/" + c.admin.ServiceContent.About.InstanceUuid + "/" + c.read(vm).Config.InstanceUuid
+	nodes := &told{known: path, said: make(chan string, 1024)}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() {
+		ended <- c.judge("folders = [\"/\"]\ntags = true\ntags_interval = \"1s\"").(attestor.Follower).Follow(ctx, nodes)
+	}()
+	t.Cleanup(func() { cancel(); <-ended })
+	restClient := rest.NewClient(c.admin.Client)
+	c.must(restClient.Login(t.Context(), url.UserPassword(vcenter.Username, vcenter.Password)))
+	manager := tags.NewManager(restClient)
+	category, err := manager.CreateCategory(t.Context(), &tags.Category{Name: "zone", Cardinality: "SINGLE"})
+	c.must(err)
+	tag, err := manager.CreateTag(t.Context(), &tags.Tag{Name: "dmz", CategoryID: category})
+	c.must(err)
+	await := func(what string, is func(said string) bool) {
+		t.Helper()
+		for {
+			select {
+			case said := <-nodes.said:
+				if is(said) {
+					return
+				}
+			case <-time.After(time.Minute):
+				t.Fatalf("never told %s", what)
+			}
+		}
+	}
+	await("the machine", func(said string) bool { return strings.Contains(said, "vm-name:DC0_H0_VM0") })
+	c.must(manager.AttachTag(t.Context(), tag, vm.Reference()))
+	await("the tag", func(said string) bool {
+		return strings.HasPrefix(said, path) && strings.Contains(said, "vsphere:tag:zone:dmz") && strings.Contains(said, "vm-name:DC0_H0_VM0")
+	})
+	nodes.has(attestor.NewSet(attestor.Selector{Type: "vsphere", Value: "tag:zone:dmz"}))
+	c.must(manager.DetachTag(t.Context(), tag, vm.Reference()))
+	await("that the tag is gone", func(said string) bool { return !strings.Contains(said, "vsphere:tag:") })
+}
+
+func TestSeveralVCenters(t *testing.T) {
+	// The simulator gives machines of one name one UUID, as copies of an inventory have.
+	east, west := newCenter(t), newCenter(t)
+	block := func(name string, c *center) string {
+		return fmt.Sprintf("vcenter %q {\n%s\n}\n", name, c.judgeConfig(`folders = ["/"]`))
+	}
+	openBoth := func(t *testing.T, body string) (attestor.Judge, error) {
+		t.Helper()
+		config, diags := attestortest.Decode(server.Kind().Config, body)
+		if diags.HasErrors() {
+			t.Fatal(diags)
+		}
+		return server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+	}
+	judge, err := openBoth(t, block("east", east)+block("west", west))
+	if err != nil {
+		t.Fatal(err)
+	}
+	vm := west.vm("DC0_H0_VM0")
+	uuid := west.read(vm).Config.Uuid
+	want := "vsphere/" + west.admin.ServiceContent.About.InstanceUuid + "/" + west.read(vm).Config.InstanceUuid
+	inside := west.inside(vm, uuid)
+	payload, answer := west.evidence(inside)
+	t.Run("two machines of one UUID are refused", func(t *testing.T) {
+		if proof, err := judge.Judge(t.Context(), payload, answer); !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), "more than one vCenter") {
+			t.Errorf("%+v, %v", proof, err)
+		}
+	})
+	t.Run("unless the agent says in which vCenter it is", func(t *testing.T) {
+		payload, answer := west.evidence(inside + "vcenter = \"west\"\n")
+		if proof, err := judge.Judge(t.Context(), payload, answer); err != nil || proof.Path != want {
+			t.Errorf("%+v, %v; want %s", proof, err, want)
+		}
+		payload, answer = west.evidence(inside + "vcenter = \"east\"\n")
+		if proof, err := judge.Judge(t.Context(), payload, answer); err == nil {
+			t.Errorf("the other vCenter's machine: %+v", proof)
+		}
+		payload, answer = west.evidence(inside + "vcenter = \"north\"\n")
+		if proof, err := judge.Judge(t.Context(), payload, answer); !errors.Is(err, attestor.ErrEvidence) {
+			t.Errorf("%+v, %v", proof, err)
+		}
+	})
+	t.Run("one UUID that one of them has is found", func(t *testing.T) {
+		twin := east.vm("DC0_H0_VM0")
+		east.reconfigure(twin, types.VirtualMachineConfigSpec{Uuid: "11111111-2222-3333-4444-555555555555"})
+		if proof, err := judge.Judge(t.Context(), payload, answer); err != nil || proof.Path != want {
+			t.Errorf("%+v, %v; want %s", proof, err, want)
+		}
+	})
+	t.Run("the configuration is one or the other", func(t *testing.T) {
+		for body, says := range map[string]string{
+			east.judgeConfig("folders = [\"/\"]\n") + block("west", west):  "into its vcenter block",
+			block("east", east) + block("east", west):                      "name of its own",
+			strings.Replace(block("east", east), `["/"]`, `["x"]`, 1):      `vcenter "east": folders`,
+			east.judgeConfig("folders = [\"/\"]\ntags_interval = \"1ms\""): "tags_interval",
+			"": "folders is empty",
+		} {
+			if _, err := openBoth(t, body); err == nil || !strings.Contains(err.Error(), says) {
+				t.Errorf("%s: %v, want %q", body, err, says)
+			}
+		}
+	})
+}
 
 func TestFollow(t *testing.T) {
 	c := newCenter(t)

@@ -46,11 +46,14 @@ type guest interface {
 	uuid() (string, error)
 	// get returns a guestinfo value, empty if there is none.
 	get(ctx context.Context, key string) (string, error)
+	// set writes a guestinfo value, which vCenter then shows.
+	set(ctx context.Context, key, value string) error
 }
 
 type node struct {
 	guest       guest
 	trustDomain string
+	vcenter     string
 }
 
 func open(config any, needs attestor.Needs) (attestor.Node, error) {
@@ -61,11 +64,16 @@ func open(config any, needs attestor.Needs) (attestor.Node, error) {
 	if !filepath.IsAbs(c.Vmtoolsd) {
 		return nil, fmt.Errorf("vmtoolsd_path: %q is no absolute path", c.Vmtoolsd)
 	}
-	return &node{tools{program: c.Vmtoolsd, dmi: c.DMI}, needs.TrustDomain.Name()}, nil
+	return &node{tools{program: c.Vmtoolsd, dmi: c.DMI}, needs.TrustDomain.Name(), c.VCenter}, nil
 }
 
-// Evidence says who the machine is.
+// Evidence says who the machine is, for no key.
 func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
+	return n.EvidenceFor(ctx, attestor.KeyHash{})
+}
+
+// EvidenceFor says who the machine is.
+func (n *node) EvidenceFor(ctx context.Context, key attestor.KeyHash) ([]byte, attestor.Ask, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}
@@ -75,16 +83,16 @@ func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
 	}
 	nonce := make([]byte, vsphere.NonceSize)
 	_, _ = rand.Read(nonce)
-	payload, err := json.Marshal(vsphere.Evidence{BIOSUUID: uuid, Nonce: nonce})
+	payload, err := json.Marshal(vsphere.Evidence{BIOSUUID: uuid, Nonce: nonce, VCenter: n.vcenter})
 	if err != nil {
 		return nil, nil, err
 	}
 	return payload, func(ctx context.Context, challenge []byte) ([]byte, error) {
-		return n.answer(ctx, uuid, nonce, challenge)
+		return n.answer(ctx, vsphere.Evidence{BIOSUUID: uuid, Nonce: nonce}, key, challenge)
 	}, nil
 }
 
-func (n *node) answer(ctx context.Context, uuid string, own, challenge []byte) ([]byte, error) {
+func (n *node) answer(ctx context.Context, e vsphere.Evidence, own attestor.KeyHash, challenge []byte) ([]byte, error) {
 	var c vsphere.Challenge
 	if len(challenge) > attestor.MaxEvidence {
 		return nil, errors.New("challenge is too large")
@@ -94,6 +102,9 @@ func (n *node) answer(ctx context.Context, uuid string, own, challenge []byte) (
 	}
 	if !vsphere.IsKey(c.Key) {
 		return nil, errors.New("challenge names a key that no nonce is at")
+	}
+	if c.Answer != "" && !vsphere.IsAnswer(c.Answer, c.Key) {
+		return nil, errors.New("challenge names a key that no answer is written to")
 	}
 	for range reads {
 		text, err := n.guest.get(ctx, c.Key)
@@ -105,7 +116,13 @@ func (n *node) answer(ctx context.Context, uuid string, own, challenge []byte) (
 			if err != nil || len(nonce) != vsphere.NonceSize {
 				return nil, errors.New("read guestinfo: it holds no nonce")
 			}
-			return json.Marshal(vsphere.Response{MAC: vsphere.MAC(nonce, own, c.Key, n.trustDomain, uuid)})
+			mac := vsphere.MAC(nonce, e.Nonce, c.Key, n.trustDomain, e.BIOSUUID, own)
+			if c.Answer != "" {
+				if err := n.guest.set(ctx, c.Answer, base64.StdEncoding.EncodeToString(mac)); err != nil {
+					return nil, fmt.Errorf("write guestinfo: %w", err)
+				}
+			}
+			return json.Marshal(vsphere.Response{MAC: mac})
 		}
 		select {
 		case <-time.After(readPause):
@@ -146,26 +163,39 @@ func readLimited(path string) (string, error) {
 	return string(text), err
 }
 
-// get runs vmtoolsd, which alone knows the ways to the hypervisor, the privileged one among them.
+// get reads a value.
 func (g tools) get(ctx context.Context, key string) (string, error) {
+	out, said, err := g.run(ctx, "info-get "+key)
+	if err != nil && strings.Contains(said, "No value found") {
+		return "", nil
+	}
+	return out, err
+}
+
+// set writes a value.
+func (g tools) set(ctx context.Context, key, value string) error {
+	_, _, err := g.run(ctx, "info-set "+key+" "+value)
+	return err
+}
+
+// run runs vmtoolsd, which alone knows the ways to the hypervisor, the privileged one among them.
+func (g tools) run(ctx context.Context, command string) (out, said string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, readTime)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, g.program, "--cmd", "info-get "+key)
+	cmd := exec.CommandContext(ctx, g.program, "--cmd", command)
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
 	cmd.WaitDelay = time.Second
-	var out, complaint limited
-	cmd.Stdout, cmd.Stderr = &out, &complaint
-	err := cmd.Run()
-	said := strings.TrimSpace(out.String() + " " + complaint.String())
+	var printed, complaint limited
+	cmd.Stdout, cmd.Stderr = &printed, &complaint
+	err = cmd.Run()
+	said = strings.TrimSpace(printed.String() + " " + complaint.String())
 	switch {
 	case ctx.Err() != nil:
-		return "", fmt.Errorf("%s: %w", g.program, ctx.Err())
-	case err != nil && strings.Contains(said, "No value found"):
-		return "", nil
+		return "", "", fmt.Errorf("%s: %w", g.program, ctx.Err())
 	case err != nil:
-		return "", fmt.Errorf("%s: %w: %.200s", g.program, err, said)
+		return "", said, fmt.Errorf("%s: %w: %.200s", g.program, err, said)
 	}
-	return strings.TrimSpace(out.String()), nil
+	return strings.TrimSpace(printed.String()), said, nil
 }
 
 // limited keeps the first of what is written to it.

@@ -3,9 +3,12 @@
 //
 // Why it is so: what a machine says of itself, its UUID, is copied with it, so it is only where to look.
 // There must be exactly one virtual machine of that UUID, it must run, and it must be where the operator
-// allows; then what vCenter writes into that one is read by nobody outside of it. After the answer all of
-// this is looked at again. By default any user of a guest can read guestinfo; where the machine's
-// configuration does not forbid that, its evidence is good once, as an EC2 identity document is.
+// allows. What vCenter writes into that one is read by nobody in another machine, but by whoever may look at
+// its configuration in vCenter; so the guest writes its answer back into guestinfo, which nobody does without
+// being in it, or allowed to change it. The answer is for the key that the agent asks a certificate for.
+// Afterwards all of this is looked at again. By default any user of a guest can read and write guestinfo;
+// where the machine's configuration does not forbid that, its evidence is good once, as an EC2 identity
+// document is.
 package server
 
 import (
@@ -35,6 +38,10 @@ import (
 const (
 	// challengeTime is how long a guest may take to read its nonce.
 	challengeTime = 20 * time.Second
+	// answerTime is how long what the guest wrote may take to be seen in vCenter, answerPause the wait between looks.
+	answerTime, answerPause = 5 * time.Second, 200 * time.Millisecond
+	// minTags and defaultTags are how often tags are asked for.
+	minTags, defaultTags = time.Second, time.Minute
 	// cleanTime is how long removing the nonce may take afterwards.
 	cleanTime = 10 * time.Second
 	// maxValues bounds the selectors out of tags and custom attributes.
@@ -47,13 +54,25 @@ func Kind() attestor.JudgeKind {
 }
 
 type judge struct {
-	config      vsphere.ServerConfig
-	vcenter     *vcenter
-	trustDomain string
-	log         logrus.FieldLogger
+	centers []*center
 
 	mu   sync.Mutex // guards busy
-	busy map[types.ManagedObjectReference]bool
+	busy map[vm]bool
+}
+
+// center is one vCenter with what is accepted of it.
+type center struct {
+	config      vsphere.VCenter
+	vcenter     *vcenter
+	tagsEvery   time.Duration
+	trustDomain string
+	log         logrus.FieldLogger
+}
+
+// vm is a virtual machine of all vCenters.
+type vm struct {
+	center *center
+	ref    types.ManagedObjectReference
 }
 
 func open(config any, needs attestor.Needs) (attestor.Judge, error) {
@@ -61,6 +80,25 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	if !ok {
 		return nil, fmt.Errorf("vsphere configuration is a %T", config)
 	}
+	all, err := c.All()
+	if err != nil {
+		return nil, err
+	}
+	j := &judge{busy: map[vm]bool{}}
+	for _, one := range all {
+		v, err := openCenter(one, needs)
+		if err != nil && one.Name != "" {
+			err = fmt.Errorf("vcenter %q: %w", one.Name, err)
+		}
+		if err != nil {
+			return nil, err
+		}
+		j.centers = append(j.centers, v)
+	}
+	return j, nil
+}
+
+func openCenter(c vsphere.VCenter, needs attestor.Needs) (*center, error) {
 	if len(c.Folders) == 0 {
 		return nil, errors.New(`folders is empty: name the folders whose virtual machines are accepted, as "/DC/vm/production", or "/" for all`)
 	}
@@ -69,19 +107,35 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 			return nil, fmt.Errorf("folders: %q is no inventory path like \"/DC/vm/production\"", folder)
 		}
 	}
-	v, err := newVCenter(*c)
-	if err != nil {
-		return nil, err
+	out := &center{config: c, trustDomain: needs.TrustDomain.Name(), log: needs.Log, tagsEvery: defaultTags}
+	if c.TagsInterval != "" {
+		every, err := time.ParseDuration(c.TagsInterval)
+		if err != nil || every < minTags {
+			return nil, fmt.Errorf("tags_interval: %q is no time of %s or more", c.TagsInterval, minTags)
+		}
+		out.tagsEvery = every
 	}
-	log := needs.Log
-	if log == nil {
-		log = logrus.New()
+	if out.log == nil {
+		out.log = logrus.New()
 	}
-	return &judge{config: *c, vcenter: v, trustDomain: needs.TrustDomain.Name(), log: log, busy: map[types.ManagedObjectReference]bool{}}, nil
+	if c.Name != "" {
+		out.log = out.log.WithField("vcenter", c.Name)
+	}
+	var err error
+	out.vcenter, err = newVCenter(c)
+	return out, err
 }
 
-// Judge finds the virtual machine, challenges it and describes it.
+// guestAnswers reports whether the guest must write its answer.
+func (v *center) guestAnswers() bool { return v.config.GuestAnswers == nil || *v.config.GuestAnswers }
+
+// Judge believes evidence that is for no key.
 func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (attestor.Proof, error) {
+	return j.JudgeFor(ctx, payload, attestor.KeyHash{}, ask)
+}
+
+// JudgeFor finds the virtual machine, challenges it and describes it.
+func (j *judge) JudgeFor(ctx context.Context, payload []byte, key attestor.KeyHash, ask attestor.Ask) (attestor.Proof, error) {
 	if err := ctx.Err(); err != nil {
 		return attestor.Proof{}, err
 	}
@@ -95,43 +149,79 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 	if !vsphere.IsUUID(evidence.BIOSUUID) || len(evidence.Nonce) != vsphere.NonceSize {
 		return attestor.Proof{}, attestor.Refusef("read evidence: it has no UUID or no nonce that is one")
 	}
-	c, err := j.vcenter.get(ctx)
+	v, c, err := j.where(ctx, evidence)
 	if err != nil {
 		return attestor.Proof{}, err
 	}
-	ref, _, _, err := j.find(ctx, c, evidence.BIOSUUID)
+	ref, _, _, err := v.find(ctx, c, evidence.BIOSUUID)
 	if err != nil {
 		return attestor.Proof{}, err
 	}
-	if !j.take(ref) {
+	if !j.take(vm{v, ref}) {
 		return attestor.Proof{}, attestor.Refusef("the virtual machine is being attested already")
 	}
-	defer j.release(ref)
-	if err := j.challenge(ctx, c, ref, evidence, ask); err != nil {
+	defer j.release(vm{v, ref})
+	if err := v.challenge(ctx, c, ref, evidence, key, ask); err != nil {
 		return attestor.Proof{}, err
 	}
-	again, vm, at, err := j.find(ctx, c, evidence.BIOSUUID)
+	again, is, at, err := v.find(ctx, c, evidence.BIOSUUID)
 	if err != nil {
 		return attestor.Proof{}, err
 	}
 	if again != ref {
 		return attestor.Proof{}, attestor.Refusef("another virtual machine has the UUID by now")
 	}
-	selectors, err := j.describe(ctx, c, &vm, at)
+	selectors, err := v.describe(ctx, c, &is, at)
 	if err != nil {
 		return attestor.Proof{}, err
 	}
-	return attestor.Proof{Path: pathOf(c, vm.Config.InstanceUuid), Selectors: selectors, CanReattest: secure(&vm)}, nil
+	return attestor.Proof{Path: pathOf(c, is.Config.InstanceUuid), Selectors: selectors, CanReattest: v.secure(&is)}, nil
+}
+
+// where finds the vCenter of a virtual machine: the one that the agent names, or the one that has it.
+func (j *judge) where(ctx context.Context, e vsphere.Evidence) (*center, *vim25.Client, error) {
+	var at *center
+	var client *vim25.Client
+	for _, v := range j.centers {
+		if e.VCenter != "" && e.VCenter != v.config.Name {
+			continue
+		}
+		c, err := v.vcenter.get(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		if e.VCenter != "" || len(j.centers) == 1 {
+			return v, c, nil
+		}
+		refs, err := byUUID(ctx, c, e.BIOSUUID)
+		switch {
+		case err != nil:
+			return nil, nil, err
+		case len(refs) == 0:
+		case at != nil:
+			return nil, nil, attestor.Refusef("more than one vCenter has a virtual machine with this UUID; give clones UUIDs of their own, or name the vcenter in the agent's file")
+		default:
+			at, client = v, c
+		}
+	}
+	if at == nil {
+		return nil, nil, attestor.Refusef("no vCenter of this server's has a virtual machine with this UUID, or is called so")
+	}
+	return at, client, nil
 }
 
 func pathOf(c *vim25.Client, instance string) string {
 	return strings.Join([]string{vsphere.Type, c.ServiceContent.About.InstanceUuid, instance}, "/")
 }
 
-func secure(vm *mo.VirtualMachine) bool { return strings.EqualFold(extra(vm, secureRPC), "TRUE") }
+// secure reports whether only root in the guest can answer.
+func (v *center) secure(vm *mo.VirtualMachine) bool {
+	on := func(key string) bool { return strings.EqualFold(extra(vm, key), "TRUE") }
+	return on(readRPC) && (!v.guestAnswers() || on(writeRPC))
+}
 
 // find returns the one virtual machine of a UUID if it may be attested.
-func (j *judge) find(ctx context.Context, c *vim25.Client, uuid string) (types.ManagedObjectReference, mo.VirtualMachine, place, error) {
+func (v *center) find(ctx context.Context, c *vim25.Client, uuid string) (types.ManagedObjectReference, mo.VirtualMachine, place, error) {
 	var none types.ManagedObjectReference
 	var vm mo.VirtualMachine
 	refs, err := byUUID(ctx, c, uuid)
@@ -152,15 +242,15 @@ func (j *judge) find(ctx context.Context, c *vim25.Client, uuid string) (types.M
 	if err != nil {
 		return none, vm, place{}, err
 	}
-	if err := j.allowed(&vm, at); err != nil {
+	if err := v.allowed(&vm, at); err != nil {
 		return none, vm, place{}, err
 	}
 	return refs[0], vm, at, nil
 }
 
 // allowed says why a virtual machine may not be attested, or nil.
-func (j *judge) allowed(vm *mo.VirtualMachine, at place) error {
-	inFolder := slices.ContainsFunc(j.config.Folders, func(folder string) bool {
+func (v *center) allowed(vm *mo.VirtualMachine, at place) error {
+	inFolder := slices.ContainsFunc(v.config.Folders, func(folder string) bool {
 		return folder == "/" || at.folder == folder || strings.HasPrefix(at.folder, folder+"/")
 	})
 	switch {
@@ -172,55 +262,62 @@ func (j *judge) allowed(vm *mo.VirtualMachine, at place) error {
 		return attestor.Refusef("the virtual machine has no instance UUID")
 	case !inFolder:
 		return attestor.Refusef("the virtual machine is in none of the accepted folders")
-	case len(j.config.Clusters) > 0 && !slices.Contains(j.config.Clusters, at.cluster):
+	case len(v.config.Clusters) > 0 && !slices.Contains(v.config.Clusters, at.cluster):
 		return attestor.Refusef("the virtual machine is in none of the accepted clusters")
-	case j.config.RequireSecureRPC && !secure(vm):
-		return attestor.Refusef("any user of the virtual machine can read guestinfo; set %s = \"TRUE\"", secureRPC)
+	case v.config.RequireSecureRPC && !v.secure(vm):
+		return attestor.Refusef("any user of the virtual machine can read or write guestinfo; set %s and %s to \"TRUE\"", readRPC, writeRPC)
 	}
 	return nil
 }
 
 // take lets one attestation of a virtual machine run at a time: a stranger who knows its UUID can start
 // one, but not read or change another's nonce.
-func (j *judge) take(ref types.ManagedObjectReference) bool {
+func (j *judge) take(one vm) bool {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if j.busy[ref] {
+	if j.busy[one] {
 		return false
 	}
-	j.busy[ref] = true
+	j.busy[one] = true
 	return true
 }
 
-func (j *judge) release(ref types.ManagedObjectReference) {
+func (j *judge) release(one vm) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	delete(j.busy, ref)
+	delete(j.busy, one)
 }
 
 // challenge writes a nonce into the virtual machine, asks for it, and removes it whatever comes of that.
-func (j *judge) challenge(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReference, e vsphere.Evidence, ask attestor.Ask) error {
+func (v *center) challenge(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReference, e vsphere.Evidence, own attestor.KeyHash, ask attestor.Ask) error {
 	nonce, session := make([]byte, vsphere.NonceSize), make([]byte, 16)
 	_, _ = rand.Read(nonce)
 	_, _ = rand.Read(session)
-	key := vsphere.KeyPrefix + hex.EncodeToString(session)
+	question := vsphere.Challenge{Key: vsphere.KeyPrefix + hex.EncodeToString(session)}
+	if v.guestAnswers() {
+		question.Answer = vsphere.AnswerPrefix + hex.EncodeToString(session)
+	}
 	defer func() {
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTime)
 		defer cancel()
-		if err := setExtra(clean, c, ref, key, ""); err != nil {
-			j.log.WithError(err).WithField("vm", ref.Value).Warn("a nonce that is used up cannot be removed from the virtual machine")
+		gone := map[string]string{question.Key: ""}
+		if text, err := getExtra(clean, c, ref, question.Answer); question.Answer != "" && (err != nil || text != "") {
+			gone[question.Answer] = ""
+		}
+		if err := setExtra(clean, c, ref, gone); err != nil {
+			v.log.WithError(err).WithField("vm", ref.Value).Warn("a nonce that is used up cannot be removed from the virtual machine")
 		}
 	}()
-	if err := setExtra(ctx, c, ref, key, base64.StdEncoding.EncodeToString(nonce)); err != nil {
+	if err := setExtra(ctx, c, ref, map[string]string{question.Key: base64.StdEncoding.EncodeToString(nonce)}); err != nil {
 		return err
 	}
-	question, err := json.Marshal(vsphere.Challenge{Key: key})
+	message, err := json.Marshal(question)
 	if err != nil {
 		return err
 	}
 	limited, cancel := context.WithTimeout(ctx, challengeTime)
 	defer cancel()
-	said, err := ask(limited, question)
+	said, err := ask(limited, message)
 	switch {
 	case err != nil && ctx.Err() == nil && limited.Err() != nil:
 		return attestor.Refusef("the virtual machine did not answer within %s", challengeTime)
@@ -233,14 +330,44 @@ func (j *judge) challenge(ctx context.Context, c *vim25.Client, ref types.Manage
 	if err := vsphere.Decode(said, &response); err != nil {
 		return attestor.Refusef("read answer: %w", err)
 	}
-	if !hmac.Equal(response.MAC, vsphere.MAC(nonce, e.Nonce, key, j.trustDomain, e.BIOSUUID)) {
-		return attestor.Refusef("verify answer: it was not made with the nonce that is in the virtual machine")
+	want := vsphere.MAC(nonce, e.Nonce, question.Key, v.trustDomain, e.BIOSUUID, own)
+	if !hmac.Equal(response.MAC, want) {
+		return attestor.Refusef("verify answer: it was not made with the nonce that is in the virtual machine, or for another key")
 	}
-	return nil
+	if question.Answer == "" {
+		return nil
+	}
+	return v.written(ctx, c, ref, question.Answer, want)
+}
+
+// written waits for what the guest has written to be seen: an honest one wrote it before it answered.
+func (v *center) written(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReference, key string, want []byte) error {
+	end := time.NewTimer(answerTime)
+	defer end.Stop()
+	for {
+		text, err := getExtra(ctx, c, ref, key)
+		if err != nil {
+			return err
+		}
+		if text != "" {
+			got, err := base64.StdEncoding.DecodeString(text)
+			if err != nil || !hmac.Equal(got, want) {
+				return attestor.Refusef("verify answer: the virtual machine has written another")
+			}
+			return nil
+		}
+		select {
+		case <-time.After(answerPause):
+		case <-end.C:
+			return attestor.Refusef("verify answer: the virtual machine has not written it into guestinfo (is isolation.tools.setinfo.disable set?)")
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // describe makes the selectors.
-func (j *judge) describe(ctx context.Context, c *vim25.Client, vm *mo.VirtualMachine, at place) ([]attestor.Selector, error) {
+func (v *center) describe(ctx context.Context, c *vim25.Client, vm *mo.VirtualMachine, at place) ([]attestor.Selector, error) {
 	var found []attestor.Selector
 	add := func(key, value string) {
 		s := attestor.Selector{Type: vsphere.Type, Value: key + ":" + value}
@@ -258,7 +385,7 @@ func (j *judge) describe(ctx context.Context, c *vim25.Client, vm *mo.VirtualMac
 	add("instance-uuid", vm.Config.InstanceUuid)
 	add("moid", vm.Self.Value)
 	add("guest-id", vm.Config.GuestId)
-	add("secure-rpc", fmt.Sprint(secure(vm)))
+	add("secure-rpc", fmt.Sprint(v.secure(vm)))
 	add("vtpm", fmt.Sprint(hasTPM(vm)))
 	if len(vm.CustomValue) > 0 && c.ServiceContent.CustomFieldsManager != nil {
 		fields, err := object.NewCustomFieldsManager(c).Field(ctx)
@@ -272,12 +399,12 @@ func (j *judge) describe(ctx context.Context, c *vim25.Client, vm *mo.VirtualMac
 			}
 		}
 	}
-	if j.config.Tags {
-		attached, err := j.vcenter.attached(ctx, c, vm.Self)
+	if v.config.Tags {
+		attached, err := v.vcenter.attached(ctx, c, vm.Self)
 		if err != nil {
 			return nil, err
 		}
-		for _, tag := range attached {
+		for _, tag := range attached[vm.Self] {
 			add("tag", tag[0]+":"+tag[1])
 		}
 	}

@@ -32,8 +32,9 @@ const (
 	maxPassword = 4 << 10
 	// maxDepth bounds the way from a virtual machine up to the root of the inventory.
 	maxDepth = 64
-	// secureRPC is the setting of a virtual machine that keeps its users but root from guestinfo.
-	secureRPC = "guest_rpc.rpci.auth.cmd.info-get"
+	// readRPC and writeRPC are the settings of a virtual machine that keep its users but root from reading
+	// guestinfo, and from writing it.
+	readRPC, writeRPC = "guest_rpc.rpci.auth.cmd.info-get", "guest_rpc.rpci.auth.cmd.info-set"
 )
 
 // vmProperties are what is asked of a virtual machine.
@@ -41,7 +42,7 @@ var vmProperties = []string{"name", "parent", "resourcePool", "runtime.host", "r
 
 // vcenter is a connection to vCenter, logged in anew whenever its session has ended.
 type vcenter struct {
-	config vsphere.ServerConfig
+	config vsphere.VCenter
 	url    *url.URL
 
 	mu      sync.Mutex // guards the two below
@@ -49,7 +50,7 @@ type vcenter struct {
 	session *session.Manager
 }
 
-func newVCenter(c vsphere.ServerConfig) (*vcenter, error) {
+func newVCenter(c vsphere.VCenter) (*vcenter, error) {
 	u, err := url.Parse(c.URL)
 	if err != nil || u.Scheme != "https" || u.Host == "" || u.User != nil || strings.Trim(u.Path, "/") != "" && u.Path != "/sdk" {
 		return nil, fmt.Errorf("vcenter_url: %q is no address like https://vcenter.example.org; the account goes into username and password_file", c.URL)
@@ -152,12 +153,14 @@ func readVM(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReferen
 	return vm, nil
 }
 
-// setExtra sets a value in a virtual machine's extra configuration, which the guest sees; an empty value
+// setExtra sets values in a virtual machine's extra configuration, which the guest sees; an empty value
 // removes it.
-func setExtra(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReference, key, value string) error {
-	task, err := object.NewVirtualMachine(c, ref).Reconfigure(ctx, types.VirtualMachineConfigSpec{
-		ExtraConfig: []types.BaseOptionValue{&types.OptionValue{Key: key, Value: value}},
-	})
+func setExtra(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReference, values map[string]string) error {
+	var options []types.BaseOptionValue
+	for key, value := range values {
+		options = append(options, &types.OptionValue{Key: key, Value: value})
+	}
+	task, err := object.NewVirtualMachine(c, ref).Reconfigure(ctx, types.VirtualMachineConfigSpec{ExtraConfig: options})
 	if err == nil {
 		err = task.Wait(ctx)
 	}
@@ -165,6 +168,18 @@ func setExtra(ctx context.Context, c *vim25.Client, ref types.ManagedObjectRefer
 		return fmt.Errorf("write guestinfo (the account needs VirtualMachine.Config.AdvancedConfig): %w", err)
 	}
 	return nil
+}
+
+// getExtra reads a value of it, empty if there is none.
+func getExtra(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReference, key string) (string, error) {
+	vm := mo.VirtualMachine{}
+	if err := property.DefaultCollector(c).RetrieveOne(ctx, ref, []string{"config.extraConfig"}, &vm); err != nil {
+		return "", fmt.Errorf("read guestinfo: %w", err)
+	}
+	if vm.Config == nil {
+		return "", nil
+	}
+	return extra(&vm, key), nil
 }
 
 func extra(vm *mo.VirtualMachine, key string) string {
@@ -250,8 +265,8 @@ func ancestors(ctx context.Context, c *vim25.Client, ref types.ManagedObjectRefe
 	return nil, "", errors.New("the inventory has no root")
 }
 
-// attached returns the tags of a virtual machine as category and name.
-func (v *vcenter) attached(ctx context.Context, c *vim25.Client, ref types.ManagedObjectReference) ([][2]string, error) {
+// attached returns the tags of virtual machines as category and name.
+func (v *vcenter) attached(ctx context.Context, c *vim25.Client, refs ...types.ManagedObjectReference) (map[types.ManagedObjectReference][][2]string, error) {
 	secret, err := password(v.config.PasswordFile)
 	if err != nil {
 		return nil, fmt.Errorf("read password: %w", err)
@@ -260,19 +275,34 @@ func (v *vcenter) attached(ctx context.Context, c *vim25.Client, ref types.Manag
 	if err := client.Login(ctx, url.UserPassword(v.config.Username, secret)); err != nil {
 		return nil, fmt.Errorf("log in for tags: %w", err)
 	}
-	defer func() { _ = client.Logout(context.WithoutCancel(ctx)) }()
+	defer func() {
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTime)
+		defer cancel()
+		_ = client.Logout(clean)
+	}()
 	manager := tags.NewManager(client)
-	all, err := manager.GetAttachedTags(ctx, ref)
+	objects := make([]mo.Reference, len(refs))
+	for i, ref := range refs {
+		objects[i] = ref
+	}
+	all, err := manager.GetAttachedTagsOnObjects(ctx, objects)
 	if err != nil {
 		return nil, fmt.Errorf("read tags: %w", err)
 	}
-	var found [][2]string
-	for _, tag := range all[:min(len(all), maxValues)] {
-		category, err := manager.GetCategory(ctx, tag.CategoryID)
-		if err != nil {
-			return nil, fmt.Errorf("read category of tag: %w", err)
+	categories := map[string]string{}
+	found := map[types.ManagedObjectReference][][2]string{}
+	for _, one := range all {
+		for _, tag := range one.Tags[:min(len(one.Tags), maxValues)] {
+			if _, known := categories[tag.CategoryID]; !known {
+				category, err := manager.GetCategory(ctx, tag.CategoryID)
+				if err != nil {
+					return nil, fmt.Errorf("read category of tag: %w", err)
+				}
+				categories[tag.CategoryID] = category.Name
+			}
+			ref := one.ObjectID.Reference()
+			found[ref] = append(found[ref], [2]string{categories[tag.CategoryID], tag.Name})
 		}
-		found = append(found, [2]string{category.Name, tag.Name})
 	}
 	return found, nil
 }

@@ -35,6 +35,7 @@ var serverSide = side{
 		"telemetry.DogStatsd":                                             "There is no counterpart; Prometheus has the numbers.",
 		"telemetry.M3":                                                    "There is no counterpart; Prometheus has the numbers.",
 		"+plugins.NodeAttestor.aws_iid":                                   "Add account_ids and region_certificates, which say whose instances are accepted, and lookup_instance = true for what SPIRE looks up by itself.",
+		"+plugins.NodeAttestor.http_challenge":                            "A pattern must match the whole name, where SPIRE's match anywhere in it, and there must be one: [\".*\"] is what SPIRE does without.",
 		"plugins.NodeAttestor.aws_iid.account_ids_for_local_validation":   "Name those accounts in account_ids.",
 		"plugins.NodeAttestor.aws_iid.assume_role":                        "Instances are looked up in the account of the credentials; run a server for each account, or leave lookup_instance out.",
 		"plugins.NodeAttestor.aws_iid.disable_instance_profile_selectors": "Roles are looked up with lookup_instance, and not otherwise.",

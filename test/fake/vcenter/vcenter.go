@@ -42,23 +42,31 @@ const channel = "GUEST_CHANNEL"
 // Guest ends the process as vmtoolsd would, if it is one.
 func Guest() {
 	if socket := os.Getenv(channel); socket != "" {
-		os.Exit(infoGet(socket, os.Args[1:]))
+		os.Exit(info(socket, os.Args[1:]))
 	}
 }
 
-// infoGet does what "vmtoolsd --cmd 'info-get KEY'" does.
-func infoGet(socket string, args []string) int {
-	var key string
+// info does what "vmtoolsd --cmd 'info-get KEY'" and "vmtoolsd --cmd 'info-set KEY VALUE'" do.
+func info(socket string, args []string) int {
 	if len(args) != 2 || args[0] != "--cmd" {
 		return 64
 	}
-	if _, err := fmt.Sscanf(args[1], "info-get %s", &key); err != nil || !strings.HasPrefix(key, "guestinfo.") {
+	words := strings.Fields(args[1])
+	set := len(words) == 3 && words[0] == "info-set"
+	if !set && (len(words) != 2 || words[0] != "info-get") || !strings.HasPrefix(words[1], "guestinfo.") {
 		return 64
 	}
+	key := words[1]
 	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", socket)
 	}}}
-	resp, err := client.Get("http://hypervisor/?key=" + url.QueryEscape(key))
+	ask := func() (*http.Response, error) { return client.Get("http://hypervisor/?key=" + url.QueryEscape(key)) }
+	if set {
+		ask = func() (*http.Response, error) {
+			return client.PostForm("http://hypervisor/", url.Values{"key": {key}, "value": {words[2]}})
+		}
+	}
+	resp, err := ask()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 65
@@ -203,6 +211,7 @@ func (v *Center) Reconfigure(ctx context.Context, vm *object.VirtualMachine, spe
 func (v *Center) Secure(ctx context.Context, vm *object.VirtualMachine) error {
 	return v.Reconfigure(ctx, vm, types.VirtualMachineConfigSpec{ExtraConfig: []types.BaseOptionValue{
 		&types.OptionValue{Key: "guest_rpc.rpci.auth.cmd.info-get", Value: "TRUE"},
+		&types.OptionValue{Key: "guest_rpc.rpci.auth.cmd.info-set", Value: "TRUE"},
 	}})
 }
 
@@ -240,6 +249,15 @@ func (v *Center) InsideAt(vm *object.VirtualMachine, uuid, root, dir, self strin
 
 // serve answers one machine for its own guestinfo.
 func (v *Center) serve(w http.ResponseWriter, r *http.Request, ref types.ManagedObjectReference) {
+	if r.Method == http.MethodPost {
+		err := v.Reconfigure(r.Context(), object.NewVirtualMachine(v.Admin.Client, ref), types.VirtualMachineConfigSpec{
+			ExtraConfig: []types.BaseOptionValue{&types.OptionValue{Key: r.FormValue("key"), Value: r.FormValue("value")}},
+		})
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+		}
+		return
+	}
 	got, err := v.Read(r.Context(), ref)
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusInternalServerError)
