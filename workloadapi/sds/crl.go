@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/x509"
 	"encoding/pem"
+	"sync"
 	"time"
 
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -22,6 +23,26 @@ type revocations struct {
 	// whole says that whoever signs for the trust domain has a list. Envoy refuses everything that another
 	// one signed, once it is given a list at all.
 	whole bool
+}
+
+// reader reads lists once for all who are given the same bundle: there may be many on a node, and a list may
+// have 100,000 lines.
+type reader struct {
+	mu   sync.Mutex // guards the rest
+	last *identity.Bundle
+	read revocations
+}
+
+func (r *reader) of(b *identity.Bundle, now time.Time) revocations {
+	if len(b.CRLs) == 0 {
+		return revocations{}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last != b {
+		r.last, r.read = b, newRevocations(b, now)
+	}
+	return r.read
 }
 
 func newRevocations(b *identity.Bundle, now time.Time) revocations {

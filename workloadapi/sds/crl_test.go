@@ -93,7 +93,7 @@ func TestListsOfRevokedCertificates(t *testing.T) {
 		{"one is no list", bundle([][]byte{one.list, []byte("list")}, false, one), CRLAlways, 0, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			m, err := newMaterial(identity.X509Context{Bundle: c.bundle})
+			m, err := new(reader).newMaterial(identity.X509Context{Bundle: c.bundle})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -110,7 +110,7 @@ func Register(on *workloadapi.Server, cfg Config) {
 		cfg.Log = quiet
 	}
 	s := &service{cfg: cfg, complaints: &rate.Sometimes{First: 5, Interval: 10 * time.Second}}
-	s.feed = on.NewFeed(event, newMaterial)
+	s.feed = on.NewFeed(event, new(reader).newMaterial)
 	secretv3.RegisterSecretDiscoveryServiceServer(on, s)
 }
 

@@ -38,7 +38,7 @@ type bundle struct {
 }
 
 // newMaterial is the maker of the service's feed.
-func newMaterial(x identity.X509Context) (any, error) {
+func (r *reader) newMaterial(x identity.X509Context) (any, error) {
 	m := &material{}
 	for _, svid := range x.SVIDs {
 		id := svid.ID.String()
@@ -59,7 +59,7 @@ func newMaterial(x identity.X509Context) (any, error) {
 		m.certificates = append(m.certificates, c)
 	}
 	for _, b := range append([]*identity.Bundle{x.Bundle}, x.Federated...) {
-		one := bundle{name: b.TrustDomain.Name(), id: b.TrustDomain.IDString(), revoked: newRevocations(b, time.Now())}
+		one := bundle{name: b.TrustDomain.Name(), id: b.TrustDomain.IDString(), revoked: r.of(b, time.Now())}
 		for _, a := range b.X509 {
 			one.authorities = append(one.authorities, certificatePEM(a.Certificate.Raw)...)
 		}
