@@ -9,13 +9,9 @@ package cgroup
 
 import (
 	"errors"
-	"fmt"
-	"io"
-	"os"
-	"path/filepath"
-	"strconv"
 	"strings"
-	"syscall"
+
+	"github.com/assay-id/assay/attestor/procfs"
 )
 
 const (
@@ -61,7 +57,7 @@ type Place struct {
 
 // Locate reads where a process is. A process that is gone is os.ErrNotExist.
 func Locate(proc string, pid int, layout Layout) (Place, error) {
-	text, err := readProc(proc, pid, "cgroup", maxCgroup)
+	text, err := procfs.Read(proc, pid, "cgroup", maxCgroup)
 	if err != nil {
 		return Place{}, err
 	}
@@ -69,7 +65,7 @@ func Locate(proc string, pid int, layout Layout) (Place, error) {
 	if err != nil || at.ID != "" || foreign || !at.blind() {
 		return at, err
 	}
-	text, err = readProc(proc, pid, "mountinfo", maxMountinfo)
+	text, err = procfs.Read(proc, pid, "mountinfo", maxMountinfo)
 	if err != nil {
 		return Place{}, err
 	}
@@ -208,23 +204,4 @@ func IsID(s string) bool {
 		}
 	}
 	return true
-}
-
-func readProc(proc string, pid int, name string, limit int64) (string, error) {
-	file, err := os.Open(filepath.Join(proc, strconv.Itoa(pid), name))
-	if err != nil {
-		return "", err
-	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, limit+1))
-	if errors.Is(err, syscall.ESRCH) { // what procfs says when the process ended after the open
-		return "", fmt.Errorf("%w: %w", os.ErrNotExist, err)
-	}
-	if err != nil {
-		return "", err
-	}
-	if int64(len(text)) > limit {
-		return "", fmt.Errorf("%s of process is larger than %d bytes", name, limit)
-	}
-	return string(text), nil
 }

@@ -22,6 +22,7 @@ type rule struct {
 
 var rules = []rule{
 	{pattern: "attestor", floor: words},
+	{pattern: "attestor/procfs", floor: words, why: "what the kernel tells of a process, read by more than one attestor"},
 	{pattern: "attestor/cgroup", floor: words, why: "which container a process is in, asked by more than one attestor, and these do not import each other"},
 	{pattern: "attestor/agentpath", floor: words, why: "how an operator's template makes an agent's path, for more than one attestor, and these do not import each other"},
 	{pattern: "attestor/tpmchip", floor: words, why: "what a TPM is and how it is spoken to, for more than one attestor and the agent's keys"},

@@ -4,10 +4,13 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"iter"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -72,13 +75,21 @@ func TestPSAT(t *testing.T) {
 			}
 		}
 	})
+	t.Run("one that is signed anew, as those below are, is believed", func(t *testing.T) {
+		if _, err := judge.Judge(t.Context(), psatEvidence(forged(t, good, accountKey(t, c), nil)), nil); err != nil {
+			t.Errorf("it is refused: %v", err)
+		}
+	})
 	other := w.makePod(t, "other", "default")
 	for why, token := range map[string]string{
 		"for another audience":     w.token(t, "agent", w.pod, "another"),
 		"for the API server":       w.token(t, "agent", w.pod),
 		"bound to no pod":          w.token(t, "agent", nil, "spire-server"),
 		"of another account":       w.token(t, "default", other, "spire-server"),
-		"that another key signed":  forged(t, good),
+		"that another key signed":  forged(t, good, nil, nil),
+		"that has expired":         forged(t, good, accountKey(t, c), func(claims map[string]any) { claims["exp"] = time.Now().Add(-time.Hour).Unix() }),
+		"of another cluster":       forged(t, good, nil, func(claims map[string]any) { claims["iss"] = "https://kubernetes.other.example" }),
+		"of another issuer":        forged(t, good, accountKey(t, c), func(claims map[string]any) { claims["iss"] = "https://kubernetes.other.example" }),
 		"with a signature cut off": good[:strings.LastIndexByte(good, '.')+1],
 		"that is none":             "x.y.z",
 	} {
@@ -195,7 +206,8 @@ func psatEvidence(token string) []byte {
 }
 
 // forged is the same token, signed by another cluster's key.
-func forged(t *testing.T, token string) string {
+// With a key and a change it is signed by that key and says something else.
+func forged(t *testing.T, token string, key *rsa.PrivateKey, change func(map[string]any)) string {
 	t.Helper()
 	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
 	if err != nil {
@@ -205,9 +217,13 @@ func forged(t *testing.T, token string) string {
 	if err := parsed.UnsafeClaimsWithoutVerification(&claims); err != nil {
 		t.Fatal(err)
 	}
-	key, err := rsa.GenerateKey(rand.Reader, 2048)
-	if err != nil {
-		t.Fatal(err)
+	if change != nil {
+		change(claims)
+	}
+	if key == nil {
+		if key, err = rsa.GenerateKey(rand.Reader, 2048); err != nil {
+			t.Fatal(err)
+		}
 	}
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: key, KeyID: parsed.Headers[0].KeyID}}, nil)
 	if err != nil {
@@ -218,6 +234,21 @@ func forged(t *testing.T, token string) string {
 		t.Fatal(err)
 	}
 	return text
+}
+
+// accountKey is what the cluster signs tokens of its service accounts with.
+func accountKey(t *testing.T, c *kube.Cluster) *rsa.PrivateKey {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(c.Dir, "pki", "sa.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(text)
+	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key.(*rsa.PrivateKey)
 }
 
 // follow changes the node's label while its judge follows.

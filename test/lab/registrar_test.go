@@ -109,6 +109,10 @@ func TestRegistrar(t *testing.T) {
 		r.patch("service-accounts", `{"spec":{"spiffeIDTemplate":"spiffe://{{ .TrustDomain }}/ns/{{ .PodMeta.Namespace }}/sa/{{ .PodSpec.ServiceAccountName }}","scanPolicy":null}}`)
 		r.has("/spire/agent/k8s_psat/lab/" + string(node.UID) + " /ns/shop/sa/default k8s:pod-uid:" + string(pod.UID))
 	})
+	if log, err := os.ReadFile(r.site.ServerLog()); err != nil || strings.Contains(string(log), "may not watch") || strings.Contains(string(log), "forbidden") {
+		t.Errorf("the shipped role is not enough (%v):\n%s", err, site.Tail(r.site.ServerLog(), 20))
+	}
+	t.Run("CRDs of a newer version are no hindrance as long as they serve this one", r.newerCRDs)
 	t.Run("an API server that is away takes no entry, and what happened meanwhile is caught up with", func(t *testing.T) {
 		r.kube.Kill("kube-apiserver")
 		r.has("/spire/agent/k8s_psat/lab/" + string(node.UID) + " /ns/shop/sa/default k8s:pod-uid:" + string(pod.UID))
@@ -130,9 +134,6 @@ func TestRegistrar(t *testing.T) {
 	})
 	t.Run("it takes all that the kustomizations and the chart make", r.manifests)
 	t.Run("all pods are found by a server that knows of none, and then only what changes is looked at", r.reconcile)
-	if log, err := os.ReadFile(r.site.ServerLog()); err != nil || strings.Contains(string(log), "may not watch") || strings.Contains(string(log), "forbidden") {
-		t.Errorf("the shipped role is not enough (%v):\n%s", err, site.Tail(r.site.ServerLog(), 20))
-	}
 }
 
 var spiffeIDs = schema.GroupVersionResource{Group: "spire.spiffe.io", Version: "v1alpha1", Resource: "clusterspiffeids"}
@@ -259,33 +260,49 @@ func (r *registrar) has(want ...string) {
 	r.t.Helper()
 	slices.Sort(want)
 	r.eventually(fmt.Sprintf("the entries are %q", want), func() error {
-		out, err := r.site.ServerCLI(r.t.Context(), "entry", "show", "-output", "json")
-		if err != nil {
-			return err
+		got, err := r.list()
+		if err == nil && !slices.Equal(got, want) {
+			err = fmt.Errorf("they are %q", got)
 		}
-		var list struct {
-			Entries []struct {
-				Parent    struct{ Path string }          `json:"parent_id"`
-				ID        struct{ Path string }          `json:"spiffe_id"`
-				Selectors []struct{ Type, Value string } `json:"selectors"`
-			} `json:"entries"`
-		}
-		if err := json.Unmarshal([]byte(out), &list); err != nil {
-			return err
-		}
-		var got []string
-		for _, e := range list.Entries {
-			line := e.Parent.Path + " " + e.ID.Path
-			for _, s := range e.Selectors {
-				line += " " + s.Type + ":" + s.Value
-			}
-			got = append(got, line)
-		}
-		if slices.Sort(got); !slices.Equal(got, want) {
-			return fmt.Errorf("they are %q", got)
-		}
-		return nil
+		return err
 	})
+}
+
+// entries returns the server's entries as has compares them.
+func (r *registrar) entries() []string {
+	r.t.Helper()
+	got, err := r.list()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return got
+}
+
+func (r *registrar) list() ([]string, error) {
+	out, err := r.site.ServerCLI(r.t.Context(), "entry", "show", "-output", "json")
+	if err != nil {
+		return nil, err
+	}
+	var list struct {
+		Entries []struct {
+			Parent    struct{ Path string }          `json:"parent_id"`
+			ID        struct{ Path string }          `json:"spiffe_id"`
+			Selectors []struct{ Type, Value string } `json:"selectors"`
+		} `json:"entries"`
+	}
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		return nil, err
+	}
+	var got []string
+	for _, e := range list.Entries {
+		line := e.Parent.Path + " " + e.ID.Path
+		for _, s := range e.Selectors {
+			line += " " + s.Type + ":" + s.Value
+		}
+		got = append(got, line)
+	}
+	slices.Sort(got)
+	return got, nil
 }
 
 // ready waits until the resource's condition has the status.

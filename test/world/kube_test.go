@@ -199,7 +199,7 @@ func TestBadRulesOfACluster(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := newCluster(t, func(cfg *kube.Config) { cfg.Fence = fence })
-	c.create(pod("shop", "a", map[string]string{"app": "shop"}))
+	c.create(pod("shop", "a", map[string]string{"app": "shop", "team": "bank", "climbs": ".."}))
 	c.rule("good", map[string]any{"spiffeIDTemplate": bySA})
 	c.has("/ns/shop/sa/web k8s:pod-uid:uid-shop-a")
 	for i, bad := range []struct {
@@ -215,6 +215,8 @@ func TestBadRulesOfACluster(t *testing.T) {
 		{"no SPIFFE ID", map[string]any{"spiffeIDTemplate": "{{ .PodMeta.Name }}"}, "RenderFailures", "no SPIFFE ID"},
 		{"another trust domain", map[string]any{"spiffeIDTemplate": "spiffe://other.org/ns/shop/a"}, "RenderFailures", "not in the trust domain"},
 		{"a path outside of the fence", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop-admin/a"}, "RenderFailures", "fenced"},
+		{"a name from a label, of a pod that lies in its labels", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/{{ .PodMeta.Labels.team }}/sa/admin"}, "RenderFailures", "fenced"},
+		{"a name from a label that would climb out", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop/{{ .PodMeta.Labels.climbs }}"}, "RenderFailures", "no SPIFFE ID"},
 		{"a path that leaves the fence", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop/../bank"}, "RenderFailures", "no SPIFFE ID"},
 		{"an endless name", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop/{{ printf \"%09000d\" 1 }}"}, "RenderFailures", "it writes more than"},
 		{"a selector that is none", map[string]any{"spiffeIDTemplate": bySA, "workloadSelectorTemplates": []any{"nothing"}}, "RenderFailures", "no selector"},

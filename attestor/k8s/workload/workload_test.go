@@ -303,6 +303,54 @@ func TestChanges(t *testing.T) {
 	step("a pod that is deleted", func() { c.Delete(uidA) }, func(_ attestor.Set, err error) bool { return err != nil })
 }
 
+func TestUnreadableCgroups(t *testing.T) {
+	c := kube.Start(t)
+	p := podA()
+	c.Put(p)
+	id, pid := c.Run(t, p, "main")
+	w, _ := open(t, config(c))
+	good := "0::/kubepods/besteffort/pod" + uidA + "/" + id + "\n"
+	has(t, attest(t, w, c, pid), "k8s:ns:shop")
+	file := filepath.Join(c.Proc(), strconv.Itoa(pid), "cgroup")
+	for why, text := range map[string]string{
+		"binary":                  "\x00\xff\xfe\x00" + id,
+		"lines of another form":   "kubepods " + id + "\n",
+		"nothing":                 "",
+		"a name that is cut off":  good[:len(good)-8],
+		"two containers":          good + "1:cpu:/kubepods/besteffort/pod" + uidB + "/" + strings.Repeat("a", 64) + "\n",
+		"larger than any":         strings.Repeat("2:cpu:/x\n", 10_000) + good,
+		"an ID in capital digits": strings.ReplaceAll(good, id, strings.ToUpper(id)+"A"),
+	} {
+		t.Run(why, func(t *testing.T) {
+			c.WriteProcess(t, pid, text, "")
+			if set, _ := try(t, w, c, pid); set.Len() != 0 {
+				t.Errorf("selectors are %v", set.Strings())
+			}
+		})
+	}
+	t.Run("a file that cannot be read is an error, not a process in no container", func(t *testing.T) {
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(file, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if set, err := try(t, w, c, pid); err == nil || set.Len() != 0 {
+			t.Errorf("selectors are %v, error %v", set.Strings(), err)
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		if set, err := try(t, w, c, pid); err == nil || set.Len() != 0 {
+			t.Errorf("without it selectors are %v, error %v", set.Strings(), err)
+		}
+	})
+	t.Run("and it is attested again when it can be", func(t *testing.T) {
+		c.WriteProcess(t, pid, good, "")
+		has(t, attest(t, w, c, pid), "k8s:ns:shop")
+	})
+}
+
 func TestKnownContainersCostNoCall(t *testing.T) {
 	c := kube.Start(t)
 	p := podA()

@@ -37,6 +37,10 @@ func (n *names) of(id uint32) (string, bool, error) {
 }
 
 func (n *names) refresh() error {
+	// Nearly always nothing has changed; an image of the agent and nothing else has no such file at all.
+	if seen, err := identifyPath(n.path); err != nil || n.byID != nil && seen == n.read {
+		return err
+	}
 	file, err := os.Open(n.path)
 	if err != nil {
 		return err

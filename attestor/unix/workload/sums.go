@@ -45,6 +45,19 @@ func identify(file *os.File) (fileID, error) {
 	if failed != nil {
 		return fileID{}, failed
 	}
+	return idOf(&stat)
+}
+
+// identifyPath is identify of whatever is at a path now.
+func identifyPath(path string) (fileID, error) {
+	var stat syscall.Stat_t
+	if err := syscall.Stat(path, &stat); err != nil {
+		return fileID{}, &os.PathError{Op: "stat", Path: path, Err: err}
+	}
+	return idOf(&stat)
+}
+
+func idOf(stat *syscall.Stat_t) (fileID, error) {
 	if stat.Mode&syscall.S_IFMT != syscall.S_IFREG {
 		return fileID{}, errors.New("not a regular file")
 	}

@@ -14,12 +14,12 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/procfs"
 	"github.com/assay-id/assay/attestor/unix"
 )
 
@@ -186,19 +186,11 @@ func (w *workload) name(names *names, id uint32) (string, bool) {
 
 // supplementaryGroups reads the Groups line of /proc/PID/status.
 func supplementaryGroups(p attestor.Process) ([]uint32, error) {
-	file, err := os.Open(filepath.Join(p.Proc, strconv.Itoa(p.PID), "status"))
+	text, err := procfs.Read(p.Proc, p.PID, "status", maxStatus)
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxStatus))
-	if errors.Is(err, syscall.ESRCH) { // what procfs says when the process ended after the open
-		return nil, fmt.Errorf("%w: %w", os.ErrNotExist, err)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return parseGroups(string(text))
+	return parseGroups(text)
 }
 
 func parseGroups(status string) ([]uint32, error) {
