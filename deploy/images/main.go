@@ -4,8 +4,8 @@
 //
 //	go run ./deploy/images -bin bin -out bin/images -tag v1.2.3
 //
-// The same binaries give the same digest: files have no times of their own, and nothing of this machine is
-// in the image. The digest that is printed is that of the image's configuration, which scan reports and
+// The same binaries give the same file: nothing in it has a time of its own, or anything of this machine; and
+// the same source gives the same binaries, in whatever folder. The digest that is printed is that of the image's configuration, which scan reports and
 // scan policies go by.
 package main
 
@@ -14,6 +14,7 @@ import (
 	"bytes"
 	"debug/buildinfo"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -91,8 +92,16 @@ func (i image) write(bin, out, tag, arch string) error {
 		}
 		refs[ref] = img
 	}
-	if err := tarball.MultiWriteToFile(filepath.Join(out, i.binary+".tar"), refs); err != nil {
+	var file bytes.Buffer
+	if err := tarball.MultiWrite(refs, &file); err != nil {
 		return fmt.Errorf("write image: %w", err)
+	}
+	content, err := ordered(&file)
+	if err != nil {
+		return fmt.Errorf("write image: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(out, i.binary+".tar"), content, 0o600); err != nil {
+		return err
 	}
 	if err := os.WriteFile(filepath.Join(out, i.binary+".cdx.json"), bill, 0o600); err != nil {
 		return err
@@ -103,6 +112,45 @@ func (i image) write(bin, out, tag, arch string) error {
 	}
 	fmt.Printf("%s:%s %s\n", i.binary, tag, digest)
 	return nil
+}
+
+// ordered returns a file of images whose tags are in one order: the library has them as they come out of a map.
+func ordered(file io.Reader) ([]byte, error) {
+	var out bytes.Buffer
+	w := tar.NewWriter(&out)
+	for r := tar.NewReader(file); ; {
+		header, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			err = w.Close()
+			return out.Bytes(), err
+		}
+		if err != nil {
+			return nil, err
+		}
+		content, err := io.ReadAll(r)
+		if err != nil {
+			return nil, err
+		}
+		if header.Name == "manifest.json" {
+			var manifest tarball.Manifest
+			if err := json.Unmarshal(content, &manifest); err != nil {
+				return nil, err
+			}
+			for n := range manifest {
+				slices.Sort(manifest[n].RepoTags)
+			}
+			if content, err = json.Marshal(manifest); err != nil {
+				return nil, err
+			}
+			header.Size = int64(len(content))
+		}
+		if err := w.WriteHeader(header); err != nil {
+			return nil, err
+		}
+		if _, err := w.Write(content); err != nil {
+			return nil, err
+		}
+	}
 }
 
 func (i image) build(binary, bill []byte, arch string) (v1.Image, error) {
