@@ -78,6 +78,20 @@ func TestMonitoring(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		commands := func(where, text string) {
+			for _, m := range regexp.MustCompile("[\"`](assay-(?:server|agent)(?: [a-z0-9]+| \\{\\{ \\$labels\\.kind \\}\\})+)").FindAllStringSubmatch(text, -1) {
+				words := strings.Fields(strings.ReplaceAll(m[1], "{{ $labels.kind }}", "jwt"))
+				out, err := site.Run(t.Context(), nil, filepath.Join(bin, words[0]), append(words[1:], "--help")...)
+				if err != nil || !strings.Contains(out, strings.Join(words, " ")) {
+					t.Errorf("%s: there is no %s (%v)", where, strings.Join(words, " "), err)
+				}
+			}
+		}
+		upgrade, err := os.ReadFile("../../deploy/UPGRADE.md")
+		if err != nil {
+			t.Fatal(err)
+		}
+		commands("UPGRADE.md", string(upgrade))
 		for _, r := range rulesOf(t) {
 			text := r.Annotations["summary"] + " " + r.Annotations["description"]
 			for _, m := range regexp.MustCompile(`\$labels\.(\w+)`).FindAllStringSubmatch(text, -1) {
@@ -85,13 +99,7 @@ func TestMonitoring(t *testing.T) {
 					t.Errorf("%s speaks of the label %s, which it does not have", r.Alert, m[1])
 				}
 			}
-			for _, m := range regexp.MustCompile(`"(assay-(?:server|agent)(?: [a-z0-9]+| \{\{ \$labels\.kind \}\})+)`).FindAllStringSubmatch(text, -1) {
-				words := strings.Fields(strings.ReplaceAll(m[1], "{{ $labels.kind }}", "jwt"))
-				out, err := site.Run(t.Context(), nil, filepath.Join(bin, words[0]), append(words[1:], "--help")...)
-				if err != nil || !strings.Contains(out, strings.Join(words, " ")) {
-					t.Errorf("%s: there is no %s (%v)", r.Alert, strings.Join(words, " "), err)
-				}
-			}
+			commands(r.Alert, text)
 		}
 	})
 }

@@ -278,11 +278,17 @@ func encode(keys map[string]*signer) ([]byte, error) {
 	return append(text, '\n'), nil
 }
 
+// errNewer is no damage: the copy in .prev may be from before the upgrade, and lack keys that sign by now.
+var errNewer = fmt.Errorf("was written by a newer version of assay-server; this one knows versions up to %d", fileVersion)
+
 // decode never puts anything of the text into an error: it may be a private key.
 func decode(text []byte) (map[string]*signer, error) {
 	var f file
 	if err := json.Unmarshal(text, &f); err != nil {
 		return nil, errors.New("not the JSON it was written as")
+	}
+	if f.Version > fileVersion {
+		return nil, errNewer
 	}
 	if f.Version != fileVersion {
 		return nil, fmt.Errorf("version %d, want %d", f.Version, fileVersion)
@@ -325,7 +331,9 @@ func readKeys(path string, seal *seal) (keys map[string]*signer, open bool, err 
 	case err != nil:
 		return nil, false, &damageError{path, err}
 	}
-	if keys, err = decode(text); err != nil {
+	if keys, err = decode(text); errors.Is(err, errNewer) {
+		return nil, false, fmt.Errorf("key file %s %w", path, err)
+	} else if err != nil {
 		return nil, false, &damageError{path, err}
 	}
 	return keys, open, nil

@@ -107,9 +107,19 @@ func TestDisk(t *testing.T) {
 		"zeroed":             func(text []byte) []byte { return make([]byte, len(text)) },
 		"oversized":          func([]byte) []byte { return bytes.Repeat([]byte(" "), maxFile+1) },
 		"of another version": func(text []byte) []byte {
-			return bytes.Replace(text, []byte(`"version": 1`), []byte(`"version": 2`), 1)
+			return bytes.Replace(text, []byte(`"version": 1`), []byte(`"version": 0`), 1)
 		},
 	}
+	t.Run("a file that a newer server wrote is refused, and the older twin does not take its place", func(t *testing.T) {
+		path, _ := made(t)
+		spoil(t, path, func(text []byte) []byte {
+			return bytes.Replace(text, []byte(`"version": 1`), []byte(`"version": 2`), 1)
+		})
+		refused(t, path, "newer")
+		if _, err := os.Stat(path + ".damaged"); err == nil {
+			t.Error("it was set aside as damaged")
+		}
+	})
 	for name, harm := range damage {
 		t.Run("a file that is "+name+" is replaced by its twin, loudly", func(t *testing.T) {
 			path, a := made(t)
