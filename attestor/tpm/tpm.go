@@ -10,6 +10,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 // Type is the attestor's name in configuration, in evidence, in selectors and in agent IDs.
@@ -78,10 +80,12 @@ func Decode(message []byte, into any) error {
 	return nil
 }
 
-// QualifyingData is what a quote must hold: the nonce, bound to the trust domain it is for.
-func QualifyingData(nonce []byte, trustDomain string) []byte {
+// QualifyingData is what a quote must hold: the nonce, bound to the trust domain and the agent's own key that
+// it is for, so that it is of use to no other request.
+func QualifyingData(nonce []byte, trustDomain string, own attestor.KeyHash) []byte {
 	digest := sha256.New()
-	digest.Write([]byte("assay tpm quote 1\x00" + trustDomain + "\x00"))
+	digest.Write([]byte("assay tpm quote 2\x00" + trustDomain + "\x00"))
+	digest.Write(own[:])
 	digest.Write(nonce)
 	return digest.Sum(nil)
 }

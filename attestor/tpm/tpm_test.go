@@ -266,6 +266,25 @@ func TestForgeries(t *testing.T) {
 	} {
 		t.Run(why, func(t *testing.T) { refuse(t, listed, payload, spoiled(c.spoil), c.want) })
 	}
+	t.Run("a quote for another key of an agent's", func(t *testing.T) {
+		config, diags := attestortest.Decode(node.Kind().Config, configOf(one))
+		if diags.HasErrors() {
+			t.Fatal(diags)
+		}
+		n, err := node.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+		if err != nil {
+			t.Fatal(err)
+		}
+		payload, answer, err := attestor.Gather(t.Context(), n, attestor.KeyHash{1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for key, ok := range map[attestor.KeyHash]bool{{1}: true, {2}: false} {
+			if _, err := attestor.Decide(t.Context(), openJudge(t, listed), payload, key, answer); (err == nil) != ok {
+				t.Errorf("for %x: %v", key[:1], err)
+			}
+		}
+	})
 	t.Run("a quote that answered another question", func(t *testing.T) {
 		var old tpm.Response
 		_, err := openJudge(t, listed).Judge(t.Context(), payload, spoiled(func(r *tpm.Response) { old = *r }))

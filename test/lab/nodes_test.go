@@ -14,10 +14,14 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/vmware/govmomi/object"
+
+	"github.com/assay-id/assay/test/fake/vcenter"
 	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/site"
 	"github.com/assay-id/assay/test/lab/swtpm"
@@ -405,4 +409,82 @@ func TestAgentWithItsKeysInTheTPM(t *testing.T) {
 			t.Errorf("the copy is followed: %v", err)
 		}
 	})
+}
+
+// TestVirtualMachineAndItsTPM: a virtual machine on vSphere that must show a TPM as well. What vCenter tells of
+// the machine changes the node's selectors and not its TPM's, and when the machine is removed its agent is gone.
+func TestVirtualMachineAndItsTPM(t *testing.T) {
+	v, err := vcenter.New(t.Context(), vcenter.Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = v.Close() })
+	secret := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(secret, []byte(vcenter.Password), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m, tpms := newMachines(t, fmt.Sprintf(`node_attestor "all" {
+  combination "vm" {
+    part "vsphere" {
+      vcenter_url   = "https://%s"
+      username      = %q
+      password_file = %q
+      ca_path       = %q
+      folders       = ["/DC0/vm"]
+    }
+    part "tpm" { ek_ca_path = TPMS }
+  }
+}
+`, v.URL.Host, vcenter.Username, secret, v.CA), "one")
+	vm, err := v.VM(m.ctx, "DC0_C0_RP0_VM0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := v.Secure(m.ctx, vm); err != nil {
+		t.Fatal(err)
+	}
+	is, err := v.Read(m.ctx, vm)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dmi, vmtoolsd, err := v.Inside(vm, is.Config.Uuid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.joins(m.agent("vm", "vm", site.AgentOptions{}, fmt.Sprintf("part \"vsphere\" {\n    vmtoolsd_path = %q\n    dmi_path = %q\n  }\n", vmtoolsd, dmi), tpmPart(tpms["one"])))
+	path := "/spire/agent/all/vm/vsphere/" + v.Admin.ServiceContent.About.InstanceUuid + "/" + is.Config.InstanceUuid
+	tpm := "tpm:ek:" + m.ek(tpms["one"])
+	becomes := func(what string, is func(selectors []string, there bool) bool) {
+		t.Helper()
+		for m.ctx.Err() == nil {
+			a, there := m.agents()[path]
+			var selectors []string
+			for _, s := range a.Selectors {
+				selectors = append(selectors, s.Type+":"+s.Value)
+			}
+			if is(selectors, there) {
+				return
+			}
+		}
+		t.Fatalf("never %s: %v", what, m.agents())
+	}
+	becomes("admitted", func(s []string, there bool) bool {
+		return there && slices.Contains(s, tpm) && slices.Contains(s, "vsphere:vm-name:DC0_C0_RP0_VM0") && slices.Contains(s, "vsphere:secure-rpc:true")
+	})
+	done := func(task *object.Task, err error) {
+		t.Helper()
+		if err == nil {
+			err = task.Wait(m.ctx)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	done(vm.Rename(m.ctx, "shop-1"))
+	becomes("renamed", func(s []string, there bool) bool {
+		return there && slices.Contains(s, tpm) && slices.Contains(s, "vsphere:vm-name:shop-1") && slices.Contains(s, "all:combination:vm")
+	})
+	done(vm.PowerOff(m.ctx))
+	done(vm.Destroy(m.ctx))
+	becomes("evicted", func(_ []string, there bool) bool { return !there })
 }

@@ -101,8 +101,13 @@ func (k *keys) close() {
 	_ = k.dev.Close()
 }
 
-// Evidence shows both public keys, and the certificate if there is one.
+// Evidence shows both public keys, and the certificate if there is one, for no key of the agent's.
 func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
+	return n.EvidenceFor(ctx, attestor.KeyHash{})
+}
+
+// EvidenceFor shows them for the agent's own key.
+func (n *node) EvidenceFor(ctx context.Context, own attestor.KeyHash) ([]byte, attestor.Ask, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}
@@ -115,11 +120,11 @@ func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	return payload, n.answer, nil
+	return payload, func(ctx context.Context, challenge []byte) ([]byte, error) { return n.answer(ctx, own, challenge) }, nil
 }
 
 // answer recovers the secret and quotes.
-func (n *node) answer(ctx context.Context, challenge []byte) ([]byte, error) {
+func (n *node) answer(ctx context.Context, own attestor.KeyHash, challenge []byte) ([]byte, error) {
 	var c tpm.Challenge
 	if len(challenge) > attestor.MaxEvidence {
 		return nil, errors.New("challenge is too large")
@@ -152,7 +157,7 @@ func (n *node) answer(ctx context.Context, challenge []byte) ([]byte, error) {
 		before := response.Values
 		quote, err := tpm2.Quote{
 			SignHandle:     tpm2.AuthHandle{Handle: k.ak.ObjectHandle, Name: k.ak.Name, Auth: tpm2.PasswordAuth(nil)},
-			QualifyingData: tpm2.TPM2BData{Buffer: tpm.QualifyingData(c.Nonce, n.trustDomain)},
+			QualifyingData: tpm2.TPM2BData{Buffer: tpm.QualifyingData(c.Nonce, n.trustDomain, own)},
 			InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 			PCRSelect:      selection(c.PCRs),
 		}.Execute(k.dev)

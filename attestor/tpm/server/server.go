@@ -77,8 +77,13 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	return j, nil
 }
 
-// Judge knows the endorsement key, challenges the TPM and describes it.
+// Judge believes evidence that is for no key of the agent's.
 func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (attestor.Proof, error) {
+	return j.JudgeFor(ctx, payload, attestor.KeyHash{}, ask)
+}
+
+// JudgeFor knows the endorsement key, challenges the TPM and describes it.
+func (j *judge) JudgeFor(ctx context.Context, payload []byte, own attestor.KeyHash, ask attestor.Ask) (attestor.Proof, error) {
 	if err := ctx.Err(); err != nil {
 		return attestor.Proof{}, err
 	}
@@ -107,7 +112,7 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 			values = append(values, "ca:fingerprint:"+fingerprint)
 		}
 	}
-	registers, err := j.challenge(ctx, ek, ak, key, ask)
+	registers, err := j.challenge(ctx, ek, ak, key, own, ask)
 	if err != nil {
 		return attestor.Proof{}, err
 	}
@@ -135,7 +140,7 @@ func (j *judge) certified(der []byte, hash string) ([]string, error) {
 }
 
 // challenge proves the keys to be in one TPM and returns its registers.
-func (j *judge) challenge(ctx context.Context, ek tpm2.LabeledEncapsulationKey, name []byte, ak crypto.PublicKey, ask attestor.Ask) ([][]byte, error) {
+func (j *judge) challenge(ctx context.Context, ek tpm2.LabeledEncapsulationKey, name []byte, ak crypto.PublicKey, own attestor.KeyHash, ask attestor.Ask) ([][]byte, error) {
 	secret, nonce := make([]byte, tpm.SecretSize), make([]byte, tpm.NonceSize)
 	_, _ = rand.Read(secret)
 	_, _ = rand.Read(nonce)
@@ -161,13 +166,13 @@ func (j *judge) challenge(ctx context.Context, ek tpm2.LabeledEncapsulationKey, 
 	if subtle.ConstantTimeCompare(response.Secret, secret) != 1 {
 		return nil, attestor.Refusef("verify answer: the attestation key is not in the TPM of the endorsement key")
 	}
-	if err := j.checkQuote(response, nonce, ak); err != nil {
+	if err := j.checkQuote(response, nonce, ak, own); err != nil {
 		return nil, attestor.Refusef("verify quote: %w", err)
 	}
 	return response.Values, nil
 }
 
-func (j *judge) checkQuote(r tpm.Response, nonce []byte, ak crypto.PublicKey) error {
+func (j *judge) checkQuote(r tpm.Response, nonce []byte, ak crypto.PublicKey, own attestor.KeyHash) error {
 	if len(r.Quote) > tpmchip.MaxPublic || len(r.Values) != len(j.pcrs) {
 		return errors.New("it is not of the registers that were asked for")
 	}
@@ -178,7 +183,7 @@ func (j *judge) checkQuote(r tpm.Response, nonce []byte, ak crypto.PublicKey) er
 	if err != nil || attest.Magic != tpm2.TPMGeneratedValue || attest.Type != tpm2.TPMSTAttestQuote {
 		return errors.New("what is signed is no quote")
 	}
-	if subtle.ConstantTimeCompare(attest.ExtraData.Buffer, tpm.QualifyingData(nonce, j.trustDomain)) != 1 {
+	if subtle.ConstantTimeCompare(attest.ExtraData.Buffer, tpm.QualifyingData(nonce, j.trustDomain, own)) != 1 {
 		return errors.New("it was made for another question")
 	}
 	quote, err := attest.Attested.Quote()
