@@ -11,6 +11,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"sync"
 	"sync/atomic"
@@ -20,6 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/assay-id/assay/agent/admin"
+	"github.com/assay-id/assay/agent/broker"
 	"github.com/assay-id/assay/agent/issue"
 	"github.com/assay-id/assay/agent/join"
 	"github.com/assay-id/assay/agent/keep"
@@ -37,6 +39,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("check agent configuration: %w", err)
 	}
 	cfg = cfg.filled()
+	defer cfg.closeAttestors()
 	attest := newAttestation(cfg)
 	watchCtx, stopWatching := context.WithCancel(ctx)
 	var watching sync.WaitGroup
@@ -63,6 +66,21 @@ func Run(ctx context.Context, cfg Config) error {
 	return a.run(ctx)
 }
 
+// closeAttestors ends what attestors run by themselves.
+func (c Config) closeAttestors() {
+	parts := []any{c.NodeAttestor.Node}
+	for _, w := range c.WorkloadAttestors {
+		parts = append(parts, w.Workload)
+	}
+	for _, part := range parts {
+		if closer, ok := part.(io.Closer); ok {
+			if err := closer.Close(); err != nil {
+				c.Log.WithError(err).Warn("attestor cannot be closed")
+			}
+		}
+	}
+}
+
 // agent is the parts of a running agent, bottom up.
 type agent struct {
 	cfg     Config
@@ -75,7 +93,8 @@ type agent struct {
 	issue   *issue.Issuer
 	attest  *workloadapi.Attestation
 	serve   *workloadapi.Server
-	admin   *admin.Server // nil: no private socket
+	admin   *admin.Server  // nil: no private socket
+	broker  *broker.Server // nil: no broker may call
 	lease   *lease
 	started time.Time
 	listens chan struct{} // closed when the Workload API accepts callers
@@ -156,6 +175,7 @@ func open(cfg Config, attest *workloadapi.Attestation, socket *peer.Socket) (*ag
 	a.lease.look() // before anybody is served from what is kept
 	a.openWorkloadAPI(socket)
 	a.openAdmin()
+	a.openBroker()
 	return a, nil
 }
 
@@ -259,6 +279,14 @@ func (a *agent) run(ctx context.Context) error {
 		g.Go(func() error {
 			if err := a.admin.Run(ctx); err != nil {
 				return fmt.Errorf("serve admin socket: %w", err)
+			}
+			return nil
+		})
+	}
+	if a.broker != nil {
+		g.Go(func() error {
+			if err := a.broker.Run(ctx); err != nil {
+				return fmt.Errorf("serve broker API: %w", err)
 			}
 			return nil
 		})

@@ -12,6 +12,7 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/assay-id/assay/agent/broker"
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi"
@@ -84,6 +85,10 @@ type Config struct {
 	// AuthorizedDelegates are the SPIFFE IDs of processes that may have the identities of others, by the
 	// delegated identity API on AdminSocketPath. None: nobody may.
 	AuthorizedDelegates []spiffeid.ID
+
+	// Broker is where infrastructure gets the identities of workloads that it refers to. Without a socket and
+	// an address: nowhere.
+	Broker Broker
 
 	// The bootstrap trust: how the agent knows the server before it has a bundle of its own. Exactly
 	// one of the four is set. Once attested, the agent trusts the bundle it was sent.
@@ -170,7 +175,15 @@ type Files struct {
 	files.Config
 }
 
-// NodeAttestor is an opened node role under its type's name.
+// Broker says where SPIFFE's Broker API is served, and to whom.
+type Broker struct {
+	// SocketPath is a Unix socket, Address host:port; either may be empty.
+	SocketPath, Address string
+	Grants              []broker.Grant
+}
+
+// NodeAttestor is an opened node role under its type's name. One that is an io.Closer is closed when the agent
+// ends, and so is a WorkloadAttestor's.
 type NodeAttestor struct {
 	Type string
 	Node attestor.Node

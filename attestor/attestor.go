@@ -180,6 +180,14 @@ type Needs struct {
 	Now func() time.Time
 	// Tokens burns join tokens; set on the server only.
 	Tokens TokenBurner
+	// Agents knows the agents that were admitted; set on the server only.
+	Agents Agents
+	// Audit takes a line for something that an attestor decided or did by itself, as ending a program that
+	// it runs; err says why it was refused. Nil: nobody does.
+	Audit func(event, about string, err error)
+	// Trial says that the attestor is opened to see whether it can be, and closed at once if it is an
+	// io.Closer.
+	Trial bool
 	// JoinToken is the token the operator gave this agent on the command line, in its config or in
 	// a file; set on the agent only, empty if none.
 	JoinToken string
@@ -191,6 +199,23 @@ type TokenBurner interface {
 	// error wrapping ErrEvidence if it did not exist, was used before, or had expired; an expired
 	// token is burnt all the same.
 	BurnToken(ctx context.Context, token string) error
+}
+
+// Agents tells whether an agent was admitted before.
+type Agents interface {
+	// Admitted reports whether there is a record of the agent, banned or not.
+	Admitted(ctx context.Context, id spiffeid.ID) (bool, error)
+}
+
+// Named is a configuration that says itself of what type the attestor is that it configures.
+type Named interface{ AttestorType() string }
+
+// TypeOf returns the type of an attestor: that of its kind, unless its configuration names another.
+func TypeOf(kind string, config any) string {
+	if named, ok := config.(Named); ok {
+		return named.AttestorType()
+	}
+	return kind
 }
 
 // NodeKind, JudgeKind and WorkloadKind are what an attestor's packages offer to the wiring: a type,

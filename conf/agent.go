@@ -29,6 +29,8 @@ type Agent struct {
 	DataDir         string
 	SocketPath      string
 	AdminSocketPath string // empty: off
+	// Broker is where brokers call; the zero value is nowhere.
+	Broker Broker
 	// AuthorizedDelegates may have the identities of others; none: nobody.
 	AuthorizedDelegates []spiffeid.ID
 
@@ -99,7 +101,8 @@ type agentBlock struct {
 	SocketPath  string  `hcl:"socket_path,optional"`
 	AdminSocket *string `hcl:"admin_socket_path,optional"`
 
-	AuthorizedDelegates []string `hcl:"authorized_delegates,optional"`
+	AuthorizedDelegates []string     `hcl:"authorized_delegates,optional"`
+	Broker              *brokerBlock `hcl:"broker,block"`
 
 	LogLevel  string `hcl:"log_level,optional"`
 	LogFormat string `hcl:"log_format,optional"`
@@ -240,6 +243,7 @@ func (l *loader) agent(b *agentBlock) *Agent {
 			"%q is in the directory of the Workload API's socket or below it, which is handed to workloads; choose another directory, or \"\" for no admin socket.", a.AdminSocketPath)
 	}
 	a.AuthorizedDelegates = l.delegates(b.AuthorizedDelegates, a.AdminSocketPath)
+	a.Broker = l.broker(b.Broker, a.SocketPath)
 	return a
 }
 
@@ -407,8 +411,7 @@ func (l *loader) node(a *Agent, blocks []typeBlock, have []attestor.NodeKind) {
 	byType := map[string]attestor.NodeKind{}
 	for _, kind := range have {
 		k.tried(kind.Type, kind.Config, func(config any) error {
-			_, err := kind.Open(config, l.needs(a.TrustDomain, a.JoinToken))
-			return err
+			return tryOut(kind.Open(config, l.needs(a.TrustDomain, a.JoinToken)))
 		})
 		byType[kind.Type] = kind
 	}
@@ -423,8 +426,7 @@ func (l *loader) workloads(a *Agent, blocks []typeBlock, have []attestor.Workloa
 	byType := map[string]attestor.WorkloadKind{}
 	for _, kind := range have {
 		k.tried(kind.Type, kind.Config, func(config any) error {
-			_, err := kind.Open(config, l.needs(a.TrustDomain, a.JoinToken))
-			return err
+			return tryOut(kind.Open(config, l.needs(a.TrustDomain, a.JoinToken)))
 		})
 		byType[kind.Type] = kind
 	}

@@ -55,6 +55,21 @@ agent {
   # are believed what they say of others; admin and downstream identities they never get.
   #authorized_delegates = ["spiffe://example.org/node-proxy"]
 
+  # Infrastructure that gets the identities of workloads that it refers to: SPIFFE's Broker API (spiffe.broker).
+  # It speaks mutual TLS with its own X509-SVID, at a Unix socket outside of socket_path's directory, over TCP, or
+  # both. Which process it means, is its word; what is proved of the process, is this agent's. Admin and
+  # downstream identities it never gets.
+  #broker {
+    #socket_path  = "/run/assay/agent/broker/broker.sock"
+    #bind_address = "0.0.0.0:8443"
+    # Who may call (also of other trust domains that this agent has the bundle of), by which kinds of
+    # reference at the socket, and by which over TCP too: a process ID means something on this node only.
+    #allow "spiffe://example.org/mesh" {
+      #reference_types          = ["type.googleapis.com/spiffe.broker.WorkloadPIDReference"]
+      #reference_types_over_tcp = []
+    #}
+  #}
+
   # "debug", "info", "warn" or "error"; "text" or "json"; a file, or standard error without one.
   # SIGHUP opens the file anew, for logrotate, and reads log_level again.
   log_level  = "info"
@@ -214,6 +229,19 @@ node_attestor "join_token" {}
   #}
 #}
 
+# A plugin of SPIRE, a program of its own that is run unmodified; the server has one of the same name. What runs
+# is what has the checksum, and it gets no environment but plugin_env: NAME passes the agent's own on,
+# NAME=value sets one. See attestor/external/README.md.
+#node_attestor "external" {
+  #name            = "shared_secret"
+  #plugin_cmd      = "/usr/libexec/assay/shared_secret"
+  #plugin_args     = ["-v"]
+  #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+  #plugin_env      = ["HTTPS_PROXY", "HOME=/tmp"]
+  # Its configuration, in its own syntax.
+  #plugin_data     = "secret = \"…\""
+#}
+
 # What the agent can prove about the processes that call it: a block for each way.
 
 # User, group, and the program's path and hash.
@@ -292,6 +320,17 @@ workload_attestor "unix" {
   # The agent is a container of the task itself; and where to ask, if not where the environment says.
   #sidecar      = false
   #metadata_uri = "http://169.254.170.2/v4/0123456789abcdef"
+#}
+
+# Processes attested by plugins of SPIRE: as node_attestor "external". There may be several, each with a name of
+# its own, which is the type of its selectors.
+#workload_attestor "external" {
+  #name            = "slurm"
+  #plugin_cmd      = "/usr/libexec/assay/slurm"
+  #plugin_args     = []
+  #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+  #plugin_env      = []
+  #plugin_data     = ""
 #}
 
 # Where the agent's own key lives: "disk", "tpm", or "memory", with which nothing survives a restart.

@@ -272,8 +272,8 @@ func absolute(path string) string {
 var nextStep = map[string]string{
 	"plugins":                     `Each attestor has a block of its own at the top level: node_attestor "join_token" { … }, workload_attestor "unix" { … }, key_manager "disk" { … }.`,
 	"plugin_data":                 "Its keys go directly into the attestor's block.",
-	"plugin_cmd":                  "Attestors are built in; there are no external ones.",
-	"plugin_checksum":             "Attestors are built in; there are no external ones.",
+	"plugin_cmd":                  `A plugin of its own goes into a block of type "external", with its name as name.`,
+	"plugin_checksum":             `A plugin of its own goes into a block of type "external", with its name as name.`,
 	"NodeAttestor":                `Write node_attestor "type" { … } at the top level.`,
 	"WorkloadAttestor":            `Write workload_attestor "type" { … } at the top level.`,
 	"UpstreamAuthority":           `Write upstream_authority "type" { … } at the top level.`,

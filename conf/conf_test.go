@@ -187,7 +187,7 @@ func keysIn(t *testing.T, sample string, roles ...string) []string {
 				found[prefix+b.Type] = true
 			default:
 				switch b.Type {
-				case "webhook", "profile", "federates_with", "bundle_endpoint_profile", "jwt_profile", "entry":
+				case "webhook", "profile", "federates_with", "bundle_endpoint_profile", "jwt_profile", "entry", "allow":
 					found[prefix+b.Type+".name"] = true // its label
 				}
 				walk(prefix+b.Type+".", b.Body)
@@ -280,7 +280,7 @@ func TestServerMistakes(t *testing.T) {
 		{"a socket path that no socket can have", replace(goodServer, "}\nnode", "  socket_path = \"/"+strings.Repeat("x", 107)+"\"\n}\nnode"),
 			`F:4,17-127: Invalid socket path; "/` + strings.Repeat("x", 107) + `" is 108 bytes long, the system's limit is 107: choose a shorter directory.`},
 		{"an unknown key manager", goodServer + `key_manager "tape" {}`,
-			`F:6,1-19: Unknown key manager; This program has no key manager "tape"; there are "aws_kms", "disk", "hashicorp_vault", "memory" and "pkcs11".`},
+			`F:6,1-19: Unknown key manager; This program has no key manager "tape"; there are "aws_kms", "disk", "external", "hashicorp_vault", "memory" and "pkcs11".`},
 		{"half an upstream authority", goodServer + "upstream_authority \"disk\" {\n  cert_file_path = \"/c\"\n}",
 			`F:6,1-26: Missing required argument; The argument "key_file_path" is required: it names the PEM file with that certificate's private key.`},
 		{"an upstream port that is none", goodServer + "upstream_authority \"spire\" {\n  server_address = \"a\"\n  server_port = 0\n  workload_api_socket = \"/s\"\n}",
@@ -291,6 +291,8 @@ func TestServerMistakes(t *testing.T) {
 			`F:7,16-27: Unclear login; There must be exactly one of the blocks token_auth, approle_auth, cert_auth and k8s_auth; there are 2.`},
 		{"half a credential of AWS", goodServer + "key_manager \"aws_kms\" {\n  region = \"r\"\n  access_key_id = \"a\"\n}",
 			`F:8,19-22: Half a credential; Give both access_key_id and secret_access_key, or neither and let the environment say.`},
+		{"a tag that is AWS's own", goodServer + "key_manager \"aws_kms\" {\n  region = \"x\"\n  key_tags = { \"aws:x\" = \"y\" }\n}",
+			`F:8,14-31: Invalid tag; The tag "aws:x" is refused by AWS: tags that begin with "aws:" are its own.`},
 		{"a PKCS #11 token without its PIN", goodServer + "key_manager \"pkcs11\" {\n  module_path = \"/m\"\n  token_label = \"t\"\n}",
 			`F:6,1-21: Missing required argument; The argument "pin_path" is required: it names the file with the PIN of the token's user.`},
 		{"two key managers", goodServer + "key_manager \"disk\" {}\nkey_manager \"memory\" {}",

@@ -1,5 +1,14 @@
 package conf
 
+import (
+	"maps"
+	"slices"
+	"strings"
+	"unicode/utf8"
+
+	"github.com/assay-id/assay/attestor/external"
+)
+
 // KeysVault is key_manager "hashicorp_vault": the transit engine of Vault or OpenBao.
 type KeysVault struct {
 	Mount     string        `hcl:"transit_engine_path,optional"`
@@ -24,6 +33,8 @@ type KeysAWS struct {
 	SecretKey   string `hcl:"secret_access_key,optional"`
 	Prefix      string `hcl:"key_prefix,optional"`
 	PolicyPath  string `hcl:"key_policy_file,optional"`
+
+	Tags map[string]string `hcl:"key_tags,optional"`
 }
 
 // KeysPKCS11 is key_manager "pkcs11".
@@ -44,6 +55,8 @@ func KeyManagerKinds() map[string]func() any {
 		"hashicorp_vault": func() any { return new(KeysVault) },
 		"aws_kms":         func() any { return new(KeysAWS) },
 		"pkcs11":          func() any { return new(KeysPKCS11) },
+
+		external.Type: func() any { return new(external.Config) },
 	}
 }
 
@@ -67,6 +80,7 @@ func (l *loader) keys(blocks []typeBlock) Chosen {
 			l.say(key("access_key_id"), "Half a credential", "Give both access_key_id and secret_access_key, or neither and let the environment say.")
 		}
 		m.PolicyPath = absolute(m.PolicyPath)
+		l.keyTags(key("key_tags"), m.Tags)
 	case *KeysPKCS11:
 		l.required(key("module_path"), m.Module, "it names the PKCS #11 library of the token")
 		l.required(key("token_label"), m.Token, "it says which of the module's tokens holds the keys")
@@ -77,4 +91,22 @@ func (l *loader) keys(blocks []typeBlock) Chosen {
 		m.Helper, m.Module, m.PINPath = absolute(m.Helper), absolute(m.Module), absolute(m.PINPath)
 	}
 	return c
+}
+
+// maxTags is how many AWS lets a key have.
+const maxTags = 50
+
+// keyTags checks what AWS would refuse only when a key is made, weeks from now.
+func (l *loader) keyTags(key string, tags map[string]string) {
+	if len(tags) > maxTags {
+		l.say(key, "Too many tags", "There are %d tags; AWS takes %d.", len(tags), maxTags)
+	}
+	for _, name := range slices.Sorted(maps.Keys(tags)) {
+		switch {
+		case name == "" || utf8.RuneCountInString(name) > 128 || utf8.RuneCountInString(tags[name]) > 256:
+			l.say(key, "Invalid tag", "The tag %q is refused by AWS: a key has 1 to 128 characters, a value 256 at most.", name)
+		case strings.HasPrefix(strings.ToLower(name), "aws:"):
+			l.say(key, "Invalid tag", "The tag %q is refused by AWS: tags that begin with \"aws:\" are its own.", name)
+		}
+	}
 }

@@ -66,17 +66,30 @@ func (l *loader) decodeTypes(blocks []typeBlock, k kinds, taken func(kind string
 		case !known:
 			at("Unknown "+k.role, fmt.Sprintf("This program has no %s %q; there are %s.", k.role, b.Type, quoted(slices.Sorted(slices.Values(k.types)))))
 			continue
-		case seen[b.Type]:
-			at("Duplicate "+k.role, fmt.Sprintf("The %s %q is configured twice; keep one of the blocks.", k.role, b.Type))
-			continue
 		}
-		seen[b.Type] = true
 		value := config()
 		wrong := gohcl.DecodeBody(b.Keys, nil, value)
 		if c, ok := value.(compound); ok && !wrong.HasErrors() {
 			wrong = append(wrong, c.DecodeParts()...)
 		}
+		named := attestor.TypeOf(b.Type, value)
+		if seen[named] {
+			at("Duplicate "+k.role, fmt.Sprintf("The %s %q is configured twice; keep one of the blocks.", k.role, named))
+			continue
+		}
+		seen[named] = true
 		l.add(wrong)
+		if c, ok := value.(checked); ok && !wrong.HasErrors() {
+			before := len(l.wrong)
+			say := func(key, summary, detail string) { l.atKey(b, key, summary, detail) }
+			c.Check(say)
+			if l.options.Try {
+				c.Probe(say)
+			}
+			if len(l.wrong) > before {
+				continue
+			}
+		}
 		if try := k.try[b.Type]; l.options.Try && try != nil && !wrong.HasErrors() {
 			if err := try(value); err != nil {
 				at("Unusable "+k.role, sentence(err))
@@ -84,6 +97,31 @@ func (l *loader) decodeTypes(blocks []typeBlock, k kinds, taken func(kind string
 		}
 		taken(b.Type, value)
 	}
+}
+
+// checked is a configuration that knows more of its keys than their kinds: what is wrong with them, and with what
+// they lead to in the world.
+type checked interface {
+	Check(say func(key, summary, detail string))
+	Probe(say func(key, summary, detail string))
+}
+
+// atKey records a mistake about a key of a block, at its value, or at the block if it is not there.
+func (l *loader) atKey(b typeBlock, key, summary, detail string) {
+	where := b.Where
+	attributes, _ := b.Keys.JustAttributes() // what is no attribute was complained about
+	if a := attributes[key]; a != nil {
+		where = a.Expr.Range()
+	}
+	l.at(where, summary, oneLine(detail))
+}
+
+// tryOut is what opening something for trial came to. It is closed again, if it can be.
+func tryOut(opened any, err error) error {
+	if c, ok := opened.(io.Closer); ok && err == nil {
+		return c.Close()
+	}
+	return err
 }
 
 // sentence is an error as a sentence.
@@ -99,7 +137,7 @@ func sentence(err error) string {
 func (l *loader) needs(td spiffeid.TrustDomain, token string) attestor.Needs {
 	quiet := logrus.New()
 	quiet.SetOutput(io.Discard)
-	return attestor.Needs{TrustDomain: td, Log: quiet, Now: time.Now, JoinToken: token, Tokens: noTokens{}}
+	return attestor.Needs{TrustDomain: td, Log: quiet, Now: time.Now, JoinToken: token, Tokens: noTokens{}, Trial: true}
 }
 
 // noTokens stands in for the server's tokens where nobody attests.

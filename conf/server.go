@@ -272,8 +272,7 @@ func (l *loader) judges(s *Server, blocks []typeBlock, have []attestor.JudgeKind
 	byType := map[string]attestor.JudgeKind{}
 	for _, kind := range have {
 		k.tried(kind.Type, kind.Config, func(config any) error {
-			_, err := kind.Open(config, l.needs(s.TrustDomain, ""))
-			return err
+			return tryOut(kind.Open(config, l.needs(s.TrustDomain, "")))
 		})
 		byType[kind.Type] = kind
 	}

@@ -348,6 +348,19 @@ node_attestor "join_token" {}
   #}
 #}
 
+# A plugin of SPIRE, a program of its own that is run unmodified; the name is the type of its evidence and
+# selectors. There may be several. What runs is what has the checksum, and it gets no environment but
+# plugin_env: NAME passes the server's own on, NAME=value sets one. See attestor/external/README.md.
+#node_attestor "external" {
+  #name            = "shared_secret"
+  #plugin_cmd      = "/usr/libexec/assay/shared_secret"
+  #plugin_args     = ["-v"]
+  #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+  #plugin_env      = ["HTTPS_PROXY", "HOME=/tmp"]
+  # Its configuration, in its own syntax.
+  #plugin_data     = "secret = \"…\""
+#}
+
 # Where signing keys live: one of these.
 key_manager "disk" {
   # The default is keys.json in data_dir.
@@ -403,6 +416,8 @@ key_manager "disk" {
   # Aliases are alias/PREFIX-NAME: servers that share an account can have one each.
   #key_prefix      = "assay"
   #key_policy_file = "/etc/assay/kms-policy.json"
+  # Put onto each key that is made; the server needs kms:TagResource for it.
+  #key_tags = { "team" = "pki" }
 #}
 
 # In a hardware security module, by a helper that is built with "make pkcs11".
@@ -412,6 +427,17 @@ key_manager "disk" {
   #token_label = "assay"
   #pin_path    = "/run/credentials/assay-server.service/pin"
   #key_prefix  = "assay-"
+#}
+
+# Keys in a key manager that is a plugin of SPIRE. Which key of it is which is in keys-NAME.json in data_dir,
+# which must not be lost. The keys are those of node_attestor "external".
+#key_manager "external" {
+  #name            = "our_hsm"
+  #plugin_cmd      = "/usr/libexec/assay/our_hsm"
+  #plugin_args     = []
+  #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+  #plugin_env      = []
+  #plugin_data     = ""
 #}
 
 # What signs this server's X.509 authority. Without such a block it is its own root, and its certificate is
@@ -481,7 +507,19 @@ key_manager "disk" {
   #issuer_name      = "roots"
   #issuer_kind      = "Issuer"
   #issuer_group     = "cert-manager.io"
+  # Without it, the service account of the server's pod. Credentials by a token, a tokenFile (read anew each
+  # time) or a client certificate; programs that print credentials (exec) are not run.
   #kube_config_file = "/etc/assay/kubeconfig"
+#}
+
+# An upstream authority that is a plugin of SPIRE. The keys are those of node_attestor "external".
+#upstream_authority "external" {
+  #name            = "our_pki"
+  #plugin_cmd      = "/usr/libexec/assay/our_pki"
+  #plugin_args     = []
+  #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+  #plugin_env      = []
+  #plugin_data     = ""
 #}
 
 # Some of what administrators may do, for somebody. Without any role it is all or nothing: admin_ids, entries

@@ -1,6 +1,10 @@
 package conf
 
-import "fmt"
+import (
+	"fmt"
+
+	"github.com/assay-id/assay/attestor/external"
+)
 
 // Chosen is the one block of a role that may be there once: its label, and one of the structures below.
 type Chosen struct {
@@ -68,6 +72,8 @@ func UpstreamKinds() map[string]func() any {
 		"vault":        func() any { return new(UpstreamVault) },
 		"aws_pca":      func() any { return new(UpstreamPCA) },
 		"cert-manager": func() any { return new(UpstreamCertManager) },
+
+		external.Type: func() any { return new(external.Config) },
 	}
 }
 

@@ -126,6 +126,10 @@ type Needs struct {
 	TrustDomain spiffeid.TrustDomain
 	Log         logrus.FieldLogger
 	Now         func() time.Time
+	// DataDir is where what belongs to the server may be kept.
+	DataDir string
+	// Audit takes a line for what a part decided or did by itself.
+	Audit func(event, about string, err error)
 }
 
 // CA is what the server signs, and for how long.
@@ -298,8 +302,9 @@ func (c *Config) Check() error {
 	c.OIDC.check(say)
 	seen := map[string]bool{}
 	for _, j := range c.Judges {
-		say(seen[j.Kind.Type], "node attestor %q is configured twice", j.Kind.Type)
-		seen[j.Kind.Type] = true
+		kind := attestor.TypeOf(j.Kind.Type, j.Config)
+		say(seen[kind], "node attestor %q is configured twice", kind)
+		seen[kind] = true
 	}
 	return errors.Join(wrong...)
 }

@@ -98,3 +98,27 @@ func (a *admitted) Evict(ctx context.Context, path string) error {
 	}
 	return nil
 }
+
+// known answers from the records which agents were admitted.
+type known struct{ records *records.Records }
+
+// Admitted implements attestor.Agents.
+func (k known) Admitted(ctx context.Context, id spiffeid.ID) (bool, error) {
+	_, err := k.records.Node(ctx, id)
+	if errors.Is(err, records.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// tellAudit writes the lines of what a part did by itself. A line that cannot be written is counted and
+// logged by the log itself; there is nothing to refuse.
+func tellAudit(log *audit.Log) func(event, about string, err error) {
+	return func(event, about string, err error) {
+		line := audit.Line{Event: event, Caller: about, Outcome: audit.Allow}
+		if err != nil {
+			line.Outcome, line.Reason = audit.Error, err.Error()
+		}
+		_ = log.Write(line)
+	}
+}

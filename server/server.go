@@ -76,14 +76,14 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err != nil {
 		return backup.Explain(place(&cfg), err)
 	}
-	signers, err := openKeys(ctx, &cfg, component("keys"))
+	signers, err := openKeys(ctx, &cfg, log, component("keys"))
 	if err != nil {
 		return err
 	}
 	if disk, ok := signers.(io.Closer); ok {
 		defer closing(disk, &err)
 	}
-	above, err := openUpstream(&cfg, component("upstream"))
+	above, err := openUpstream(&cfg, log, component("upstream"))
 	if err != nil {
 		return err
 	}
@@ -101,10 +101,11 @@ func Run(ctx context.Context, config Config) (err error) {
 		return backup.Explain(place(&cfg), err)
 	}
 	pictures := view.New(rec, cfg.TrustDomain, view.Config{Log: component("view"), Metrics: cfg.Metrics, Now: cfg.Now})
-	judges, err := openJudges(&cfg, rec)
+	judges, closeJudges, err := openJudges(&cfg, rec, log)
 	if err != nil {
 		return err
 	}
+	defer closeJudges()
 	signing := turn.New(runtime.GOMAXPROCS(0), maxSigning)
 	desk := admit.New(rec, urgent{authority, signing}, judges, admit.Config{
 		TrustDomain: cfg.TrustDomain, Duration: cfg.Limits.AttestDuration,
@@ -305,9 +306,9 @@ func openAudit(cfg *Config, log logrus.FieldLogger) (*audit.Log, error) {
 	return audit.Open(cfg.AuditPath, c)
 }
 
-func openKeys(ctx context.Context, cfg *Config, log logrus.FieldLogger) (keys.Manager, error) {
+func openKeys(ctx context.Context, cfg *Config, to *audit.Log, log logrus.FieldLogger) (keys.Manager, error) {
 	if cfg.Keys != nil {
-		km, err := cfg.Keys(ctx, cfg.needs(log))
+		km, err := cfg.Keys(ctx, cfg.needs(to, log))
 		if err != nil {
 			return nil, fmt.Errorf("open key manager %q: %w", cfg.KeyManager, err)
 		}
@@ -327,15 +328,15 @@ func openKeys(ctx context.Context, cfg *Config, log logrus.FieldLogger) (keys.Ma
 	return disk, nil
 }
 
-func (c *Config) needs(log logrus.FieldLogger) Needs {
-	return Needs{TrustDomain: c.TrustDomain, Log: log, Now: c.Now}
+func (c *Config) needs(to *audit.Log, log logrus.FieldLogger) Needs {
+	return Needs{TrustDomain: c.TrustDomain, Log: log, Now: c.Now, DataDir: c.DataDir, Audit: tellAudit(to)}
 }
 
-func openUpstream(cfg *Config, log logrus.FieldLogger) (upstream.Authority, error) {
+func openUpstream(cfg *Config, to *audit.Log, log logrus.FieldLogger) (upstream.Authority, error) {
 	if cfg.Upstream == nil {
 		return nil, nil
 	}
-	above, err := cfg.Upstream(cfg.needs(log))
+	above, err := cfg.Upstream(cfg.needs(to, log))
 	if err != nil {
 		return nil, fmt.Errorf("open upstream authority: %w", err)
 	}
@@ -360,25 +361,35 @@ func openCA(ctx context.Context, cfg *Config, km keys.Manager, above upstream.Au
 	})
 }
 
-func openJudges(cfg *Config, tokens attestor.TokenBurner) (map[string]attestor.Judge, error) {
-	judges := map[string]attestor.Judge{}
+// openJudges opens the node attestors, and returns how those are closed that can be.
+func openJudges(cfg *Config, rec *records.Records, log *audit.Log) (judges map[string]attestor.Judge, shut func(), err error) {
+	judges = map[string]attestor.Judge{}
+	shut = func() {
+		for _, judge := range judges {
+			if part, ok := judge.(io.Closer); ok {
+				_ = part.Close() // what it keeps is not ours
+			}
+		}
+	}
 	for _, j := range cfg.Judges {
 		config := j.Config
 		if config == nil && j.Kind.Config != nil {
 			config = j.Kind.Config()
 		}
+		kind := attestor.TypeOf(j.Kind.Type, config)
 		judge, err := j.Kind.Open(config, attestor.Needs{
 			TrustDomain: cfg.TrustDomain,
-			Log:         cfg.Log.WithField("component", "attestor").WithField("attestor", j.Kind.Type),
+			Log:         cfg.Log.WithField("component", "attestor").WithField("attestor", kind),
 			Now:         cfg.Now,
-			Tokens:      tokens,
+			Tokens:      rec, Agents: known{rec}, Audit: tellAudit(log),
 		})
 		if err != nil {
-			return nil, fmt.Errorf("open node attestor %q: %w", j.Kind.Type, err)
+			shut()
+			return nil, nil, fmt.Errorf("open node attestor %q: %w", kind, err)
 		}
-		judges[j.Kind.Type] = judge
+		judges[kind] = judge
 	}
-	return judges, nil
+	return judges, shut, nil
 }
 
 // signedBy names the authority that signed the certificate of the caller, as the journal names it.

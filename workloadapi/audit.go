@@ -3,6 +3,8 @@ package workloadapi
 import (
 	"encoding/json"
 	"io"
+	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -23,8 +25,13 @@ type Auditor interface {
 type Line struct {
 	Time time.Time `json:"time"`
 	// Event is what was asked for: x509_svid, x509_bundles, jwt_svid, jwt_bundles, jwt_validate, sds or other;
-	// delegated_ before one of the first four is for somebody who acts for another.
+	// delegated_ before one of the first four is for somebody who acts for another. What the agent did by
+	// itself, plugin_start and plugin_end, has About instead of a caller.
 	Event string `json:"event"`
+	About string `json:"about,omitempty"`
+	// By is the SPIFFE ID of a broker, which is known by its certificate and not by PID, UID and GID: its events
+	// begin with broker_.
+	By string `json:"by,omitempty"`
 	// PID, UID and GID are the caller's.
 	PID int    `json:"pid"`
 	UID uint32 `json:"uid"`
@@ -49,6 +56,18 @@ type Line struct {
 	// Reason says why it is not allow.
 	Outcome string `json:"outcome"`
 	Reason  string `json:"reason,omitempty"`
+}
+
+// OwnLine is the line of something that the agent did by itself. PID, UID and GID are its own.
+func OwnLine(event, about string, err error) Line {
+	l := Line{
+		Time: time.Now().UTC(), Event: strings.ReplaceAll(event, ".", "_"), About: about, Outcome: "allow",
+		PID: os.Getpid(), UID: uint32(os.Getuid()), GID: uint32(os.Getgid()), //nolint:gosec // IDs fit
+	}
+	if err != nil {
+		l.Outcome, l.Reason = "error", err.Error()
+	}
+	return l
 }
 
 // AuditTo returns an Auditor that writes each line as JSON in one Write. Errors go to log, which may

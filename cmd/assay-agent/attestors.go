@@ -7,6 +7,8 @@ import (
 	docker "github.com/assay-id/assay/attestor/docker/workload"
 	ecsnode "github.com/assay-id/assay/attestor/ecs/node"
 	ecs "github.com/assay-id/assay/attestor/ecs/workload"
+	external "github.com/assay-id/assay/attestor/external/node"
+	plugins "github.com/assay-id/assay/attestor/external/workload"
 	httpchallenge "github.com/assay-id/assay/attestor/httpchallenge/node"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/node"
 	k8s "github.com/assay-id/assay/attestor/k8s/workload"
@@ -34,7 +36,7 @@ func nodes() []attestor.NodeKind {
 		tpm.Kind(),
 		tpmdevid.Kind(),
 	}
-	return append(single, all.Kind(single))
+	return append(single, all.Kind(single), external.Kind()) // a plugin is no part: its type is its name
 }
 
 // workloads are the ways in which this agent proves things about processes, one line each.
@@ -45,5 +47,6 @@ func workloads() []attestor.WorkloadKind {
 		systemd.Kind(),
 		k8s.Kind(),
 		ecs.Kind(),
+		plugins.Kind(),
 	}
 }

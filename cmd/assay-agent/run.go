@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/agent"
+	"github.com/assay-id/assay/agent/broker"
 	"github.com/assay-id/assay/agent/join"
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/attestor"
@@ -128,6 +129,10 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 	}
 	c.SocketPath, c.AdminSocketPath = from.SocketPath, from.AdminSocketPath
 	c.AuthorizedDelegates = from.AuthorizedDelegates
+	c.Broker = agent.Broker{SocketPath: from.Broker.SocketPath, Address: from.Broker.Address}
+	for _, g := range from.Broker.Allow {
+		c.Broker.Grants = append(c.Broker.Grants, broker.Grant{ID: g.ID, Types: g.Types})
+	}
 	c.TrustBundlePath, c.TrustBundleURL, c.TrustBundleFormat = from.TrustBundlePath, from.TrustBundleURL, from.TrustBundleFormat
 	c.InsecureBootstrap, c.Rebootstrap = from.InsecureBootstrap, from.Rebootstrap
 	c.DisableWorkloadAPI, c.DisableSDSAPI = from.DisableWorkloadAPI, from.DisableSDSAPI
@@ -142,21 +147,6 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 		DefaultAllBundlesName: from.SDS.DefaultAllBundlesName, DisableSPIFFEValidation: from.SDS.DisableSPIFFEValidation,
 		KeepWithdrawn: from.SDS.KeepWithdrawn, CRL: from.SDS.CRL,
 	}
-	needs := func(kind string) attestor.Needs {
-		return attestor.Needs{TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", "attestor/"+kind), Now: time.Now, JoinToken: from.JoinToken}
-	}
-	node, err := from.Node.Kind.Open(from.Node.Config, needs(from.Node.Kind.Type))
-	if err != nil {
-		return c, fmt.Errorf("open node attestor %q: %w", from.Node.Kind.Type, err)
-	}
-	c.NodeAttestor = agent.NodeAttestor{Type: from.Node.Kind.Type, Node: node}
-	for _, w := range from.Workloads {
-		opened, err := w.Kind.Open(w.Config, needs(w.Kind.Type))
-		if err != nil {
-			return c, fmt.Errorf("open workload attestor %q: %w", w.Kind.Type, err)
-		}
-		c.WorkloadAttestors = append(c.WorkloadAttestors, agent.WorkloadAttestor{Type: w.Kind.Type, Workload: opened})
-	}
 	switch from.AuditFile {
 	case "":
 	case "-":
@@ -169,9 +159,41 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 		d.OnReload("audit log", file.Reopen)
 		c.Audit = workloadapi.AuditTo(file, d.Log.WithField("component", "audit"))
 	}
+	if err := openAttestors(&c, from, d); err != nil {
+		return c, err
+	}
 	c.Log, c.Metrics, c.Version = d.Log, d.Registry, cli.VersionText()
 	c.Health = new(agent.Health)
 	c.Ready = func() { d.Up(c.Health.Live, c.Health.Ready) }
 	c.StandingBy = c.Ready
 	return c, nil
+}
+
+// openAttestors opens what the file configures.
+func openAttestors(c *agent.Config, from *conf.Agent, d *daemon.Daemon) error {
+	needs := func(kind string) attestor.Needs {
+		return attestor.Needs{
+			TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", "attestor/"+kind), Now: time.Now, JoinToken: from.JoinToken,
+			Audit: func(event, about string, err error) {
+				if c.Audit != nil {
+					c.Audit.Audit(workloadapi.OwnLine(event, about, err))
+				}
+			},
+		}
+	}
+	kind := attestor.TypeOf(from.Node.Kind.Type, from.Node.Config)
+	node, err := from.Node.Kind.Open(from.Node.Config, needs(kind))
+	if err != nil {
+		return fmt.Errorf("open node attestor %q: %w", kind, err)
+	}
+	c.NodeAttestor = agent.NodeAttestor{Type: kind, Node: node}
+	for _, w := range from.Workloads {
+		kind := attestor.TypeOf(w.Kind.Type, w.Config)
+		opened, err := w.Kind.Open(w.Config, needs(kind))
+		if err != nil {
+			return fmt.Errorf("open workload attestor %q: %w", kind, err)
+		}
+		c.WorkloadAttestors = append(c.WorkloadAttestors, agent.WorkloadAttestor{Type: kind, Workload: opened})
+	}
+	return nil
 }

@@ -5,6 +5,7 @@ import (
 	all "github.com/assay-id/assay/attestor/all/server"
 	awsiid "github.com/assay-id/assay/attestor/awsiid/server"
 	ecs "github.com/assay-id/assay/attestor/ecs/server"
+	external "github.com/assay-id/assay/attestor/external/server"
 	httpchallenge "github.com/assay-id/assay/attestor/httpchallenge/server"
 	jointoken "github.com/assay-id/assay/attestor/jointoken/server"
 	k8spsat "github.com/assay-id/assay/attestor/k8spsat/server"
@@ -28,6 +29,7 @@ func judges() []attestor.JudgeKind {
 		vsphere.Kind(),
 		tpm.Kind(),
 		tpmdevid.Kind(),
+		external.Kind(),
 	}
 	return append(single, all.Kind(single))
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/assay-id/assay/attestor/external"
 	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/server"
 	"github.com/assay-id/assay/server/ca/aws"
@@ -11,6 +12,7 @@ import (
 	"github.com/assay-id/assay/server/ca/upstream/awspca"
 	"github.com/assay-id/assay/server/ca/upstream/certmanager"
 	"github.com/assay-id/assay/server/ca/upstream/disk"
+	externalupstream "github.com/assay-id/assay/server/ca/upstream/external"
 	"github.com/assay-id/assay/server/ca/upstream/nested"
 	"github.com/assay-id/assay/server/ca/upstream/vaultpki"
 )
@@ -47,6 +49,10 @@ func upstreamAuthority(from conf.Chosen) func(server.Needs) (upstream.Authority,
 			return awspca.New(client, awspca.Config{
 				ARN: c.ARN, SigningAlgorithm: c.Algorithm, TemplateARN: c.Template, SupplementalBundlePath: c.Supplemental,
 			}), nil
+		}
+	case *external.Config:
+		return func(n server.Needs) (upstream.Authority, error) {
+			return externalupstream.Open(c, pluginNeeds(n, c))
 		}
 	case *conf.UpstreamCertManager:
 		return func(server.Needs) (upstream.Authority, error) {

@@ -199,7 +199,9 @@ func (c *CA) absorb(ctx context.Context, now time.Time) error {
 	if news != c.absorbed {
 		c.takeIn(changed, news, now)
 	}
-	c.missAbove(changed, now)
+	if !news.Partial {
+		c.missAbove(changed, now)
+	}
 	for some := range slices.Chunk(slices.SortedFunc(maps.Values(changed), older), 50) {
 		if err := c.put(ctx, some...); err != nil {
 			return fmt.Errorf("note what the upstream authority publishes: %w", err)

@@ -22,6 +22,9 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/assay-id/assay/attestor/external"
+	"github.com/assay-id/assay/test/fake/spireplugin"
 )
 
 var update = flag.Bool("update", false, "write the help texts as they are into the scripts")
@@ -33,6 +36,7 @@ const patience = 30 * time.Second
 var binaries string
 
 func TestMain(m *testing.M) {
+	spireplugin.RunIfAsked()
 	flag.Parse()
 	os.Exit(testMain(m))
 }
@@ -90,6 +94,16 @@ func setup(env *testscript.Env) error {
 	}
 	env.Setenv("PATH", binaries+string(os.PathListSeparator)+env.Getenv("PATH"))
 	env.Setenv("GORACE", "atexit_sleep_ms=0 halt_on_error=1") // else each command ends a second late
+	plugin, err := os.Executable()                            // the test is a plugin of SPIRE too
+	if err != nil {
+		return err
+	}
+	env.Setenv("PLUGIN", plugin)
+	sum, err := external.Checksum(plugin)
+	if err != nil {
+		return err
+	}
+	env.Setenv("SUM", fmt.Sprintf("%x", sum))
 	env.Setenv("PID", strconv.Itoa(os.Getpid()))
 	env.Setenv("UID", strconv.Itoa(os.Getuid()))
 	samples, err := filepath.Abs(filepath.Join("..", "..", "conf"))

@@ -96,6 +96,19 @@ func (a *Authority) X509(e *identity.Entry) (*identity.X509SVID, error) {
 	}, nil
 }
 
+// Revoke returns a list of revoked certificates with this one on it, in DER.
+func (a *Authority) Revoke(t testing.TB, cert *x509.Certificate) []byte {
+	t.Helper()
+	der, err := x509.CreateRevocationList(rand.Reader, &x509.RevocationList{
+		Number: big.NewInt(1), ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour),
+		RevokedCertificateEntries: []x509.RevocationListEntry{{SerialNumber: cert.SerialNumber, RevocationTime: time.Now().Add(-time.Minute)}},
+	}, a.Certificate, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
 // JWT signs any claims.
 func (a *Authority) JWT(claims map[string]any) (string, error) { return a.token("JWT", claims) }
 

@@ -23,6 +23,8 @@ import (
 	"github.com/hashicorp/hcl/v2/hclwrite"
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/convert"
+
+	"github.com/assay-id/assay/attestor/external"
 )
 
 // Remark is something that the operator has to know.
@@ -168,7 +170,9 @@ func (m *migration) daemon(out *hclwrite.Body, n *node) {
 			continue
 		}
 		for _, x := range kid.kids {
-			if _, known := tagged(t, x.key); known {
+			if x.key == "broker" && m.block == "agent" {
+				m.broker(out, x)
+			} else if _, known := tagged(t, x.key); known {
 				m.body(out, t, []*node{x}, m.block)
 			} else {
 				m.drop(x, m.block+".experimental."+x.key)
@@ -238,7 +242,11 @@ func (m *migration) external(out *hclwrite.Body, t reflect.Type, n *node, path s
 		case "plugin_cmd", "plugin_args", "plugin_checksum":
 			m.body(out, t, []*node{kid}, path)
 		case "plugin_data":
-			out.SetAttributeValue("plugin_data", cty.StringVal(render(kid.kids, "")))
+			if kid.leaf != nil {
+				m.say(kid.at, path+"."+kid.key, true, "It is no object; SPIRE would not take it either.")
+				continue
+			}
+			m.text(out, "plugin_data", render(kid.kids, ""))
 		case "plugin_data_file":
 			if kid.leaf == nil || kid.leaf.Type() != cty.String {
 				m.drop(kid, path+"."+kid.key)
@@ -249,29 +257,74 @@ func (m *migration) external(out *hclwrite.Body, t reflect.Type, n *node, path s
 				m.say(kid.at, path+"."+kid.key, true, "The file cannot be read: %s; put its text into plugin_data.", err)
 				continue
 			}
-			out.SetAttributeValue("plugin_data", cty.StringVal(string(data)))
+			out.SetAttributeValue("plugin_data", cty.StringVal(string(data))) // SPIRE expands nothing in it
 			m.say(kid.at, path+"."+kid.key, false, "The file's text of now is in plugin_data.")
 		case "enabled":
 		default:
 			m.drop(kid, path+"."+kid.key)
 		}
 	}
-	if n.child("plugin_checksum") == nil {
-		m.say(n.at, path, false, "plugin_checksum is required here: add the SHA-256 of %s.", "the program")
+	m.checksum(out, n, path)
+	m.say(n.at, path, false, "SPIRE hands its whole environment on; here the plugin gets no variable that plugin_env does not name. It is run unmodified otherwise: see attestor/external/README.md.")
+}
+
+// checksum pins the program where SPIRE's file does not.
+func (m *migration) checksum(out *hclwrite.Body, n *node, path string) {
+	if n.child("plugin_checksum") != nil {
+		return
+	}
+	command := n.child("plugin_cmd")
+	if command.leaf == nil || command.leaf.Type() != cty.String {
+		return // it was complained about
+	}
+	program := command.leaf.AsString()
+	if m.shape.ExpandEnv {
+		program = os.ExpandEnv(program)
+	}
+	sum, err := external.Checksum(program)
+	if err != nil {
+		m.say(command.at, path+".plugin_checksum", false, "It is required here, and cannot be told: %s. Add the SHA-256 of the program.", err)
+		return
+	}
+	out.SetAttributeValue("plugin_checksum", cty.StringVal(fmt.Sprintf("%x", sum)))
+	m.say(command.at, path+".plugin_checksum", false, "It is required here, so it is the SHA-256 that %s has at this moment; compare it with what the plugin's makers say.", program)
+}
+
+// text sets a key to a text, in which variables may be left to be replaced.
+func (m *migration) text(out *hclwrite.Body, key, text string) {
+	if m.shape.ExpandEnv && strings.Contains(text, "${") {
+		out.SetAttributeRaw(key, raw(text))
+	} else {
+		out.SetAttributeValue(key, cty.StringVal(text))
 	}
 }
 
-// render writes keys as SPIRE's plugins read them.
+// render writes keys as SPIRE's plugins read them, in the first version of HCL.
 func render(kids []*node, indent string) string {
 	var b strings.Builder
 	for _, n := range kids {
 		if n.leaf == nil {
 			fmt.Fprintf(&b, "%s%s {\n%s%s}\n", indent, strconv.Quote(n.key), render(n.kids, indent+"  "), indent)
 		} else {
-			fmt.Fprintf(&b, "%s%s = %s\n", indent, strconv.Quote(n.key), hclwrite.TokensForValue(*n.leaf).Bytes())
+			fmt.Fprintf(&b, "%s%s = %s\n", indent, strconv.Quote(n.key), value(*n.leaf))
 		}
 	}
 	return b.String()
+}
+
+// value is what literal read.
+func value(v cty.Value) string {
+	switch {
+	case v.Type() == cty.String:
+		return strconv.Quote(v.AsString()) // in that version a dollar sign in a string is nothing special
+	case v.Type().IsTupleType():
+		var all []string
+		for _, each := range v.AsValueSlice() {
+			all = append(all, value(each))
+		}
+		return "[" + strings.Join(all, ", ") + "]"
+	}
+	return string(hclwrite.TokensForValue(v).Bytes())
 }
 
 func (m *migration) kinds(block string) string {

@@ -74,7 +74,6 @@ var agentSide = side{
 		"agent.experimental.use_sync_authorized_entries":                 "The agent chooses the newest protocol that the server speaks.",
 		"agent.experimental.jwt_svid_cache_hit_timeout":                  "A JWT-SVID that is held is served at once.",
 		"agent.experimental.ratelimit":                                   "Callers share the socket fairly, by user.",
-		"agent.experimental.broker":                                      "The broker API is not served.",
 		"agent.experimental.feature_flags":                               "There are no feature flags.",
 		"agent.experimental.require_pq_kem":                              "The server demands it for both: require_pq_kem of server.hcl.",
 		"plugins.SVIDStore":                                              "There is no counterpart.",

@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/assay-id/assay/server/ca/aws"
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/ca/keys/awskms"
@@ -31,7 +33,7 @@ func client(t *testing.T, s *fake.Server, service aws.Service, secret string) *a
 func TestKMS(t *testing.T) {
 	servers := map[keys.Manager]*fake.Server{}
 	open := func(t *testing.T, s *fake.Server) keys.Manager {
-		m := awskms.New(client(t, s, aws.KMS, s.Secret), "", "")
+		m := awskms.New(client(t, s, aws.KMS, s.Secret), awskms.Config{})
 		servers[m] = s
 		return m
 	}
@@ -77,7 +79,7 @@ func TestPCA(t *testing.T) {
 func TestHostile(t *testing.T) {
 	t.Run("who has another secret is refused, and does not tell it", func(t *testing.T) {
 		s := fake.New(t)
-		_, err := awskms.New(client(t, s, aws.KMS, "hunter2"), "", "").List(t.Context())
+		_, err := awskms.New(client(t, s, aws.KMS, "hunter2"), awskms.Config{}).List(t.Context())
 		if !aws.Is(err, "InvalidSignatureException") || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("got %v", err)
 		}
@@ -89,7 +91,7 @@ func TestHostile(t *testing.T) {
 		t.Run(name+" is refused", func(t *testing.T) {
 			s := fake.New(t)
 			s.Answer = func(w http.ResponseWriter, _ *http.Request) bool { _, _ = w.Write([]byte(c.answer)); return true }
-			if _, err := awskms.New(client(t, s, aws.KMS, s.Secret), "", "").List(t.Context()); err == nil || !strings.Contains(err.Error(), c.want) {
+			if _, err := awskms.New(client(t, s, aws.KMS, s.Secret), awskms.Config{}).List(t.Context()); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}
 		})
@@ -104,13 +106,23 @@ func TestHostile(t *testing.T) {
 			w.WriteHeader(http.StatusServiceUnavailable)
 			return true
 		}
-		if _, err := awskms.New(client(t, s, aws.KMS, s.Secret), "", "").List(t.Context()); err != nil {
+		if _, err := awskms.New(client(t, s, aws.KMS, s.Secret), awskms.Config{}).List(t.Context()); err != nil {
 			t.Error(err)
+		}
+	})
+	t.Run("keys have the tags that are wished for", func(t *testing.T) {
+		s := fake.New(t)
+		m := awskms.New(client(t, s, aws.KMS, s.Secret), awskms.Config{Tags: map[string]string{"team": "pki", "cost-centre": "42"}})
+		if _, err := m.Generate(t.Context(), "a", keys.EC256); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(map[string]string{"team": "pki", "cost-centre": "42"}, s.Tags("alias/assay-a")); diff != "" {
+			t.Error(diff)
 		}
 	})
 	t.Run("a bent signature does not leave", func(t *testing.T) {
 		s := fake.New(t)
-		key, err := awskms.New(client(t, s, aws.KMS, s.Secret), "", "").Generate(t.Context(), "a", keys.EC256)
+		key, err := awskms.New(client(t, s, aws.KMS, s.Secret), awskms.Config{}).Generate(t.Context(), "a", keys.EC256)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -200,7 +200,7 @@ func CheckBundle(b Bundle, now time.Time) (Bundle, error) {
 	if n := max(len(b.X509), len(b.JWT), len(b.WIT)); n > identity.MaxAuthorities {
 		return Bundle{}, refuse("its bundle has %d authorities, the limit is %d", n, identity.MaxAuthorities)
 	}
-	var out Bundle
+	out := Bundle{Partial: b.Partial}
 	var useless error
 	for _, a := range b.X509 {
 		if a.Certificate == nil {
@@ -212,7 +212,7 @@ func CheckBundle(b Bundle, now time.Time) (Bundle, error) {
 		}
 		out.X509 = append(out.X509, a)
 	}
-	if len(out.X509) == 0 {
+	if len(out.X509) == 0 && (!b.Partial || useless != nil) {
 		if useless == nil {
 			useless = errors.New("there is none")
 		}

@@ -55,6 +55,8 @@ type Bundle struct {
 	X509 []identity.X509Authority
 	JWT  []identity.JWTAuthority
 	WIT  []identity.JWTAuthority
+	// Partial says that there may be more: what is not in it has not left it.
+	Partial bool
 }
 
 // Limits of what is taken from an upstream authority.

@@ -51,6 +51,7 @@ type Server struct {
 type key struct {
 	signer  crypto.Signer
 	deleted bool
+	tags    map[string]string
 }
 
 type issued struct {
@@ -206,6 +207,7 @@ type request struct {
 	Message                       []byte
 	MessageType, SigningAlgorithm string
 	PendingWindowInDays           int
+	Tags                          []struct{ TagKey, TagValue string }
 	Marker                        string
 	CertificateAuthorityArn       string
 	CertificateArn                string
@@ -235,7 +237,15 @@ func (s *Server) create(w http.ResponseWriter, in *request) {
 		return
 	}
 	id := rand.Text()
-	s.keys[id] = &key{signer: signer}
+	made := &key{signer: signer, tags: map[string]string{}}
+	for _, t := range in.Tags {
+		if _, twice := made.tags[t.TagKey]; twice || t.TagKey == "" || len(t.TagKey) > 128 || len(t.TagValue) > 256 || strings.HasPrefix(t.TagKey, "aws:") {
+			fail(w, "TagException", "tags")
+			return
+		}
+		made.tags[t.TagKey] = t.TagValue
+	}
+	s.keys[id] = made
 	reply(w, map[string]any{"KeyMetadata": map[string]any{"KeyId": id, "Enabled": true}})
 }
 
@@ -355,4 +365,14 @@ func (s *Server) certificate(w http.ResponseWriter, in *request) {
 		}
 		reply(w, map[string]any{"Certificate": strings.TrimSpace(c.text), "CertificateChain": strings.TrimSpace(chain.String())})
 	}
+}
+
+// Tags returns those of the key with an alias.
+func (s *Server) Tags(alias string) map[string]string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if k := s.keys[s.aliases[alias]]; k != nil {
+		return k.tags
+	}
+	return nil
 }

@@ -3,7 +3,7 @@
 // alias/PREFIX-NAME; one that is deleted is gone after seven days, the least that AWS allows.
 //
 // What the server's role needs: kms:CreateKey, kms:CreateAlias, kms:DeleteAlias, kms:DescribeKey,
-// kms:GetPublicKey, kms:ListAliases, kms:ScheduleKeyDeletion and kms:Sign.
+// kms:GetPublicKey, kms:ListAliases, kms:ScheduleKeyDeletion and kms:Sign; with tags kms:TagResource too.
 package awskms
 
 import (
@@ -13,6 +13,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -26,17 +27,36 @@ type Manager struct {
 	kms    *aws.Client
 	prefix string // of aliases
 	policy string
+	tags   []tag
 	mu     sync.Mutex // held while a key is made, so that one that is not to be is not made either
 }
 
 var _ keys.Manager = (*Manager)(nil)
 
-// New returns a manager. The prefix is "assay" if it is empty; the policy is AWS's default if it is.
-func New(client *aws.Client, prefix, policy string) *Manager {
-	if prefix == "" {
-		prefix = "assay"
+// Config says how keys are made.
+type Config struct {
+	// Prefix of aliases; empty: "assay". Policy of keys in JSON; empty: AWS's default.
+	Prefix, Policy string
+	// Tags are put onto each key that is made.
+	Tags map[string]string
+}
+
+// tag is one, in KMS's words.
+type tag struct {
+	Key   string `json:"TagKey"`
+	Value string `json:"TagValue"`
+}
+
+// New returns a manager.
+func New(client *aws.Client, c Config) *Manager {
+	if c.Prefix == "" {
+		c.Prefix = "assay"
 	}
-	return &Manager{kms: client, prefix: "alias/" + prefix + "-", policy: policy}
+	m := &Manager{kms: client, prefix: "alias/" + c.Prefix + "-", policy: c.Policy}
+	for _, key := range slices.Sorted(maps.Keys(c.Tags)) {
+		m.tags = append(m.tags, tag{key, c.Tags[key]})
+	}
+	return m
 }
 
 var specs = map[keys.Kind]string{
@@ -74,6 +94,9 @@ func (m *Manager) Generate(ctx context.Context, name string, kind keys.Kind) (cr
 	in := map[string]any{"KeySpec": spec, "KeyUsage": "SIGN_VERIFY", "Description": "Assay server signing key " + name}
 	if m.policy != "" {
 		in["Policy"] = m.policy
+	}
+	if len(m.tags) > 0 {
+		in["Tags"] = m.tags
 	}
 	var made metadata
 	if err := m.kms.Do(ctx, "CreateKey", in, &made); err != nil {

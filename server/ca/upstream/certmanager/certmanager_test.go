@@ -90,12 +90,20 @@ func TestRefusals(t *testing.T) {
 
 func TestKubeConfig(t *testing.T) {
 	for name, c := range map[string]struct{ text, want string }{
-		"no YAML":           {"\t:", "is not understood"},
-		"no context":        {"current-context: x", `has no context "x"`},
-		"no cluster":        {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]", `no cluster "c"`},
-		"no user":           {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]", `no user "u"`},
-		"a user by nothing": {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {exec: {command: sh}}}]", "neither a token nor a client certificate"},
-		"plain http":        {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'http://h'}}]\nusers: [{name: u, user: {token: t}}]", "is no https URL"},
+		"no YAML":                       {"\t:", "is not understood"},
+		"no context":                    {"current-context: x", `has no context "x"`},
+		"no cluster":                    {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]", `no cluster "c"`},
+		"no user":                       {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]", `no user "u"`},
+		"a user by nothing":             {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {}}]", "neither a token nor a client certificate"},
+		"a program for credentials":     {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {exec: {apiVersion: client.authentication.k8s.io/v1, command: aws, args: [eks, get-token]}}}]", "has its credentials from a program (exec: \"aws\"), which is not run; give the server a kubeconfig with a tokenFile"},
+		"a program beside a token":      {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {token: t, exec: {command: sh}}}]", "which is not run"},
+		"a provider of credentials":     {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {auth-provider: {name: gcp}}}]", "auth-provider (\"gcp\"), which is not supported"},
+		"a password":                    {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {username: a, password: b}}]", "has a password"},
+		"somebody else":                 {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h'}}]\nusers: [{name: u, user: {token: t, as: root}}]", "acts as \"root\""},
+		"a server that is not verified": {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h', insecure-skip-tls-verify: true}}]\nusers: [{name: u, user: {token: t}}]", "has insecure-skip-tls-verify, which is not supported"},
+		"a server of another name":      {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h', tls-server-name: a}}]\nusers: [{name: u, user: {token: t}}]", "has tls-server-name, which is not supported"},
+		"a proxy":                       {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h', proxy-url: 'http://p'}}]\nusers: [{name: u, user: {token: t}}]", "has proxy-url, which is not supported"},
+		"plain http":                    {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'http://h'}}]\nusers: [{name: u, user: {token: t}}]", "is no https URL"},
 	} {
 		t.Run(name+" is refused", func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "config")

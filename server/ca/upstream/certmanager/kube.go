@@ -83,7 +83,9 @@ func newKube(server string, ca []byte, pair *tls.Certificate, k kube) (*kube, er
 	return &k, nil
 }
 
-// kubeconfig is what is understood of such a file. Programs that print credentials are not run.
+// kubeconfig is what is understood of such a file. Programs that print credentials are not run: the file would
+// choose what the server executes, and what it got would be renewed by rules of its own. What else is in such
+// files and would be needed is refused by name, and not passed over.
 type kubeconfig struct {
 	Current  string `yaml:"current-context"`
 	Contexts []struct {
@@ -99,6 +101,10 @@ type kubeconfig struct {
 			Server string `yaml:"server"`
 			CAPath string `yaml:"certificate-authority"`
 			CAText string `yaml:"certificate-authority-data"`
+
+			Insecure bool   `yaml:"insecure-skip-tls-verify"`
+			Name     string `yaml:"tls-server-name"`
+			Proxy    string `yaml:"proxy-url"`
 		} `yaml:"cluster"`
 	} `yaml:"clusters"`
 	Users []struct {
@@ -110,6 +116,15 @@ type kubeconfig struct {
 			KeyPath   string `yaml:"client-key"`
 			CertText  string `yaml:"client-certificate-data"`
 			KeyText   string `yaml:"client-key-data"`
+
+			Exec *struct {
+				Command string `yaml:"command"`
+			} `yaml:"exec"`
+			Provider *struct {
+				Name string `yaml:"name"`
+			} `yaml:"auth-provider"`
+			Username string `yaml:"username"`
+			As       string `yaml:"as"`
 		} `yaml:"user"`
 	} `yaml:"users"`
 }
@@ -160,6 +175,13 @@ func either(text, path string) ([]byte, error) {
 func (f *kubeconfig) cluster(name string, at func(string) string) (server string, ca []byte, err error) {
 	for _, c := range f.Clusters {
 		if c.Name == name {
+			for key, there := range map[string]bool{
+				"insecure-skip-tls-verify": c.Cluster.Insecure, "tls-server-name": c.Cluster.Name != "", "proxy-url": c.Cluster.Proxy != "",
+			} {
+				if there {
+					return "", nil, fmt.Errorf("cluster %q has %s, which is not supported: the API server is verified by its name and the roots in certificate-authority", name, key)
+				}
+			}
 			ca, err = either(c.Cluster.CAText, at(c.Cluster.CAPath))
 			return c.Cluster.Server, ca, err
 		}
@@ -171,6 +193,17 @@ func (f *kubeconfig) user(name string, at func(string) string) (k kube, pair *tl
 	for _, u := range f.Users {
 		if u.Name != name {
 			continue
+		}
+		const instead = "; give the server a kubeconfig with a tokenFile that somebody keeps up to date, or a client certificate"
+		switch {
+		case u.User.Exec != nil:
+			return kube{}, nil, fmt.Errorf("user %q has its credentials from a program (exec: %q), which is not run%s", name, u.User.Exec.Command, instead)
+		case u.User.Provider != nil:
+			return kube{}, nil, fmt.Errorf("user %q has its credentials from an auth-provider (%q), which is not supported%s", name, u.User.Provider.Name, instead)
+		case u.User.Username != "":
+			return kube{}, nil, fmt.Errorf("user %q has a password, which Kubernetes takes no longer%s", name, instead)
+		case u.User.As != "":
+			return kube{}, nil, fmt.Errorf("user %q acts as %q, which is not supported%s", name, u.User.As, instead)
 		}
 		if u.User.Token != "" || u.User.TokenPath != "" {
 			return kube{fixed: u.User.Token, tokenPath: at(u.User.TokenPath)}, nil, nil

@@ -1,0 +1,88 @@
+package migrate
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	hclv1 "github.com/hashicorp/hcl"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/external"
+	"github.com/assay-id/assay/conf"
+)
+
+// TestExternal migrates a plugin, and reads its configuration as SPIRE's plugins do: before and after.
+func TestExternal(t *testing.T) {
+	const data = `
+  text = "with \"quotes\", a \\ and ${not_a_variable} %{neither}"
+  list = ["a", "b ${c}"]
+  number = 4711
+  yes = true
+  block "labelled" { inner = "x" }
+  block "other" { inner = <<EOT
+several
+lines
+EOT
+  }
+`
+	dir := t.TempDir()
+	program := filepath.Join(dir, "plugin")
+	if err := os.WriteFile(program, []byte("\x7fELF and more"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "spire.conf")
+	file := `server { trust_domain = "example.org" data_dir = "` + dir + `" }
+plugins {
+  NodeAttestor "ours" {
+    plugin_cmd = "` + program + `"
+    plugin_args = ["-v", "1"]
+    plugin_data {` + data + `}
+  }
+  KeyManager "scripted" { plugin_cmd = "/bin/none" plugin_data {} }
+}`
+	if err := os.WriteFile(path, []byte(file), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kind := attestor.JudgeKind{Type: external.Type, Config: func() any { return new(external.Config) }}
+	result, err := Server(path, Shape{File: conf.ServerShape(), Plugins: map[string]map[string]func() any{
+		"key_manager": conf.KeyManagerKinds(), "node_attestor": {external.Type: kind.Config},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	remarks := ""
+	for _, r := range result.Remarks {
+		remarks += r.line(path) + "\n"
+	}
+	for _, want := range []string{"plugins.NodeAttestor.ours.plugin_checksum; It is required here, so it is the SHA-256 that ", "plugins.KeyManager.scripted.plugin_checksum; It is required here, and cannot be told", "no variable that plugin_env does not name"} {
+		if !strings.Contains(remarks, want) {
+			t.Errorf("%q is not said:\n%s", want, remarks)
+		}
+	}
+	made := filepath.Join(dir, "made.hcl")
+	config := strings.ReplaceAll(string(result.Config), "key_manager \"external\" {", "key_manager \"external\" {\nplugin_checksum = \""+strings.Repeat("00", 32)+"\"")
+	if err := os.WriteFile(made, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	loaded, err := conf.LoadServer(made, []attestor.JudgeKind{kind}, conf.Options{})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, config)
+	}
+	got, ok := loaded.Judges[0].Config.(*external.Config)
+	if !ok || got.Name != "ours" || got.Cmd != program || len(got.Args) != 2 || len(got.Checksum) != 64 {
+		t.Fatalf("got %+v", loaded.Judges[0].Config)
+	}
+	var before, after map[string]any
+	if err := hclv1.Decode(&before, data); err != nil {
+		t.Fatal(err)
+	}
+	if err := hclv1.Decode(&after, got.Data); err != nil {
+		t.Fatalf("%v\n%s", err, got.Data)
+	}
+	if diff := cmp.Diff(before, after); diff != "" {
+		t.Errorf("the plugin's configuration before (-) and after (+):\n%s", diff)
+	}
+}
