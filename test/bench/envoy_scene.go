@@ -59,15 +59,16 @@ func betweenEnvoys(ctx context.Context, b *bench) error {
 		}
 	}
 	took := time.Since(begun)
+	// Before wrk leaves in the middle of handshakes.
+	shook, bad, err := pair.handshakes(ctx)
+	if err != nil {
+		return err
+	}
 	if err := load.Signal(syscall.SIGINT); err != nil {
 		return err
 	}
 	<-load.Done()
 	c, err := counted(filepath.Join(b.Dir, "wrk.log"))
-	if err != nil {
-		return err
-	}
-	shook, bad, err := pair.handshakes(ctx)
 	if err != nil {
 		return err
 	}
