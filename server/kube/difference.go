@@ -2,6 +2,7 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -121,6 +122,7 @@ func (t *difference) writeUpdates(ctx context.Context, some []change) {
 		req.Entries = append(req.Entries, c.entry)
 	}
 	resp, err := t.d.api.Entries.BatchUpdateEntry(ctx, req)
+	var outdated []change
 	for i, c := range some {
 		var st *types.Status
 		stored := c.entry
@@ -132,7 +134,15 @@ func (t *difference) writeUpdates(ctx context.Context, some []change) {
 				t.again[c.of] = retry
 			}
 		}
-		t.done(c, "updated", stored, statusError(st, err))
+		wrong := statusError(st, err)
+		t.done(c, "updated", stored, wrong)
+		if hopeless(wrong) {
+			outdated = append(outdated, change{of: c.of, id: c.id})
+		}
+	}
+	// What the resource said before is not what it says now.
+	if len(outdated) > 0 {
+		t.writeRemoves(ctx, outdated)
 	}
 }
 
@@ -142,9 +152,24 @@ func statusError(st *types.Status, err error) error {
 	case err != nil:
 		return err
 	case st != nil && codes.Code(st.GetCode()) != codes.OK: //nolint:gosec // codes are small
-		return fmt.Errorf("%s: %s", codes.Code(st.GetCode()), st.GetMessage()) //nolint:gosec // codes are small
+		return &refusal{codes.Code(st.GetCode()), st.GetMessage()} //nolint:gosec // codes are small
 	}
 	return nil
+}
+
+// refusal is what the server says of one item.
+type refusal struct {
+	code codes.Code
+	text string
+}
+
+func (r *refusal) Error() string { return r.code.String() + ": " + r.text }
+
+// hopeless reports whether the same would be refused again: a name beyond the limits, say. What has become of
+// it is looked at anew when the pod or the rule changes, and when everything is compared.
+func hopeless(err error) bool {
+	r, ok := errors.AsType[*refusal](err)
+	return ok && r.code == codes.InvalidArgument
 }
 
 func isNotFound(st *types.Status) bool {
@@ -157,11 +182,15 @@ func (t *difference) done(c change, what string, stored *types.Entry, err error)
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	log := d.log.WithFields(logrus.Fields{"entry_id": c.id, "for": c.of.kind + " " + c.of.name})
-	if err != nil {
+	switch {
+	case hopeless(err):
+		d.m.writes.WithLabelValues("failed").Inc()
+		log.WithError(err).Warn("an entry cannot be what the resource makes of it; there is none until that changes")
+	case err != nil:
 		t.again[c.of] = retry
 		d.m.writes.WithLabelValues("failed").Inc()
 		log.WithError(err).Warn("an entry could not be written; trying again")
-	} else {
+	default:
 		d.m.writes.WithLabelValues(what).Inc()
 		log.Debug("entry " + what)
 		if stored == nil {
@@ -180,7 +209,9 @@ func (t *difference) done(c change, what string, stored *types.Entry, err error)
 			delete(d.holders, c.of)
 		}
 	}
-	t.outcome(h, c, func(o *outcome) { o.failed = err })
+	if c.entry != nil || err != nil {
+		t.outcome(h, c, func(o *outcome) { o.failed = err })
+	}
 }
 
 // maskedBy notes that somebody else has an entry that is similar.
