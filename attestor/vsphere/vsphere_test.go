@@ -18,7 +18,6 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"github.com/vmware/govmomi"
-	"github.com/vmware/govmomi/find"
 	"github.com/vmware/govmomi/object"
 	"github.com/vmware/govmomi/property"
 	"github.com/vmware/govmomi/vapi/rest"
@@ -562,20 +561,9 @@ func TestFollow(t *testing.T) {
 		}
 	}
 	await("vsphere:vm-name:DC0_C0_RP0_VM0")
-	hosts, err := find.NewFinder(c.admin.Client).HostSystemList(t.Context(), "/DC0/host/DC0_C0/*")
+	name, err := c.v.Move(t.Context(), vm)
 	c.must(err)
-	for _, host := range hosts {
-		if host.Reference() != *is.Runtime.Host {
-			to := host.Reference()
-			task, err := vm.Relocate(t.Context(), types.VirtualMachineRelocateSpec{Host: &to}, types.VirtualMachineMovePriorityDefaultPriority)
-			c.must(err)
-			c.must(task.Wait(t.Context()))
-			name, err := host.ObjectName(t.Context())
-			c.must(err)
-			await("vsphere:host:" + name)
-			break
-		}
-	}
+	await("vsphere:host:" + name)
 	task, err := vm.Rename(t.Context(), "shop-1")
 	c.must(err)
 	c.must(task.Wait(t.Context()))

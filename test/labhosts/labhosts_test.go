@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -122,6 +123,7 @@ func TestHosts(t *testing.T) {
 			}
 		}
 	}
+	t.Run("a virtual machine moves to another host", func(t *testing.T) { w.move(t, r, vm) })
 	t.Run("links are cut", func(t *testing.T) { w.cut(t, r, box, vm, unit, cloud, same) })
 	t.Run("an agent is banned", func(t *testing.T) { w.ban(t, r, plain, []*node{unit, vm, cloud}, same) })
 	t.Run("a clock is set", func(t *testing.T) { w.clock(t, r, cloud, same) })
@@ -208,6 +210,27 @@ func (w *world) sentFull(t *testing.T) float64 {
 	return n
 }
 
+// move moves a virtual machine, which is a change of the node's selectors: what is said of the new place
+// reaches the workload.
+func (w *world) move(t *testing.T, r *report, n *node) {
+	vm, err := w.center.VM(t.Context(), "DC0_C0_RP0_VM0")
+	must(t, err)
+	const rack, placed = domain + "/rack", domain + "/placed"
+	was, err := w.center.Move(t.Context(), vm)
+	must(t, err)
+	w.cli(t, "entry", "create", "-node", "-spiffeID", rack, "-selector", "vsphere:host:"+was)
+	w.cli(t, "entry", "create", "-parentID", rack, "-spiffeID", placed, "-selector", n.selectors[0])
+	n.has(t, placed)
+	began := time.Now()
+	_, err = w.center.Move(t.Context(), vm)
+	must(t, err)
+	gone := n.until(t, "/state", "lose what it had for being on "+was, func(s state) bool { return s.serial(placed) == "" })
+	r.add("virtual machine moved -> the identity of the place it was at is gone", gone.Since.Sub(began))
+	if gone.serial(n.workload) == "" {
+		t.Errorf("it has %+v", gone)
+	}
+}
+
 // cut cuts two links, one in silence and one loudly, and mends the second.
 func (w *world) cut(t *testing.T, r *report, silent, loud, other, still *node, same func(*testing.T, ...*node)) {
 	full := w.sentFull(t)
@@ -223,8 +246,14 @@ func (w *world) cut(t *testing.T, r *report, silent, loud, other, still *node, s
 	r.add("entry made -> SVID, beside hosts that are cut off", still.has(t, domain+"/late/"+still.name).Since.Sub(began))
 	same(t, silent, loud, other, still)
 	for _, n := range []*node{silent, loud} {
-		if err := n.healthy(t.Context()); err != nil {
-			t.Errorf("an agent that serves what it has is not healthy: %v", err)
+		if err := n.ready(); err != nil {
+			t.Errorf("an agent that serves what it has is not ready: %v", err)
+		}
+		if n == loud { // the other has not found out yet
+			out, err := n.agent.CLI(t.Context(), "explain", "-pid", strconv.Itoa(os.Getpid()), "-socketPath", n.agent.Admin)
+			if err != nil || !strings.Contains(out, "last heard from its server") {
+				t.Errorf("it explains %v: %s", err, out)
+			}
 		}
 		var s state
 		must(t, n.ask("/state", &s))
@@ -272,6 +301,9 @@ func (w *world) ban(t *testing.T, r *report, n *node, others []*node, same func(
 	}
 	if err := n.call(others[0]); err == nil {
 		t.Error("it still speaks mTLS")
+	}
+	if err := n.ready(); err == nil || !strings.Contains(err.Error(), "banned") {
+		t.Errorf("its agent's probe says %v", err)
 	}
 	same(t, others...)
 	w.everybodyCalls(t, others)

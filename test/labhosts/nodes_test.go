@@ -104,7 +104,6 @@ func (w *world) onMachine(ctx context.Context, n *node, deb string) error {
 		return sh(ctx, "systemctl reset-failed web 2>/dev/null || true; systemd-run --quiet --unit=web -p User=nobody "+
 			"--setenv=SPIFFE_ENDPOINT_SOCKET=unix:///run/assay/agent/public/api.sock /opt/lab/app -control "+control+" -listen "+mtls)
 	}
-	n.healthy = func(ctx context.Context) error { return sh(ctx, "assay-agent healthcheck") }
 	return sh(ctx, `cat /etc/assay/chain.pem >> /etc/assay/node.pem; chmod 600 /etc/assay/node.key
 dpkg --install /opt/lab/agent.deb
 assay-agent setup -nodeAttestor x509pop -trustDomain `+site.TrustDomain+` -serverAddress `+w.site.Address+` -serverPort `+fmt.Sprint(w.site.Port)+`
@@ -136,7 +135,7 @@ func (w *world) onTPM(ctx context.Context, n *node, tpm string) error {
 			"--env", "SPIFFE_ENDPOINT_SOCKET=unix:///agent/api.sock", image, "-control", control, "-listen", mtls)
 		return err
 	}
-	n.up, n.healthy = w.startAgent(n)
+	n.up = n.agent.Start
 	n.down = func(context.Context) error {
 		_, err := engine.Do("rm", "--force", "--time", "0", "--all")
 		return errors.Join(err, w.killAgent(n))

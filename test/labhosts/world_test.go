@@ -30,8 +30,8 @@ const (
 	domain = "spiffe://" + site.TrustDomain
 	// patience is how long one thing may take at most.
 	patience = 2 * time.Minute
-	// mtls is where every workload serves, control where it is asked, metrics where an agent's are.
-	mtls, control, metrics = ":7000", "127.0.0.1:7001", "127.0.0.1:9989"
+	// mtls is where every workload serves, control where it is asked, metrics and probes where an agent's are.
+	mtls, control, metrics, probes = ":7000", "127.0.0.1:7001", "127.0.0.1:9989", "127.0.0.1:8082"
 )
 
 // world is the data center.
@@ -70,8 +70,6 @@ type node struct {
 	up, down func(ctx context.Context) error
 	// start starts the workload.
 	start func(ctx context.Context) error
-	// healthy asks the agent.
-	healthy func(ctx context.Context) error
 }
 
 // state is what a workload tells.
@@ -329,6 +327,21 @@ func (n *node) call(other *node) error {
 	return nil
 }
 
+// ready asks the agent as a probe does; the error is what it answers if it is not.
+func (n *node) ready() error {
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: n.host.Dial, DisableKeepAlives: true}}
+	resp, err := client.Get("http://" + probes + "/ready")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %s", resp.Status, text)
+	}
+	return err
+}
+
 // metric reads one number of the metrics of whoever runs on the host.
 func metric(h *hosts.Host, name string) (float64, error) {
 	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DialContext: h.Dial, DisableKeepAlives: true}}
@@ -363,8 +376,8 @@ func (n *node) connected(t *testing.T, want float64) {
 	})
 }
 
-// telemetry is the block of an agent whose metrics are at their place.
-const telemetry = "\ntelemetry {\n  prometheus {\n    host = \"127.0.0.1\"\n    port = 9989\n  }\n}\n"
+// telemetry is the blocks of an agent whose metrics and probes are at their places.
+const telemetry = "\ntelemetry {\n  prometheus {\n    host = \"127.0.0.1\"\n    port = 9989\n  }\n}\nhealth_checks {\n  listener_enabled = true\n  bind_address = \"127.0.0.1\"\n  bind_port = 8082\n}\n"
 
 // unixByPath attests plain processes.
 const unixByPath = "\nworkload_attestor \"unix\" {\n  discover_workload_path = true\n}\n"
@@ -398,7 +411,7 @@ func (w *world) plainHost(n *node, o site.AgentOptions, uid uint32) error {
 		}
 		return w.killAgent(n)
 	}
-	n.up, n.healthy = w.startAgent(n)
+	n.up = n.agent.Start
 	return nil
 }
 
@@ -424,13 +437,6 @@ func (w *world) killAgent(n *node) error {
 	}
 	n.agent.Kill()
 	return errors.Join(os.RemoveAll(filepath.Dir(n.agent.Socket)), os.RemoveAll(filepath.Dir(n.agent.Admin)))
-}
-
-func (w *world) startAgent(n *node) (up, healthy func(context.Context) error) {
-	return n.agent.Start, func(ctx context.Context) error {
-		_, err := n.agent.CLI(ctx, "healthcheck", "-socketPath", n.agent.Socket)
-		return err
-	}
 }
 
 // serve serves HTTP on a host until the test ends.

@@ -215,6 +215,33 @@ func (v *Center) Secure(ctx context.Context, vm *object.VirtualMachine) error {
 	}})
 }
 
+// Move moves a machine to another host of the first cluster, as vMotion does, and returns the host's name.
+func (v *Center) Move(ctx context.Context, vm *object.VirtualMachine) (string, error) {
+	is, err := v.Read(ctx, vm)
+	if err != nil {
+		return "", err
+	}
+	hosts, err := find.NewFinder(v.Admin.Client).HostSystemList(ctx, "/DC0/host/DC0_C0/*")
+	if err != nil {
+		return "", err
+	}
+	for _, host := range hosts {
+		to := host.Reference()
+		if to == *is.Runtime.Host {
+			continue
+		}
+		task, err := vm.Relocate(ctx, types.VirtualMachineRelocateSpec{Host: &to}, types.VirtualMachineMovePriorityDefaultPriority)
+		if err == nil {
+			err = task.Wait(ctx)
+		}
+		if err != nil {
+			return "", err
+		}
+		return host.ObjectName(ctx)
+	}
+	return "", errors.New("the cluster has no other host")
+}
+
 // Inside makes what an agent in a virtual machine sees, if the machine said that it has the UUID: a folder of
 // the kernel's numbers, and a vmtoolsd of its own.
 func (v *Center) Inside(vm *object.VirtualMachine, uuid string) (dmi, vmtoolsd string, err error) {
