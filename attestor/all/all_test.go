@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/assay-id/assay/attestor"
@@ -298,7 +299,9 @@ func TestJoinTokenIsSpentWhenAllElseIsProved(t *testing.T) {
 
 // fleet is what a server has admitted.
 type fleet struct {
-	nodes   map[string]attestor.Set
+	nodes map[string]attestor.Set // only read
+
+	mu      sync.Mutex // guards what follows: parts tell of changes side by side
 	updated map[string][]attestor.Selector
 	evicted []string
 }
@@ -314,11 +317,15 @@ func (f *fleet) Each() iter.Seq2[string, attestor.Set] {
 }
 
 func (f *fleet) Update(_ context.Context, path string, selectors []attestor.Selector) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.updated[path] = selectors
 	return nil
 }
 
 func (f *fleet) Evict(_ context.Context, path string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.evicted = append(f.evicted, path)
 	return nil
 }
