@@ -20,9 +20,9 @@ const (
 // revocations are the lists of revoked certificates of a trust domain: none while nothing is revoked.
 type revocations struct {
 	lists []byte // PEM
-	// whole says that whoever signs for the trust domain has a list. Envoy refuses everything that another
-	// one signed, once it is given a list at all.
-	whole bool
+	// listed says that each authority of the bundle has one; whole, that besides whoever signs for the trust
+	// domain has. Envoy refuses everything that another one signed, once it is given a list at all.
+	listed, whole bool
 }
 
 // reader reads lists once for all who are given the same bundle: there may be many on a node, and a list may
@@ -46,7 +46,7 @@ func (r *reader) of(b *identity.Bundle, now time.Time) revocations {
 }
 
 func newRevocations(b *identity.Bundle, now time.Time) revocations {
-	r, any := revocations{whole: !b.Nested}, false
+	r, any := revocations{listed: true}, false
 	listed := map[string]bool{}
 	for _, der := range b.CRLs {
 		list, err := x509.ParseRevocationList(der)
@@ -63,18 +63,20 @@ func newRevocations(b *identity.Bundle, now time.Time) revocations {
 	for _, a := range b.X509 {
 		// One that has expired verifies nothing, and has no list any more.
 		if now.Before(a.Certificate.NotAfter) && (len(a.Certificate.SubjectKeyId) == 0 || !listed[string(a.Certificate.SubjectKeyId)]) {
-			r.whole = false
+			r.listed = false
 		}
 	}
+	r.whole = r.listed && !b.Nested
 	return r
 }
 
-// given returns the lists that a client is given.
-func (r *revocations) given(how string) []byte {
-	if how == CRLNever || how != CRLAlways && !r.whole {
-		return nil
+// given returns the lists that a client is given with plain authorities, or for Envoy's SPIFFE validator, which
+// looks for a list of each authority up to the root: without one of it, it would refuse everything.
+func (r *revocations) given(how string, plain bool) []byte {
+	if r.whole && how != CRLNever || how == CRLAlways && (plain || r.listed) {
+		return r.lists
 	}
-	return r.lists
+	return nil
 }
 
 // withLists returns authorities and their lists in one file, which is how Envoy's SPIFFE validator takes

@@ -77,20 +77,22 @@ func TestListsOfRevokedCertificates(t *testing.T) {
 		bundle *identity.Bundle
 		how    string
 		lists  int  // how many are given
+		plain  int  // how many besides with plain authorities
 		leaf   bool // only of whoever signed the certificate itself
 	}{
-		{"there are none", bundle(nil, false, one), CRLAlways, 0, false},
-		{"nothing is revoked", bundle(lists(two), false, two), CRLAlways, 0, false},
-		{"one authority", bundle(lists(one), false, one), CRLAuto, 1, false},
-		{"two authorities", bundle(lists(one, two), false, one, two), "", 2, false},
-		{"and one that expired", bundle(lists(one), false, one, gone), CRLAuto, 1, false},
-		{"one authority has none", bundle(lists(one), false, one, two), CRLAuto, 0, false},
-		{"one authority has none, and that is known", bundle(lists(one), false, one, two), CRLAlways, 1, true},
-		{"an authority above has none", bundle(lists(two, one), false, gone, newLister(t, "above", later)), CRLAuto, 0, false},
-		{"servers below have none", bundle(lists(one), true, one), CRLAuto, 0, false},
-		{"servers below have none, and that is known", bundle(lists(one), true, one), CRLAlways, 1, true},
-		{"they are not wanted", bundle(lists(one), false, one), CRLNever, 0, false},
-		{"one is no list", bundle([][]byte{one.list, []byte("list")}, false, one), CRLAlways, 0, false},
+		{"there are none", bundle(nil, false, one), CRLAlways, 0, 0, false},
+		{"nothing is revoked", bundle(lists(two), false, two), CRLAlways, 0, 0, false},
+		{"one authority", bundle(lists(one), false, one), CRLAuto, 1, 0, false},
+		{"two authorities", bundle(lists(one, two), false, one, two), "", 2, 0, false},
+		{"and one that expired", bundle(lists(one), false, one, gone), CRLAuto, 1, 0, false},
+		{"one authority has none", bundle(lists(one), false, one, two), CRLAuto, 0, 0, false},
+		{"one authority has none, and that is known", bundle(lists(one), false, one, two), CRLAlways, 0, 1, true},
+		{"an authority above has none", bundle(lists(two, one), false, gone, newLister(t, "above", later)), CRLAuto, 0, 0, false},
+		{"an authority above has none, and that is known", bundle(lists(two, one), false, gone, newLister(t, "above", later)), CRLAlways, 0, 2, true},
+		{"servers below have none", bundle(lists(one), true, one), CRLAuto, 0, 0, false},
+		{"servers below have none, and that is known", bundle(lists(one), true, one), CRLAlways, 1, 0, true},
+		{"they are not wanted", bundle(lists(one), false, one), CRLNever, 0, 0, false},
+		{"one is no list", bundle([][]byte{one.list, []byte("list")}, false, one), CRLAlways, 0, 0, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m, err := new(reader).newMaterial(identity.X509Context{Bundle: c.bundle})
@@ -111,10 +113,10 @@ func TestListsOfRevokedCertificates(t *testing.T) {
 				return secret.GetValidationContext()
 			}
 			plain := context("ROOTCA", true)
-			if got := blocks(t, plain.GetCrl().GetInlineBytes()); got != strings.Repeat("X509 CRL,", c.lists) {
+			if got := blocks(t, plain.GetCrl().GetInlineBytes()); got != strings.Repeat("X509 CRL,", c.lists+c.plain) {
 				t.Errorf("plain: the lists are %q", got)
 			}
-			if plain.GetOnlyVerifyLeafCertCrl() != c.leaf || (plain.GetCrl() == nil) != (c.lists == 0) {
+			if plain.GetOnlyVerifyLeafCertCrl() != c.leaf || (plain.GetCrl() == nil) != (c.lists+c.plain == 0) {
 				t.Errorf("plain: of leaves only %v, lists %v", plain.GetOnlyVerifyLeafCertCrl(), plain.GetCrl())
 			}
 			authorities := strings.Repeat("CERTIFICATE,", len(c.bundle.X509))

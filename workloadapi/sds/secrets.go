@@ -132,7 +132,7 @@ func trust(cfg *Config, name string, bundles []bundle, plain bool) (*resource, e
 	var how *tlsv3.CertificateValidationContext
 	if plain {
 		how = &tlsv3.CertificateValidationContext{TrustedCa: inline(bundles[0].authorities)}
-		if lists := bundles[0].revoked.given(cfg.CRL); len(lists) > 0 {
+		if lists := bundles[0].revoked.given(cfg.CRL, true); len(lists) > 0 {
 			how.Crl = inline(lists)
 			// Who signed our authorities keeps lists of its own, if any.
 			how.OnlyVerifyLeafCertCrl = !bundles[0].revoked.whole
@@ -141,7 +141,7 @@ func trust(cfg *Config, name string, bundles []bundle, plain bool) (*resource, e
 		v := &tlsv3.SPIFFECertValidatorConfig{}
 		for _, b := range bundles {
 			v.TrustDomains = append(v.TrustDomains, &tlsv3.SPIFFECertValidatorConfig_TrustDomain{
-				Name: b.name, TrustBundle: inline(withLists(b.authorities, b.revoked.given(cfg.CRL))),
+				Name: b.name, TrustBundle: inline(withLists(b.authorities, b.revoked.given(cfg.CRL, false))),
 			})
 		}
 		body, err := pack(v)
