@@ -11,6 +11,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
 const badCVE = "CVE-2026-0001"
@@ -53,16 +55,17 @@ func (w *world) scanned(t *testing.T, found ...string) time.Time {
 			"packagePURL": "pkg:golang/example.org/libshop@1.0",
 		})
 	}
-	text, err := json.Marshal(map[string]any{
+	report := &unstructured.Unstructured{Object: map[string]any{
 		"apiVersion": "aquasecurity.github.io/v1alpha1", "kind": "VulnerabilityReport", "metadata": map[string]any{"name": "pod-guarded", "namespace": shop},
 		"report": map[string]any{
 			"updateTimestamp": time.Now().UTC().Format(time.RFC3339Nano), "scanner": map[string]any{"name": "Trivy", "vendor": "Aqua Security", "version": "0.65.0"},
-			"artifact": map[string]any{"repository": "app", "digest": w.appImage}, "summary": map[string]any{"criticalCount": len(found)}, "vulnerabilities": list,
+			"artifact": map[string]any{"repository": "app", "digest": w.appImage}, "summary": map[string]any{"criticalCount": int64(len(found))}, "vulnerabilities": list,
 		},
-	})
-	must(t, err)
+	}}
+	of := schema.GroupVersionResource{Group: "aquasecurity.github.io", Version: "v1alpha1", Resource: "vulnerabilityreports"}
 	began := time.Now()
-	w.apply(t, string(text))
+	_, err := w.dyn.Resource(of).Namespace(shop).Apply(t.Context(), report.GetName(), report, metav1.ApplyOptions{FieldManager: "trivy-operator", Force: true})
+	must(t, err)
 	return began
 }
 

@@ -40,7 +40,7 @@ const (
 const startTime = 4 * time.Minute
 
 // turn is locked by the one cluster that runs on a machine at a time.
-const turn = "/run/lock/assay-k8s.lock"
+var turn = filepath.Join(os.TempDir(), "assay-k8s.lock")
 
 // Cluster is a private Kubernetes. Only one can run on a machine: Start waits for its turn. Only one goroutine
 // may start and stop its parts.
