@@ -337,6 +337,8 @@ type Container struct {
 	User string
 	// Binds are folders or files of the host in the form host:container[:ro].
 	Binds []string
+	// CgroupParent is the cgroup that the container's is made in; empty is the engine's own.
+	CgroupParent string
 }
 
 // Running is a container that runs.
@@ -352,7 +354,7 @@ func (e *Engine) Run(ctx context.Context, c Container) (Running, error) {
 	created, err := e.client.ContainerCreate(ctx, client.ContainerCreateOptions{
 		Name:       c.Name,
 		Config:     &container.Config{Image: c.Image, Labels: c.Labels, Env: c.Env, Cmd: c.Cmd, User: c.User},
-		HostConfig: &container.HostConfig{NetworkMode: "none", Binds: c.Binds},
+		HostConfig: &container.HostConfig{NetworkMode: "none", Binds: c.Binds, Resources: container.Resources{CgroupParent: c.CgroupParent}},
 	})
 	if err != nil {
 		return Running{}, fmt.Errorf("create container: %w", err)
