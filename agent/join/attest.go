@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/agent/keep"
@@ -59,7 +60,12 @@ func (j *Joiner) attest(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
-	result, err := converse(ctx, agentv1.NewAgentClient(conn), &agentv1.AttestAgentRequest_Params{
+	asking := ctx
+	if previous := j.store.Own(); previous != nil && !previous.Reattestable {
+		asking = metadata.AppendToOutgoingContext(ctx, attestor.PreviousHeader, "1")
+		answer = attestor.AnswerPrevious(j.cfg.TrustDomain.Name(), previous.Key, hash, answer)
+	}
+	result, err := converse(asking, agentv1.NewAgentClient(conn), &agentv1.AttestAgentRequest_Params{
 		Data:   &types.AttestationData{Type: j.cfg.Type, Payload: payload},
 		Params: &agentv1.AgentX509SVIDParams{Csr: csr},
 	}, answer)

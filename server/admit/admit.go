@@ -6,6 +6,10 @@
 // the way: the old certificate stays good until the new one is used for the first time (see
 // server/api/caller, which promotes it). Attesting anew replaces both at once.
 //
+// Evidence that is good once is good again for the agent that can sign with the key of the SVID it had before,
+// though that may have expired: a machine that was off for a week is no stranger. So the record keeps the hashes
+// of these keys, for longer than the certificates last. Evicting an agent forgets them, and so does a ban.
+//
 // Why it is so: what a judge proves is written, and the ban checked, in one atomic change of that
 // record, so that a ban which arrives while a node is being judged is not overwritten.
 package admit
@@ -129,6 +133,8 @@ type Request struct {
 	PublicKey crypto.PublicKey
 	// Ask carries challenges to the agent.
 	Ask attestor.Ask
+	// Previous says that the agent can prove the key of the SVID it had before.
+	Previous bool
 }
 
 // Admitted is what an agent gets.
@@ -137,7 +143,9 @@ type Admitted struct {
 	// Chain is leaf first, without the root.
 	Chain       []*x509.Certificate
 	CanReattest bool
-	Selectors   attestor.Set
+	// Previous says that the agent was admitted again by the key of the SVID it had before.
+	Previous  bool
+	Selectors attestor.Set
 	// Rev is the commit that admitted the agent. The SVID is of use once the view has reached it.
 	Rev kv.Rev
 }
@@ -178,7 +186,8 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 	if err != nil {
 		return out, err
 	}
-	proof, err := attestor.Decide(ctx, judge, r.Payload, key, limited(r.Ask))
+	ask := limited(r.Ask)
+	proof, err := attestor.Decide(ctx, judge, r.Payload, key, ask)
 	switch {
 	case err == nil:
 	case errors.Is(err, attestor.ErrEvidence), errors.Is(err, attestor.ErrUsed):
@@ -198,26 +207,16 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 	if out.Chain, err = d.signer.SignAgent(ctx, r.PublicKey, out.ID); err != nil {
 		return out, fmt.Errorf("sign agent SVID: %w", err)
 	}
-	_, out.Rev, err = d.records.UpdateNode(ctx, out.ID, func(n *records.Node, exists bool) error {
-		switch {
-		case exists && n.Banned:
-			return ErrBanned
-		case exists && n.Type != "" && n.Type != r.Type:
-			// Operators can give agents paths outside of their attestor's own: nobody takes another's place by it.
-			return fmt.Errorf("%w: agent %s was admitted by another attestor", attestor.ErrUsed, out.ID)
-		case exists && !proof.CanReattest:
-			return fmt.Errorf("%w: node %s has attested before", attestor.ErrUsed, out.ID)
-		case exists && !sameParts(n.Parts, proof.Parts):
-			return fmt.Errorf("%w: node %s has attested with other parts than %v", attestor.ErrUsed, out.ID, proof.Parts)
+	out.Rev, err = d.record(ctx, r.Type, key, proof, out, attestor.KeyHash{})
+	if errors.Is(err, errOnce) && r.Previous {
+		// What is good once is good again for who has the key that it was good for.
+		previous, failed := attestor.AskPrevious(ctx, d.cfg.TrustDomain.Name(), key, ask)
+		if failed != nil {
+			return &Admitted{ID: out.ID, Selectors: out.Selectors}, fmt.Errorf("admit agent: %w: %w", err, failed)
 		}
-		n.Parts = proof.Parts
-		n.ID, n.Type = out.ID, r.Type
-		n.Serial, n.ExpiresAt = out.Chain[0].SerialNumber.String(), out.Chain[0].NotAfter
-		n.NewSerial, n.NewExpiresAt = "", time.Time{}
-		n.Selectors, n.CanReattest = out.Selectors, proof.CanReattest
-		n.AttestedAt = d.cfg.Now().Truncate(time.Second)
-		return nil
-	})
+		out.Previous = true
+		out.Rev, err = d.record(ctx, r.Type, key, proof, out, previous)
+	}
 	if err != nil {
 		out.Chain = nil
 		if errors.Is(err, records.ErrTaken) {
@@ -229,6 +228,37 @@ func (d *Desk) attest(ctx context.Context, judge attestor.Judge, r Request) (*Ad
 		"agent_id": out.ID.String(), "attestor": r.Type, "rev": uint64(out.Rev),
 	}).Info("agent admitted")
 	return out, nil
+}
+
+// errOnce says that evidence which is good once was used before.
+var errOnce = fmt.Errorf("%w: node has attested before", attestor.ErrUsed)
+
+// record writes down who was admitted. previous is the key of an SVID that the agent was proved to have had;
+// zero is none.
+func (d *Desk) record(ctx context.Context, kind string, key attestor.KeyHash, proof attestor.Proof, out *Admitted, previous attestor.KeyHash) (kv.Rev, error) {
+	_, rev, err := d.records.UpdateNode(ctx, out.ID, func(n *records.Node, exists bool) error {
+		same := previous != attestor.KeyHash{} && (previous == n.Key || previous == n.NewKey)
+		switch {
+		case exists && n.Banned:
+			return ErrBanned
+		case exists && n.Type != "" && n.Type != kind:
+			// Operators can give agents paths outside of their attestor's own: nobody takes another's place by it.
+			return fmt.Errorf("%w: agent %s was admitted by another attestor", attestor.ErrUsed, out.ID)
+		case exists && !proof.CanReattest && !same:
+			return fmt.Errorf("%w: %s", errOnce, out.ID)
+		case exists && !sameParts(n.Parts, proof.Parts):
+			return fmt.Errorf("%w: node %s has attested with other parts than %v", attestor.ErrUsed, out.ID, proof.Parts)
+		}
+		n.Parts = proof.Parts
+		n.ID, n.Type = out.ID, kind
+		n.Serial, n.ExpiresAt = out.Chain[0].SerialNumber.String(), out.Chain[0].NotAfter
+		n.NewSerial, n.NewExpiresAt = "", time.Time{}
+		n.Key, n.NewKey = key, attestor.KeyHash{}
+		n.Selectors, n.CanReattest = out.Selectors, proof.CanReattest
+		n.AttestedAt = d.cfg.Now().Truncate(time.Second)
+		return nil
+	})
+	return rev, err
 }
 
 // sameParts reports whether two lists are of the same parts.
@@ -302,6 +332,10 @@ func (d *Desk) selectors(kind string, list []attestor.Selector) (attestor.Set, e
 // with; the new one becomes current when it is first used. Errors wrap ErrBanned, ErrNotActive,
 // ErrMustReattest or records.ErrNotFound; others mean that it cannot be done at the moment.
 func (d *Desk) Renew(ctx context.Context, id spiffeid.ID, serial string, key crypto.PublicKey) ([]*x509.Certificate, kv.Rev, error) {
+	hash, err := attestor.HashKey(key)
+	if err != nil {
+		return nil, 0, err
+	}
 	chain, err := d.signer.SignAgent(ctx, key, id)
 	if err != nil {
 		return nil, 0, fmt.Errorf("sign agent SVID: %w", err)
@@ -318,6 +352,7 @@ func (d *Desk) Renew(ctx context.Context, id spiffeid.ID, serial string, key cry
 			return ErrNotActive
 		}
 		n.NewSerial, n.NewExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
+		n.NewKey = hash
 		return nil
 	})
 	if err != nil {
@@ -335,6 +370,7 @@ func (d *Desk) Ban(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
 		}
 		n.Banned = true
 		n.Serial, n.NewSerial = "", ""
+		n.Key, n.NewKey = attestor.KeyHash{}, attestor.KeyHash{}
 		if n.NewExpiresAt.After(n.ExpiresAt) { // what was issued is told still
 			n.ExpiresAt = n.NewExpiresAt
 		}

@@ -4,7 +4,10 @@ import (
 	"cmp"
 	"context"
 	"crypto"
+	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -232,6 +235,90 @@ func TestABanDuringJudgementStands(t *testing.T) {
 	}
 }
 
+// TestPreviousKey: evidence that is good once is good again for the same agent, and for nobody else.
+func TestPreviousKey(t *testing.T) {
+	newKey := func() (*ecdsa.PrivateKey, attestor.KeyHash) {
+		t.Helper()
+		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		hash, err := attestor.HashKey(key.Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key, hash
+	}
+	old, oldHash := newKey()
+	next, nextHash := newKey()
+	stranger, _ := newKey()
+	again := func(by *ecdsa.PrivateKey) Request {
+		r := request
+		r.PublicKey, r.Previous = next.Public(), true
+		r.Ask = attestor.AnswerPrevious(td.Name(), by, nextHash, nil)
+		return r
+	}
+	known := func(n records.Node) (*Desk, *book) {
+		d, b, _ := newDesk(says(attestor.Proof{Path: "test/one"}))
+		n.ID, n.Type = agent, "test"
+		b.nodes[agent] = &n
+		return d, b
+	}
+	t.Run("the key in use, or one given and not used yet", func(t *testing.T) {
+		for _, n := range []records.Node{{Serial: "7", Key: oldHash}, {Serial: "7", NewSerial: "8", NewKey: oldHash}} {
+			d, b := known(n)
+			out, err := d.Attest(t.Context(), again(old))
+			if err != nil || !out.Previous {
+				t.Fatalf("%+v, %v", out, err)
+			}
+			if now := b.nodes[agent]; now.Serial != "1" || now.NewSerial != "" || now.Key != nextHash || now.NewKey != (attestor.KeyHash{}) {
+				t.Errorf("node %+v", now)
+			}
+		}
+	})
+	for why, c := range map[string]struct {
+		node records.Node
+		r    Request
+		want error
+	}{
+		"another key":                       {records.Node{Serial: "7", Key: oldHash}, again(stranger), attestor.ErrUsed},
+		"no key":                            {records.Node{Serial: "7", Key: oldHash}, request, attestor.ErrUsed},
+		"a node whose key nobody knows":     {records.Node{Serial: "7"}, again(old), attestor.ErrUsed},
+		"a banned agent":                    {records.Node{Banned: true, Key: oldHash}, again(old), ErrBanned},
+		"the key that was replaced by then": {records.Node{Serial: "9", Key: nextHash}, again(old), attestor.ErrUsed},
+	} {
+		t.Run("refused: "+why, func(t *testing.T) {
+			d, b := known(c.node)
+			out, err := d.Attest(t.Context(), c.r)
+			if !errors.Is(err, c.want) || out.Chain != nil || b.rev != 0 {
+				t.Errorf("%+v, %v at %d", out, err, b.rev)
+			}
+		})
+	}
+	t.Run("an answer that is none is refused as evidence used before", func(t *testing.T) {
+		d, _ := known(records.Node{Serial: "7", Key: oldHash})
+		r := again(old)
+		r.Ask = func(context.Context, []byte) ([]byte, error) { return []byte("no"), nil }
+		if out, err := d.Attest(t.Context(), r); !errors.Is(err, attestor.ErrUsed) || out.Chain != nil {
+			t.Errorf("%+v, %v", out, err)
+		}
+	})
+	t.Run("nobody is asked who need not be", func(t *testing.T) {
+		r := again(old)
+		r.Ask = func(context.Context, []byte) ([]byte, error) { t.Error("asked"); return nil, nil }
+		d, b, _ := newDesk(says(attestor.Proof{Path: "test/one"}))
+		if out, err := d.Attest(t.Context(), r); err != nil || out.Previous || b.nodes[agent].Key != nextHash {
+			t.Errorf("%+v, %v", out, err)
+		}
+	})
+	t.Run("a ban forgets the keys", func(t *testing.T) {
+		d, b := known(records.Node{Serial: "7", Key: oldHash, NewKey: nextHash})
+		if _, err := d.Ban(t.Context(), agent); err != nil || b.nodes[agent].Key != (attestor.KeyHash{}) || b.nodes[agent].NewKey != (attestor.KeyHash{}) {
+			t.Errorf("%+v, %v", b.nodes[agent], err)
+		}
+	})
+}
+
 func TestRenew(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -250,7 +337,7 @@ func TestRenew(t *testing.T) {
 			if c.node != nil {
 				b.nodes[cmp.Or(c.node.ID, agent)] = c.node
 			}
-			chain, rev, err := d.Renew(t.Context(), agent, "7", nil)
+			chain, rev, err := d.Renew(t.Context(), agent, "7", request.PublicKey)
 			if !errors.Is(err, c.want) {
 				t.Fatalf("got %v, want %v", err, c.want)
 			}
@@ -260,7 +347,7 @@ func TestRenew(t *testing.T) {
 				}
 				return
 			}
-			if n := b.nodes[agent]; rev != 1 || n.Serial != "7" || n.NewSerial != chain[0].SerialNumber.String() || !n.NewExpiresAt.Equal(chain[0].NotAfter) {
+			if n := b.nodes[agent]; rev != 1 || n.Serial != "7" || n.NewSerial != chain[0].SerialNumber.String() || n.NewKey == (attestor.KeyHash{}) || !n.NewExpiresAt.Equal(chain[0].NotAfter) {
 				t.Errorf("node %+v", n)
 			}
 		})

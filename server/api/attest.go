@@ -10,7 +10,9 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/admit"
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
@@ -40,6 +42,7 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 		Type:      params.GetData().GetType(),
 		Payload:   params.GetData().GetPayload(),
 		PublicKey: csr.PublicKey,
+		Previous:  len(metadata.ValueFromIncomingContext(ctx, attestor.PreviousHeader)) > 0,
 		Ask: func(ctx context.Context, challenge []byte) ([]byte, error) {
 			return ask(ctx, stream, in, challenge)
 		},
@@ -50,6 +53,9 @@ func (s *agentService) AttestAgent(stream agentv1.Agent_AttestAgentServer) error
 			line.Agent, line.SPIFFEID = out.ID.String(), out.ID.String()
 		}
 		line.Facts, line.Rev = out.Selectors.Strings(), out.Rev
+		if out.Previous {
+			line.Facts = append(line.Facts, "the key of the SVID it had before")
+		}
 		if len(out.Chain) > 0 {
 			line.Serial, line.ExpiresAt = out.Chain[0].SerialNumber.String(), out.Chain[0].NotAfter
 		}

@@ -165,7 +165,21 @@ func encodeNode(n *Node) ([]byte, error) {
 		AgentVersion: n.AgentVersion,
 		AttestedAt:   unix(n.AttestedAt),
 		Parts:        n.Parts,
+		Key:          encodeKey(n.Key),
+		NewKey:       encodeKey(n.NewKey),
 	})
+}
+
+func encodeKey(k attestor.KeyHash) []byte {
+	if k == (attestor.KeyHash{}) {
+		return nil
+	}
+	return k[:]
+}
+
+func decodeKey(b []byte) (k attestor.KeyHash) {
+	copy(k[:], b)
+	return k
 }
 
 func (w *words) decodeNode(id spiffeid.ID, b []byte) (*Node, error) {
@@ -186,6 +200,8 @@ func (w *words) decodeNode(id spiffeid.ID, b []byte) (*Node, error) {
 		AgentVersion: w.one(m.GetAgentVersion()),
 		AttestedAt:   timeOf(m.GetAttestedAt()),
 		Parts:        m.GetParts(),
+		Key:          decodeKey(m.GetKey()),
+		NewKey:       decodeKey(m.GetNewKey()),
 	}, nil
 }
 

@@ -74,11 +74,14 @@ type Node struct {
 	// one it was given and has not used yet. Empty: none.
 	Serial, NewSerial       string
 	ExpiresAt, NewExpiresAt time.Time // of those certificates, whole seconds; zero: none
-	Selectors               attestor.Set
-	Banned                  bool
-	CanReattest             bool
-	AgentVersion            string
-	AttestedAt              time.Time // whole seconds
+	// Key and NewKey are what those certificates are for, NewKey until it is Key. They outlive them; zero: not
+	// known.
+	Key, NewKey  attestor.KeyHash
+	Selectors    attestor.Set
+	Banned       bool
+	CanReattest  bool
+	AgentVersion string
+	AttestedAt   time.Time // whole seconds
 	// Parts are what proved the node together, as paths of agents' IDs, if it was more than one thing. Each
 	// belongs to one node at a time.
 	Parts []string

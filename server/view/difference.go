@@ -84,6 +84,7 @@ func sameEntry(a, b *identity.Entry) bool {
 
 func sameNode(a, b *records.Node) bool {
 	return a.ID == b.ID && a.Type == b.Type && a.Serial == b.Serial && a.NewSerial == b.NewSerial &&
+		a.Key == b.Key && a.NewKey == b.NewKey &&
 		a.ExpiresAt.Equal(b.ExpiresAt) && a.NewExpiresAt.Equal(b.NewExpiresAt) &&
 		a.Selectors.Equal(b.Selectors) && a.Banned == b.Banned && a.CanReattest == b.CanReattest &&
 		a.AgentVersion == b.AgentVersion && a.AttestedAt.Equal(b.AttestedAt)

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/records"
 )
 
@@ -141,6 +142,7 @@ func (a *Authorizer) promote(ctx context.Context, id spiffeid.ID, serial string,
 		}
 		n.Serial, n.NewSerial = serial, ""
 		n.ExpiresAt, n.NewExpiresAt = notAfter, time.Time{}
+		n.Key, n.NewKey = n.NewKey, attestor.KeyHash{}
 		return nil
 	})
 	switch {

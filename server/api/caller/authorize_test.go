@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -189,7 +190,7 @@ func TestAgentStanding(t *testing.T) {
 
 func TestTheFirstUseOfANewCertificateEndsTheOldOne(t *testing.T) {
 	w := newWorld(t)
-	w.put(agentID, &records.Node{ID: agentID, Serial: "7", NewSerial: "8"}, false)
+	w.put(agentID, &records.Node{ID: agentID, Serial: "7", NewSerial: "8", Key: attestor.KeyHash{7}, NewKey: attestor.KeyHash{8}}, false)
 	before := w.dial(t, w.ca.leaf(t, 7, time.Hour, agentID.String()))
 	after := w.dial(t, w.ca.leaf(t, 8, time.Hour, agentID.String()))
 	if err := invoke(t, before, renew, false); status.Code(err) != codes.Unimplemented {
@@ -198,7 +199,7 @@ func TestTheFirstUseOfANewCertificateEndsTheOldOne(t *testing.T) {
 	if err := invoke(t, after, renew, false); status.Code(err) != codes.Unimplemented {
 		t.Fatalf("the new one: got %v, want to be let in", err)
 	}
-	if n, _ := w.Node(agentID); n.Serial != "8" || n.NewSerial != "" || n.ExpiresAt.IsZero() || !n.NewExpiresAt.IsZero() {
+	if n, _ := w.Node(agentID); n.Serial != "8" || n.NewSerial != "" || n.Key != (attestor.KeyHash{8}) || n.NewKey != (attestor.KeyHash{}) || n.ExpiresAt.IsZero() || !n.NewExpiresAt.IsZero() {
 		t.Errorf("node is %+v, want serial 8 only", n)
 	}
 	if err := invoke(t, before, renew, false); reason(err) != types.PermissionDeniedDetails_AGENT_NOT_ACTIVE {

@@ -315,7 +315,10 @@ type Node struct {
 	AgentVersion string                 `protobuf:"bytes,9,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
 	AttestedAt   int64                  `protobuf:"varint,10,opt,name=attested_at,json=attestedAt,proto3" json:"attested_at,omitempty"`
 	// What proved the node beside each other, by path; no other node may have one of them. See i/p/.
-	Parts         []string `protobuf:"bytes,11,rep,name=parts,proto3" json:"parts,omitempty"`
+	Parts []string `protobuf:"bytes,11,rep,name=parts,proto3" json:"parts,omitempty"`
+	// SHA-256 of the keys (PKIX) that the certificates of serial and new_serial are for.
+	Key           []byte `protobuf:"bytes,12,opt,name=key,proto3" json:"key,omitempty"`
+	NewKey        []byte `protobuf:"bytes,13,opt,name=new_key,json=newKey,proto3" json:"new_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -423,6 +426,20 @@ func (x *Node) GetAttestedAt() int64 {
 func (x *Node) GetParts() []string {
 	if x != nil {
 		return x.Parts
+	}
+	return nil
+}
+
+func (x *Node) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *Node) GetNewKey() []byte {
+	if x != nil {
+		return x.NewKey
 	}
 	return nil
 }
@@ -1092,7 +1109,7 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\brevision\x18\x10 \x01(\x03R\brevision\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"\xe6\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\x91\x03\n" +
 	"\x04Node\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x16\n" +
 	"\x06serial\x18\x02 \x01(\tR\x06serial\x12\x1d\n" +
@@ -1108,7 +1125,9 @@ const file_server_records_stored_stored_proto_rawDesc = "" +
 	"\vattested_at\x18\n" +
 	" \x01(\x03R\n" +
 	"attestedAt\x12\x14\n" +
-	"\x05parts\x18\v \x03(\tR\x05parts\"\xa1\x02\n" +
+	"\x05parts\x18\v \x03(\tR\x05parts\x12\x10\n" +
+	"\x03key\x18\f \x01(\fR\x03key\x12\x17\n" +
+	"\anew_key\x18\r \x01(\fR\x06newKey\"\xa1\x02\n" +
 	"\x06Bundle\x122\n" +
 	"\x04x509\x18\x01 \x03(\v2\x1e.assay.stored.v1.X509AuthorityR\x04x509\x12/\n" +
 	"\x03jwt\x18\x02 \x03(\v2\x1d.assay.stored.v1.JWTAuthorityR\x03jwt\x12!\n" +
