@@ -463,7 +463,7 @@ func TestListAgents(t *testing.T) {
 		name string
 		req  *agentv1.ListAgentsRequest
 	}{
-		{"a garbage page token", &agentv1.ListAgentsRequest{PageToken: "12"}},
+		{"a garbage page token", &agentv1.ListAgentsRequest{PageSize: 1, PageToken: "12"}},
 		{"a negative page size", &agentv1.ListAgentsRequest{PageSize: -1}},
 		{"a time in another form", &agentv1.ListAgentsRequest{Filter: &filter{ByExpiresBefore: "yesterday"}}},
 		{"an empty selector match", &agentv1.ListAgentsRequest{Filter: &filter{BySelectorMatch: &types.SelectorMatch{}}}},
