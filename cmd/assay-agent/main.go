@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"os"
 	"time"
 
@@ -48,6 +49,9 @@ func newRemote(socket *cli.Socket, use, short string, do func(ctx context.Contex
 	r.Command = &cobra.Command{
 		Use: use, Short: short, Args: cli.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if c.Flags().Changed("timeout") && r.timeout <= 0 {
+				return errors.New("-timeout must be positive")
+			}
 			return r.socket.With(c, func(ctx context.Context, conn *grpc.ClientConn) error {
 				if r.timeout > 0 {
 					var cancel context.CancelFunc

@@ -9,3 +9,7 @@ import (
 func TestEveryCommandAndFlagOfSPIREIsThere(t *testing.T) {
 	flagstest.Run(t, root(), "testdata/spire-flags.txt")
 }
+
+func TestEveryCommandLineThatIsWrong(t *testing.T) {
+	flagstest.Mistakes(t, root, "testdata/mistakes.txt")
+}

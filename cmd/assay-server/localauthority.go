@@ -213,6 +213,12 @@ func (k authorityKind) statusCommand() *cobra.Command {
 		"or still hold something that another authority signed than the active one. Agents that\n" +
 		"are away, and SPIRE's own, which do not tell, are listed as unknown: what they hold ends\n" +
 		"with its lifetime."
+	r.checked(func() error {
+		if wait < 0 {
+			return errors.New("-wait must not be negative")
+		}
+		return nil
+	})
 	r.Flags().BoolVar(&all, "all", false, "Lists all agents, also those that are done")
 	r.Flags().DurationVar(&wait, "wait", 0, "Looks until no connected agent is behind or holds anything, for this long at most; the exit status says whether it came to that")
 	return r.Command

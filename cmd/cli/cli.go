@@ -21,10 +21,7 @@ import (
 // Main runs a command with the arguments of the process and returns its exit status. The error, if
 // any, goes to standard error as one line.
 func Main(root *cobra.Command) int {
-	root.SilenceUsage, root.SilenceErrors = true, true
-	root.SetFlagErrorFunc(flagError)
-	root.SetArgs(DoubleDashes(root, os.Args[1:]))
-	command, err := root.ExecuteC()
+	command, err := Execute(root, os.Args[1:])
 	if err == nil {
 		return 0
 	}
@@ -33,6 +30,14 @@ func Main(root *cobra.Command) int {
 	}
 	fmt.Fprintln(command.ErrOrStderr(), "Error: "+err.Error())
 	return 1
+}
+
+// Execute runs a command line and returns the command that it was, and what was wrong.
+func Execute(root *cobra.Command, args []string) (*cobra.Command, error) {
+	root.SilenceUsage, root.SilenceErrors = true, true
+	root.SetFlagErrorFunc(flagError)
+	root.SetArgs(DoubleDashes(root, args))
+	return root.ExecuteC()
 }
 
 // Exit is an error that has been told to the operator already, or is no more than a status.

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -26,6 +27,9 @@ func HealthCommand(name string, socket *Socket) *cobra.Command {
 	c := &cobra.Command{
 		Use: "healthcheck", Short: "Asks the " + name + " whether it serves", Args: NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if wait < 0 {
+				return errors.New("-wait must not be negative")
+			}
 			if verbose && !output.JSON() {
 				fmt.Fprintf(c.OutOrStdout(), "Checking %s health...\n", name)
 			}
