@@ -546,7 +546,9 @@ key_manager "disk" {
   #oidc {
     #issuer   = "https://login.example.org"
     #audience = "assay"
-    #claims   = { "email" = "*@shop.example.org" }
+    # A text, a list of texts, or a regular expression for all of the value, from ^ to $. Commands send a
+    # token with -tokenFile or ASSAY_ID_TOKEN_FILE.
+    #claims   = { "email" = "^[^@]+@shop\\.example\\.org$" }
   #}
   #unix {
     #users  = ["root"]

@@ -20,7 +20,7 @@ func healthcheck() *cobra.Command {
 }
 
 func loggerGet() *cobra.Command {
-	return newRemote("get", "Shows the level of the log", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	return newLocal("get", "Shows the level of the log", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		l, err := loggerv1.NewLoggerClient(conn).GetLogger(ctx, &loggerv1.GetLoggerRequest{})
 		if err != nil {
 			return fmt.Errorf("error fetching logger: %w", err)
@@ -31,7 +31,7 @@ func loggerGet() *cobra.Command {
 
 func loggerSet() *cobra.Command {
 	var level string
-	r := newRemote("set", "Sets the level of the log until the server ends", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newLocal("set", "Sets the level of the log until the server ends", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		wanted, err := cli.ParseLogLevel(level)
 		if err != nil {
 			return err
@@ -47,7 +47,7 @@ func loggerSet() *cobra.Command {
 }
 
 func loggerReset() *cobra.Command {
-	return newRemote("reset", "Sets the level of the log to what it was at the start", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	return newLocal("reset", "Sets the level of the log to what it was at the start", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		l, err := loggerv1.NewLoggerClient(conn).ResetLogLevel(ctx, &loggerv1.ResetLogLevelRequest{})
 		if err != nil {
 			return fmt.Errorf("failed to reset logger: %w", err)
@@ -57,7 +57,7 @@ func loggerReset() *cobra.Command {
 }
 
 func debugGetInfo() *cobra.Command {
-	return newRemote("getinfo", "Shows what the running server knows of itself", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	return newLocal("getinfo", "Shows what the running server knows of itself", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		d, err := debugv1.NewDebugClient(conn).GetInfo(ctx, &debugv1.GetInfoRequest{})
 		if err != nil {
 			return fmt.Errorf("error getting debug info: %w", err)

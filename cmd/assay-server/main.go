@@ -1,4 +1,4 @@
-// Command assay-server runs the server, and administers one over its private Unix socket.
+// Command assay-server runs the server, and administers one over its private Unix socket or over TCP.
 //
 // Flags have one dash or two. Texts, flags and JSON are those of SPIRE's command where the command is
 // the same, so that scripts made for it go on working.
@@ -40,7 +40,7 @@ func root() *cobra.Command {
 	return c
 }
 
-// remote is a command that talks to the server's private socket.
+// remote is a command that talks to the server: at its private socket, or over TCP.
 type remote struct {
 	*cobra.Command
 	socket *cli.Socket
@@ -49,6 +49,24 @@ type remote struct {
 
 // newRemote makes a command with the flags that all of them have. do runs with a connection.
 func newRemote(use, short string, do func(ctx context.Context, r *remote, conn *grpc.ClientConn) error) *remote {
+	r := newLocal(use, short, do)
+	which := cli.AddFar(r.Command, r.socket)
+	nearby := r.RunE
+	r.RunE = func(c *cobra.Command, args []string) error {
+		far, err := which()
+		switch {
+		case err != nil:
+			return err
+		case far == nil:
+			return nearby(c, args)
+		}
+		return far.With(c, func(ctx context.Context, conn *grpc.ClientConn) error { return do(ctx, r, conn) })
+	}
+	return r
+}
+
+// newLocal is newRemote for what a server does for callers of its socket only.
+func newLocal(use, short string, do func(ctx context.Context, r *remote, conn *grpc.ClientConn) error) *remote {
 	r := &remote{socket: cli.ServerSocket(conf.DefaultServerSocket)}
 	r.Command = &cobra.Command{
 		Use: use, Short: short, Args: cli.NoArgs,

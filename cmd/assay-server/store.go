@@ -153,7 +153,7 @@ const backupTimeout = 30 * time.Minute
 
 func backupCommand() *cobra.Command {
 	var path string
-	r := newRemote("backup", "Writes a consistent copy of the running server's store to a file", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	r := newLocal("backup", "Writes a consistent copy of the running server's store to a file", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		ctx, cancel := context.WithTimeout(ctx, backupTimeout)
 		defer cancel()
 		made, err := fetchBackup(ctx, adminv1.NewAdminClient(conn), path)
@@ -362,7 +362,7 @@ func snapshotsJSON(all []backup.Snapshot) []snapshotJSON {
 }
 
 func snapshotTake() *cobra.Command {
-	return newRemote("take", "Makes a snapshot of the running server's store now", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+	return newLocal("take", "Makes a snapshot of the running server's store now", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		made, err := adminv1.NewAdminClient(conn).TakeSnapshot(ctx, &adminv1.TakeSnapshotRequest{})
 		if err != nil {
 			return err

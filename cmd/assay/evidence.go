@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,17 +9,10 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/assay-id/assay/cmd/cli"
@@ -38,10 +30,10 @@ type push struct {
 	output cli.Output
 	local  *cli.Socket
 
-	server, bundlePath         string
-	token, tokenFile, audience string
-	source, workloadAPI        string
-	patience                   time.Duration
+	far             cli.Far
+	token, audience string
+	source          string
+	patience        time.Duration
 }
 
 func evidencePush() *cobra.Command {
@@ -64,13 +56,10 @@ The server is verified with the trust bundle: the one in -trustBundle, or the Wo
 		RunE:    func(c *cobra.Command, _ []string) error { return p.run(c) },
 	}
 	p.what.AddTo(c)
+	p.far.AddTo(c)
 	f := c.Flags()
-	f.StringVar(&p.server, "server", "", "The server, as host:port")
-	f.StringVar(&p.bundlePath, "trustBundle", "", "PEM file with the server's trust bundle (assay-server bundle show)")
 	f.StringVar(&p.token, "token", "", "OIDC token of the CI system; others on the machine may see a command's flags, so rather use -tokenFile or ASSAY_ID_TOKEN")
-	f.StringVar(&p.tokenFile, "tokenFile", "", "File that holds the OIDC token")
 	f.StringVar(&p.audience, "audience", "assay", "Audience to ask for where the token is fetched")
-	f.StringVar(&p.workloadAPI, "workloadAPI", "", "Address of the Workload API, as unix:///path (default: SPIFFE_ENDPOINT_SOCKET)")
 	f.StringVar(&p.source, "source", "", "Push on behalf of this source; for administrators")
 	f.DurationVar(&p.patience, "timeout", time.Minute, "How long to wait for the server")
 	p.local.AddTo(c)
@@ -82,10 +71,10 @@ func (p *push) check() error {
 	if err := p.what.Check(); err != nil {
 		return err
 	}
-	if p.server != "" && !strings.Contains(p.server, ":") {
-		return fmt.Errorf("-server %s has no port; write host:port, as in assay.example.org:8081", p.server)
+	if err := p.far.Check(); err != nil {
+		return err
 	}
-	if p.token != "" && p.tokenFile != "" {
+	if p.token != "" && p.far.TokenPath != "" {
 		return errors.New("-token and -tokenFile are two ways to say the same; use one")
 	}
 	return nil
@@ -105,22 +94,22 @@ func (p *push) run(c *cobra.Command) error {
 		}
 		return errors.Join(err, p.output.Print(c, func(w io.Writer) error { return printAll(w, names, answers) }, messages...))
 	}
-	if p.server == "" {
+	if p.far.Server == "" {
+		p.far.Server = os.Getenv(cli.EnvServer)
+	}
+	if p.far.Server == "" {
 		return p.local.With(c, send)
 	}
 	token, err := p.findToken(ctx)
 	if err != nil {
 		return err
 	}
-	conn, done, err := p.dial(ctx, token != "")
+	conn, done, err := p.far.Dial(ctx, token)
 	if err != nil {
 		return err
 	}
 	defer done()
-	if token != "" {
-		ctx = metadata.AppendToOutgoingContext(ctx, "authorization", "Bearer "+token)
-	}
-	waited := cli.Patience(c.ErrOrStderr(), "waiting for "+p.server)
+	waited := cli.Patience(c.ErrOrStderr(), "waiting for "+p.far.Server)
 	defer waited()
 	return send(ctx, conn)
 }
@@ -136,18 +125,11 @@ func printAll(w io.Writer, names []string, answers []*evidencev1.PushResponse) e
 
 // findToken returns the token that the flags or the CI system's environment give, or nothing.
 func (p *push) findToken(ctx context.Context) (string, error) {
-	switch {
-	case p.token != "":
+	if p.token != "" {
 		return p.token, nil
-	case p.tokenFile != "":
-		text, err := os.ReadFile(p.tokenFile)
-		if err != nil {
-			return "", fmt.Errorf("read token: %w", err)
-		}
-		return strings.TrimSpace(string(text)), nil
 	}
-	if token := os.Getenv("ASSAY_ID_TOKEN"); token != "" {
-		return token, nil
+	if token, err := p.far.Token(ctx); token != "" || err != nil {
+		return token, err
 	}
 	if at := os.Getenv("ACTIONS_ID_TOKEN_REQUEST_URL"); at != "" {
 		return fetchToken(ctx, at, os.Getenv("ACTIONS_ID_TOKEN_REQUEST_TOKEN"), p.audience)
@@ -184,91 +166,4 @@ func fetchToken(ctx context.Context, at, secret, audience string) (string, error
 		return "", errors.New("fetch token: the runner's answer holds none")
 	}
 	return answer.Value, nil
-}
-
-// dial connects to the server over TLS. With a token no SVID is needed.
-func (p *push) dial(ctx context.Context, token bool) (*grpc.ClientConn, func(), error) {
-	var roots x509bundle.Source
-	var own x509svid.Source
-	done := func() {}
-	if p.bundlePath != "" {
-		pem, err := os.ReadFile(p.bundlePath)
-		if err != nil {
-			return nil, nil, fmt.Errorf("read trust bundle: %w", err)
-		}
-		pool, err := x509bundle.Parse(spiffeid.RequireTrustDomainFromString("unknown"), pem)
-		if err != nil {
-			return nil, nil, fmt.Errorf("read trust bundle %s: %w", p.bundlePath, err)
-		}
-		roots = anyDomain{pool}
-	}
-	if !token || roots == nil {
-		address := p.workloadAPI
-		if address == "" {
-			address = os.Getenv("SPIFFE_ENDPOINT_SOCKET")
-		}
-		if address == "" {
-			if !token {
-				return nil, nil, errors.New("who pushes? Give a token (-tokenFile, ASSAY_ID_TOKEN), or an SVID (-workloadAPI, SPIFFE_ENDPOINT_SOCKET)")
-			}
-			return nil, nil, errors.New("how is the server to be verified? Name its trust bundle with -trustBundle, or the Workload API with -workloadAPI")
-		}
-		source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(address)))
-		if err != nil {
-			return nil, nil, fmt.Errorf("get an SVID from %s: %w", address, err)
-		}
-		done = func() { _ = source.Close() }
-		own = source
-		if roots == nil {
-			roots = source
-		}
-	}
-	config := &tls.Config{
-		MinVersion: tls.VersionTLS12, NextProtos: []string{"h2"},
-		InsecureSkipVerify: true, //nolint:gosec // SPIFFE verifies IDs, not names of hosts; see VerifyConnection
-		VerifyConnection:   verifyServer(roots),
-	}
-	if own != nil {
-		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			svid, err := own.GetX509SVID()
-			if err != nil {
-				return nil, err
-			}
-			cert := &tls.Certificate{PrivateKey: svid.PrivateKey}
-			for _, c := range svid.Certificates {
-				cert.Certificate = append(cert.Certificate, c.Raw)
-			}
-			return cert, nil
-		}
-	}
-	conn, err := grpc.NewClient("dns:///"+p.server, grpc.WithTransportCredentials(credentials.NewTLS(config)))
-	if err != nil {
-		done()
-		return nil, nil, fmt.Errorf("connect to %s: %w", p.server, err)
-	}
-	return conn, func() { _ = conn.Close(); done() }, nil
-}
-
-// anyDomain is a bundle from a file that does not say whose it is.
-type anyDomain struct{ bundle *x509bundle.Bundle }
-
-func (a anyDomain) GetX509BundleForTrustDomain(spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
-	return a.bundle, nil
-}
-
-// serverPath is the path of every server's SPIFFE ID.
-const serverPath = "/spire/server"
-
-// verifyServer accepts a server of the trust domain whose bundle is known.
-func verifyServer(roots x509bundle.Source) func(tls.ConnectionState) error {
-	return func(state tls.ConnectionState) error {
-		id, _, err := x509svid.Verify(state.PeerCertificates, roots)
-		if err != nil {
-			return fmt.Errorf("verify the server: %w", err)
-		}
-		if id.Path() != serverPath {
-			return fmt.Errorf("verify the server: it is %s, which is no server", id)
-		}
-		return nil
-	}
 }

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/assay-id/assay/cmd/cli"
 )
 
 // newRunner is the part of a GitHub runner that gives a job its tokens: over TLS, for the secret "s3cret".
@@ -41,7 +43,7 @@ func newRunner(t *testing.T) *httptest.Server {
 // clean takes away what the environment of these tests says itself.
 func clean(t *testing.T) {
 	t.Helper()
-	for _, name := range []string{"ASSAY_ID_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"} {
+	for _, name := range []string{"ASSAY_ID_TOKEN", "ASSAY_ID_TOKEN_FILE", "ACTIONS_ID_TOKEN_REQUEST_URL", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"} {
 		t.Setenv(name, "")
 	}
 }
@@ -100,7 +102,7 @@ func TestWhereATokenIsLookedForFirst(t *testing.T) {
 	runner := newRunner(t)
 	clean(t)
 	file := filepath.Join(t.TempDir(), "token")
-	if err := os.WriteFile(file, []byte("from the file\n"), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte("from-the-file\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	want := func(p push, token string) {
@@ -115,9 +117,9 @@ func TestWhereATokenIsLookedForFirst(t *testing.T) {
 	want(push{audience: "assay"}, "token for assay")
 	t.Setenv("ASSAY_ID_TOKEN", "from the environment")
 	want(push{}, "from the environment")
-	want(push{tokenFile: file}, "from the file")
-	want(push{token: "from the flag", tokenFile: file}, "from the flag")
-	if _, err := (&push{tokenFile: file + "x"}).findToken(t.Context()); err == nil {
+	want(push{far: cli.Far{TokenPath: file}}, "from-the-file")
+	want(push{token: "from the flag", far: cli.Far{TokenPath: file}}, "from the flag")
+	if _, err := (&push{far: cli.Far{TokenPath: file + "x"}}).findToken(t.Context()); err == nil {
 		t.Error("a file that is not there is no error")
 	}
 }

@@ -77,6 +77,8 @@ func TestScripts(t *testing.T) {
 			"signal":  signal,
 			"httpget": httpget,
 			"mode":    mode,
+			"oidc":    oidc,
+			"sds":     fetchSecret,
 		},
 	})
 }
@@ -174,7 +176,7 @@ func lookup(cmd *exec.Cmd) error {
 
 func environ(ts *testscript.TestScript) []string {
 	env := os.Environ()
-	for _, name := range []string{"GORACE", "ASSAY_SERVER_PRIVATE_SOCKET", "ASSAY_AGENT_PUBLIC_SOCKET", "ASSAY_AGENT_ADMIN_SOCKET", "SPIFFE_ENDPOINT_SOCKET"} {
+	for _, name := range []string{"GORACE", "ASSAY_SERVER_PRIVATE_SOCKET", "ASSAY_AGENT_PUBLIC_SOCKET", "ASSAY_AGENT_ADMIN_SOCKET", "SPIFFE_ENDPOINT_SOCKET", "ASSAY_SERVER", "ASSAY_TRUST_BUNDLE", "ASSAY_ID_TOKEN_FILE"} {
 		if value := ts.Getenv(name); value != "" {
 			env = append(env, name+"="+value)
 		}
