@@ -44,6 +44,9 @@ type Options struct {
 	Try bool
 	// TryBundle says why the file that trust_bundle_path names is of no use, if Try is set. Nil: nobody knows.
 	TryBundle func(td spiffeid.TrustDomain, path, format string) error
+	// TryCredentials says why the file that registry_credentials_path names is of no use, if Try is set. Nil:
+	// nobody knows.
+	TryCredentials func(path string) error
 	// CheckNamed compares the decoded blocks with each other, once all of them are right by themselves.
 	CheckNamed func([]Named) []NamedProblem
 }

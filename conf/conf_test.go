@@ -63,7 +63,7 @@ func TestServerSample(t *testing.T) {
 		t.Errorf("the sample loads as %+v", s)
 	}
 	t.Run("its commented keys load as well", func(t *testing.T) {
-		all := uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths", "key_file", "ca_file", "token") // a token is in its file
+		all := uncommented(t, "server.hcl", "ca_bundle_path", "ca_bundle_paths", "key_file", "ca_file", "registry_credentials_path", "token") // a token is in its file
 		// The tests of the commands hold the other attestors.
 		all = regexp.MustCompile(`(?ms)^node_attestor "[^"]*" \{.*?^\}`).ReplaceAllStringFunc(all, func(block string) string {
 			label := strings.Split(block, `"`)[1]

@@ -65,7 +65,9 @@ type Evidence struct {
 	// PlainRegistries those of both without TLS. PrivateRegistries lets names lead to private addresses.
 	Registries, RegistryHosts, PlainRegistries []string
 	PrivateRegistries                          bool
-	Webhooks                                   []Webhook
+	// RegistryCredentials is a config.json of Docker; empty: registries are asked without credentials.
+	RegistryCredentials string
+	Webhooks            []Webhook
 }
 
 // Webhook is webhook "name" { … }.
@@ -86,6 +88,7 @@ type evidenceBlock struct {
 	Hosts       []string       `hcl:"registry_hosts,optional"`
 	Plain       []string       `hcl:"plain_registries,optional"`
 	Private     bool           `hcl:"allow_private_registries,optional"`
+	Credentials string         `hcl:"registry_credentials_path,optional"`
 	Webhooks    []webhookBlock `hcl:"webhook,block"`
 }
 
@@ -119,6 +122,7 @@ func (l *loader) evidence(b *evidenceBlock) Evidence {
 		e.CRLAddress = b.CRLAddress
 	}
 	e.Registries, e.RegistryHosts, e.PlainRegistries, e.PrivateRegistries = b.Registries, b.Hosts, b.Plain, b.Private
+	e.RegistryCredentials = l.credentials(key+"registry_credentials_path", b)
 	for _, name := range slices.Concat(b.Registries, b.Hosts, b.Plain) {
 		if name == "" || strings.ContainsAny(name, "/@ ") {
 			l.say(key+"registries", "Invalid registry", "%q is no registry: write its host, with the port if it is not 443, as in \"registry.example.org:5000\".", name)
@@ -293,4 +297,19 @@ func DecodeNamed(file string, text []byte, kinds []NamedKind) ([]Named, error) {
 		list = append(list, l.named(kind.Block, blocks)...)
 	}
 	return list, l.mistakes()
+}
+
+// credentials checks the file that registries' passwords are in.
+func (l *loader) credentials(key string, b *evidenceBlock) string {
+	if b.Credentials != "" && len(b.Registries) == 0 {
+		l.say(key, "Missing registries", "Credentials are for registries that may be asked; name these in registries.")
+	}
+	before := len(l.wrong)
+	path := l.existing(key, b.Credentials, `"docker login" writes such a file`)
+	if path != "" && l.options.Try && l.options.TryCredentials != nil && len(l.wrong) == before {
+		if err := l.options.TryCredentials(path); err != nil {
+			l.say(key, "Unusable credentials", "%s.", oneLine(err.Error()))
+		}
+	}
+	return path
 }

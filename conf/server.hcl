@@ -622,6 +622,9 @@ key_manager "disk" {
   #registry_hosts           = ["auth.example.org"]
   #plain_registries         = ["localhost:5000"]
   #allow_private_registries = false
+  # Credentials for them: a config.json as "docker login" and Kubernetes write it, for the server's user and its
+  # group only, read for each fetch. Programs that print credentials (credsStore, credHelpers) are not run.
+  #registry_credentials_path = "/etc/assay/registries.json"
 
   # Who is told: withdraw, restore, grace.start, grace.half, grace.ninety, guard.trip, guard.release,
   # feed.stale, evidence.rejected; all of it without events. Posts are signed with the key in key_file (see

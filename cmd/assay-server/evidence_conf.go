@@ -31,10 +31,13 @@ func evidence(from *conf.Server) (*server.Evidence, error) {
 		return nil, err
 	}
 	e := from.Evidence
-	return &server.Evidence{
-		Rules: r, CRLPath: e.CRLFile, CRLAddress: e.CRLAddress,
-		Registries: image.Config{Registries: e.Registries, Hosts: e.RegistryHosts, Plain: e.PlainRegistries, AllowPrivate: e.PrivateRegistries},
-	}, nil
+	registries := image.Config{Registries: e.Registries, Hosts: e.RegistryHosts, Plain: e.PlainRegistries, AllowPrivate: e.PrivateRegistries}
+	if e.RegistryCredentials != "" {
+		if registries.Auths, err = image.OpenAuths(e.RegistryCredentials); err != nil {
+			return nil, err
+		}
+	}
+	return &server.Evidence{Rules: r, CRLPath: e.CRLFile, CRLAddress: e.CRLAddress, Registries: registries}, nil
 }
 
 // reloadEvidence puts the rules of a file that was read anew in force.

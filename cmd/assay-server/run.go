@@ -13,6 +13,7 @@ import (
 	"github.com/assay-id/assay/server"
 	"github.com/assay-id/assay/server/api/roles"
 	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/verdict/rules"
 )
 
@@ -42,6 +43,10 @@ func settings(c *cobra.Command) *cli.Settings {
 // load reads the configuration.
 func load(s *cli.Settings) (*conf.Server, error) {
 	options := s.Options()
+	options.TryCredentials = func(path string) error {
+		_, err := image.OpenAuths(path)
+		return err
+	}
 	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind(), roles.Kind()), checkNamed
 	c, err := conf.LoadServer(s.Path(), judges(), options)
 	if err != nil {

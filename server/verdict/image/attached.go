@@ -57,7 +57,11 @@ func (f *Fetcher) Attached(ctx context.Context, repository, digest string, wante
 	}
 	listing, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
 	defer cancel()
-	index, err := remote.Referrers(ref.Digest(digest), f.options(listing, ref)...)
+	options, err := f.options(listing, ref)
+	if err != nil {
+		return nil, err
+	}
+	index, err := remote.Referrers(ref.Digest(digest), options...)
 	if err != nil {
 		return nil, fmt.Errorf("list attachments of %s@%s: %w", repository, digest, reason(err))
 	}
@@ -85,7 +89,11 @@ func (f *Fetcher) attestations(ctx context.Context, ref name.Repository, reposit
 	asking, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
 	defer cancel()
 	tag := ref.Tag(strings.Replace(digest, ":", "-", 1) + ".att")
-	got, err := remote.Get(tag, f.options(asking, ref)...)
+	options, err := f.options(asking, ref)
+	if err != nil {
+		return nil, err
+	}
+	got, err := remote.Get(tag, options...)
 	if failed, ok := errors.AsType[*transport.Error](err); ok && failed.StatusCode == http.StatusNotFound {
 		return nil, nil
 	}
@@ -150,7 +158,11 @@ func (f *Fetcher) blob(ctx context.Context, repository, digest string) ([]byte, 
 	}
 	ctx, cancel := context.WithTimeout(context.WithValue(ctx, asDocument{}, true), f.cfg.Timeout)
 	defer cancel()
-	layer, err := remote.Layer(ref.Digest(digest), f.options(ctx, ref)...)
+	options, err := f.options(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	layer, err := remote.Layer(ref.Digest(digest), options...)
 	if err != nil {
 		return nil, fmt.Errorf("fetch %s@%s: %w", repository, digest, reason(err))
 	}

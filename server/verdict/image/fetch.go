@@ -42,8 +42,8 @@ type Config struct {
 	// public. Without it a registry's name, or a redirection, cannot be used to reach what stands
 	// beside the server.
 	AllowPrivate bool
-	// Auth returns the credentials for a registry; empty user: none. Nil: none for any.
-	Auth func(registry string) (user, password string)
+	// Auths has credentials for registries. Nil: for none.
+	Auths *Auths
 	// Dir is where content is kept, by digest; empty: nothing is kept.
 	Dir string
 	// MaxSize is the largest answer in bytes; 0: 4 MiB, which is the largest manifest registries take.
@@ -149,7 +149,11 @@ func (f *Fetcher) Fetch(ctx context.Context, repository, digest string) ([]byte,
 	}
 	ctx, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
 	defer cancel()
-	got, err := remote.Get(ref.Digest(digest), f.options(ctx, ref)...)
+	options, err := f.options(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
+	got, err := remote.Get(ref.Digest(digest), options...)
 	if err != nil {
 		return nil, fmt.Errorf("fetch %s@%s: %w", repository, digest, reason(err))
 	}
@@ -180,11 +184,15 @@ func (f *Fetcher) reference(repository string) (name.Repository, error) {
 	return ref, nil
 }
 
-func (f *Fetcher) options(ctx context.Context, ref name.Repository) []remote.Option {
+func (f *Fetcher) options(ctx context.Context, ref name.Repository) ([]remote.Option, error) {
 	auth := authn.Anonymous
-	if f.cfg.Auth != nil {
-		if user, password := f.cfg.Auth(ref.RegistryStr()); user != "" {
-			auth = &authn.Basic{Username: user, Password: password}
+	if f.cfg.Auths != nil {
+		config, ok, err := f.cfg.Auths.For(ref.RegistryStr())
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			auth = authn.FromConfig(config)
 		}
 	}
 	return []remote.Option{
@@ -192,7 +200,7 @@ func (f *Fetcher) options(ctx context.Context, ref name.Repository) []remote.Opt
 		// Whoever needs the answer asks again in his own time.
 		remote.WithRetryStatusCodes(), remote.WithRetryPredicate(func(error) bool { return false }),
 		remote.WithUserAgent("assay-server"),
-	}
+	}, nil
 }
 
 // reason finds what the gate has said below what the client makes of it.

@@ -13,6 +13,8 @@ import (
 	"os"
 	"path/filepath"
 
+	"golang.org/x/crypto/bcrypt"
+
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -22,6 +24,9 @@ const program = "docker-registry"
 type Registry struct {
 	// Host is "127.0.0.1:port", as the names of its images begin.
 	Host string
+
+	// User and Password are what it demands of who asks; empty: nothing. They are to be set while it is down.
+	User, Password string
 
 	dir     string
 	process *site.Process
@@ -55,6 +60,17 @@ func (r *Registry) Up(ctx context.Context) error {
 	config, log := filepath.Join(r.dir, "registry.yml"), filepath.Join(r.dir, "registry.log")
 	text := fmt.Sprintf("version: 0.1\nlog: {level: warn}\nstorage:\n  filesystem: {rootdirectory: %q}\n  delete: {enabled: true}\nhttp: {addr: %q}\n",
 		filepath.Join(r.dir, "registry"), r.Host)
+	if r.User != "" {
+		hash, err := bcrypt.GenerateFromPassword([]byte(r.Password), bcrypt.MinCost)
+		if err != nil {
+			return err
+		}
+		users := filepath.Join(r.dir, "htpasswd")
+		if err := os.WriteFile(users, fmt.Appendf(nil, "%s:%s\n", r.User, hash), 0o600); err != nil {
+			return err
+		}
+		text += fmt.Sprintf("auth: {htpasswd: {realm: lab, path: %q}}\n", users)
+	}
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return err
 	}
@@ -65,6 +81,9 @@ func (r *Registry) Up(ctx context.Context) error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+r.Host+"/v2/", http.NoBody)
 		if err != nil {
 			return err
+		}
+		if r.User != "" {
+			req.SetBasicAuth(r.User, r.Password)
 		}
 		resp, err := http.DefaultClient.Do(req)
 		if err != nil {
