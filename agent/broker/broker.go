@@ -36,6 +36,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/wire/strict"
 	"github.com/assay-id/assay/workloadapi"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
@@ -148,7 +149,8 @@ func (s *Server) Run(ctx context.Context) error {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 20 * time.Second, MaxConnectionIdle: 10 * time.Minute}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		grpc.ChainUnaryInterceptor(s.unary), grpc.ChainStreamInterceptor(s.stream),
+		grpc.ForceServerCodecV2(strict.Codec()),
+		grpc.ChainUnaryInterceptor(s.unary, strict.Unary), grpc.ChainStreamInterceptor(s.stream, strict.Stream),
 	)
 	brokerapi.RegisterAPIServer(srv, s)
 	track, stopTrack := context.WithCancel(context.WithoutCancel(ctx))

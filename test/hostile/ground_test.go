@@ -24,6 +24,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
@@ -33,6 +35,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/assay-id/assay/agent"
+	"github.com/assay-id/assay/agent/broker"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/jointoken"
 	jointokennode "github.com/assay-id/assay/attestor/jointoken/node"
@@ -371,6 +374,9 @@ func (g *ground) startAgent() {
 	cfg.Log, cfg.Metrics = log, prometheus.NewRegistry()
 	cfg.AdminSocketPath = filepath.Join(dir, "admin.sock")
 	cfg.AuthorizedDelegates = []spiffeid.ID{spiffeid.RequireFromPath(trustDomain, "/mine")}
+	cfg.Broker = agent.Broker{SocketPath: filepath.Join(dir, "b", "broker.sock"), Grants: []broker.Grant{
+		{ID: spiffeid.RequireFromPath(trustDomain, "/mine"), Types: map[string]bool{broker.PIDReference: false}},
+	}}
 	ready := make(chan struct{})
 	cfg.Ready = func() { close(ready) }
 	ctx, cancel := context.WithCancel(context.Background())
@@ -390,6 +396,25 @@ func (g *ground) startAgent() {
 	})
 	g.as["workload"] = unixConn(g.t, cfg.SocketPath)
 	g.as["operator"] = unixConn(g.t, cfg.AdminSocketPath)
+	g.as["broker"] = brokerConn(g.t, cfg)
+}
+
+// brokerConn connects as the broker that this process is.
+func brokerConn(t *testing.T, cfg agent.Config) *grpc.ClientConn {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+cfg.SocketPath)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = source.Close() })
+	conn, err := grpc.NewClient("unix:"+cfg.Broker.SocketPath, grpc.WithTransportCredentials(credentials.NewTLS(tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeMemberOf(trustDomain)))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
 }
 
 func (g *ground) port() int {

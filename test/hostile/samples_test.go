@@ -12,6 +12,7 @@ import (
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	brokerapi "github.com/spiffe/go-spiffe/v2/exp/proto/spiffe/broker"
 	workload "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	agentdebugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/debug/v1"
 	delegatedv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/delegatedidentity/v1"
@@ -30,6 +31,7 @@ import (
 	"google.golang.org/grpc/reflection/grpc_reflection_v1"
 	"google.golang.org/grpc/reflection/grpc_reflection_v1alpha"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	adminwire "github.com/assay-id/assay/agent/admin/wire"
 	"github.com/assay-id/assay/server/wire/adminv1"
@@ -70,6 +72,15 @@ func (s sample) closedBy(m proto.Message, texts ...string) sample {
 	s.closing, s.closed = m, texts
 	return s
 }
+
+// thisProcess is how a broker refers to this process.
+var thisProcess = func() *brokerapi.WorkloadReference {
+	ref, err := anypb.New(&brokerapi.WorkloadPIDReference{Pid: int32(os.Getpid())})
+	if err != nil {
+		panic(err)
+	}
+	return &brokerapi.WorkloadReference{Reference: ref}
+}()
 
 // samples has one good call for every method there is on any socket.
 var samples = map[string]sample{
@@ -268,6 +279,11 @@ var samples = map[string]sample{
 	"/spire.api.agent.logger.v1.Logger/GetLogger":                                    call("operator", fixed(&agentloggerv1.GetLoggerRequest{})),
 	"/spire.api.agent.logger.v1.Logger/SetLogLevel":                                  call("operator", fixed(&agentloggerv1.SetLogLevelRequest{NewLevel: types.LogLevel_INFO})),
 	"/spire.api.agent.logger.v1.Logger/ResetLogLevel":                                call("operator", fixed(&agentloggerv1.ResetLogLevelRequest{})),
+
+	"/spiffe.broker.API/SubscribeToX509SVID":    call("broker", fixed(&brokerapi.SubscribeToX509SVIDRequest{Reference: thisProcess})).endlessly(),
+	"/spiffe.broker.API/SubscribeToX509Bundles": call("broker", fixed(&brokerapi.SubscribeToX509BundlesRequest{Reference: thisProcess})).endlessly(),
+	"/spiffe.broker.API/FetchJWTSVID":           call("broker", fixed(&brokerapi.FetchJWTSVIDRequest{Reference: thisProcess, Audience: []string{"a"}})),
+	"/spiffe.broker.API/SubscribeToJWTBundles":  call("broker", fixed(&brokerapi.SubscribeToJWTBundlesRequest{Reference: thisProcess})).endlessly(),
 
 	"/grpc.health.v1.Health/Check": call("", fixed(&grpc_health_v1.HealthCheckRequest{})).quietly(),
 	"/grpc.health.v1.Health/List":  call("", fixed(&grpc_health_v1.HealthListRequest{})).quietly(),
