@@ -182,7 +182,7 @@ func (c *table) call(ctx context.Context, at int, way spoiled) answer {
 			return proto.Marshal(good)
 		})
 	}
-	if c.at.knock == "workload" {
+	if c.at.knock == "workload" || c.at.knock == "broker" {
 		ctx = metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true", "broker.spiffe.io", "true")
 	}
 	var closing []byte
