@@ -216,11 +216,11 @@ func (r *Registrar) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("name this registrar: %w", err)
 	}
-	lock := &resourcelock.LeaseLock{
+	lock := &toldLease{log: r.log, now: time.Now, Interface: &resourcelock.LeaseLock{
 		LeaseMeta:  metav1.ObjectMeta{Namespace: r.cfg.LeaseNamespace, Name: r.cfg.LeaseName},
 		Client:     r.cluster.Core.CoordinationV1(),
 		LockConfig: resourcelock.ResourceLockConfig{Identity: fmt.Sprintf("%s-%d", host, os.Getpid())},
-	}
+	}}
 	for ctx.Err() == nil {
 		// Elections end when the lease is lost; then the next begins.
 		elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
