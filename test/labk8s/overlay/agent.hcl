@@ -8,7 +8,6 @@ agent {
   server_port       = 8081
   trust_bundle_path = "/run/assay/bundle/bundle.pem"
   log_format        = "json"
-  log_level         = "debug"
 }
 
 node_attestor "k8s_psat" {

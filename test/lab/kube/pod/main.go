@@ -1,7 +1,7 @@
 // Command pod is what the pods of the private cluster run: "pause" waits for its end, as every pod's sandbox
 // does; "watch" keeps a stream of the Workload API open and prints a line of JSON at its start, and each time
 // it has another identity or none; "fetch" has it once; "hammer" fetches its identity from eight connections for some seconds, each
-// time on a new one, and prints how often it had it.
+// time on a new one and then on those that it has, and prints how often it had it.
 package main
 
 import (
@@ -55,25 +55,39 @@ const (
 	hammering = 4 * time.Second
 )
 
+// hammer asks on a new connection each time, and then as often on one that each caller keeps.
 func hammer(ctx context.Context, address string) {
-	ctx, cancel := context.WithTimeout(ctx, hammering)
-	defer cancel()
-	var had atomic.Int64
-	var group sync.WaitGroup
-	say("hammer", "", nil)
-	for range callers {
-		group.Go(func() {
-			for ctx.Err() == nil {
-				if _, err := workloadapi.FetchX509SVID(ctx, workloadapi.WithAddr(address)); err == nil {
-					had.Add(1)
-				} else if ctx.Err() == nil {
+	for _, kept := range []bool{false, true} {
+		within, cancel := context.WithTimeout(ctx, hammering)
+		var had atomic.Int64
+		var group sync.WaitGroup
+		say("hammer", strconv.FormatBool(kept), nil)
+		for range callers {
+			group.Go(func() {
+				client, err := workloadapi.New(within, workloadapi.WithAddr(address))
+				if err != nil {
 					say("error", "", err)
+					return
 				}
-			}
-		})
+				defer client.Close()
+				for within.Err() == nil {
+					if kept {
+						_, err = client.FetchX509SVID(within)
+					} else {
+						_, err = workloadapi.FetchX509SVID(within, workloadapi.WithAddr(address))
+					}
+					if err == nil {
+						had.Add(1)
+					} else if within.Err() == nil {
+						say("error", "", err)
+					}
+				}
+			})
+		}
+		group.Wait()
+		cancel()
+		say("hammered", strconv.FormatInt(had.Load(), 10), nil)
 	}
-	group.Wait()
-	say("hammered", strconv.FormatInt(had.Load(), 10), nil)
 }
 
 type watcher struct{}
