@@ -86,7 +86,9 @@ lab: build $(BIN)/k8s/kube-apiserver packages ## real Docker, real systemd, Kube
 
 lab-hosts: build packages ## hosts of each kind, a router between them: links cut, clocks set, reboots; prints the times
 	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-s -w' -o $(BIN)/labhosts/ ./test/labhosts/app
-	$(TEST) -count=1 -v -timeout 10m ./test/labhosts
+	@rm -f $(BIN)/labhosts/report
+	LAB_REPORT=$(CURDIR)/$(BIN)/labhosts/report $(TEST) -count=1 -timeout 10m ./test/labhosts
+	@cat $(BIN)/labhosts/report
 
 # Kubernetes is built from source in a module of its own: the API server takes 15 minutes of processor time
 # when the build cache is cold, the other three 6 more, and all of them seconds when it is warm.
@@ -100,7 +102,9 @@ $(BIN)/k8s/%: test/lab/k8s/go.mod test/lab/k8s/go.sum
 k8s: $(BIN)/k8s/kube-apiserver $(BIN)/k8s/kube-controller-manager $(BIN)/k8s/kube-scheduler $(BIN)/k8s/kubelet $(BIN)/k8s/kube-proxy $(BIN)/k8s/kubectl ## build the Kubernetes that the labs run
 
 lab-k8s: images k8s ## a whole real Kubernetes: pods get, lose and regain identity; prints the times
-	$(TEST) -count=1 -v -timeout 20m ./test/labk8s
+	@rm -f $(BIN)/k8s/report
+	LAB_REPORT=$(CURDIR)/$(BIN)/k8s/report $(TEST) -count=1 -timeout 20m ./test/labk8s
+	@cat $(BIN)/k8s/report
 
 robust: build ## kill, fill, damage, take away; history compared with a model after each
 	$(TEST) -count=1 -parallel 8 ./test/robust

@@ -3,5 +3,5 @@
 // Podman, one is a virtual machine of vSphere, one an instance of EC2, one has nothing but a token. Their
 // links are cut, their clocks set and they are rebooted, with the server and without.
 //
-// LAB_REPORT names a file for the times, which are printed besides and never judged.
+// LAB_REPORT names a file for the times, which are never judged; make lab-hosts prints them.
 package labhosts
