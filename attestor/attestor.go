@@ -112,8 +112,8 @@ type Proof struct {
 	Path string
 	// Selectors are the node's selectors, all of the attestor's own type unless it is Joined.
 	Selectors []Selector
-	// Parts are the paths of what was proved together, if it was more than one thing. None of them may be
-	// another node's part, and a node that is known keeps those it has.
+	// Parts are the paths of what was proved together, if it was more than one thing, and binds the node: none
+	// of them may be another node's, and a node that is known may have no others than before.
 	Parts []string
 	// CanReattest says that the node may prove itself again at any time, so that its agent
 	// re-attests where others renew.

@@ -5,8 +5,9 @@
 //
 // Why it is so: that each part is proved does not say that they are proved of one machine. All parts are proved
 // in one conversation, for one key, so nobody can add their part to somebody else's request. Whoever holds a
-// part of each of two machines could still put them together; so the parts of a node that is known belong to
-// it, no other node may have one of them, and an operator can name values that parts must have in common.
+// part of each of two machines could still put them together. So an operator can name values that parts must
+// have in common; and parts that none of these holds to the rest belong to the node that was first seen with
+// them, which may not show others, and no other node may have one of them.
 package all
 
 import (

@@ -254,10 +254,22 @@ func TestPartsMustHaveAValueInCommon(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := judge.Judge(t.Context(), payload, answer); (err == nil) != ok || err != nil && !errors.Is(err, attestor.ErrEvidence) {
+		proof, err := judge.Judge(t.Context(), payload, answer)
+		if (err == nil) != ok || err != nil && !errors.Is(err, attestor.ErrEvidence) {
 			t.Errorf("red a, blue %s: %v", name, err)
 		}
+		if len(proof.Parts) != 0 {
+			t.Errorf("parts that name each other are bound to the node, so none can be renewed: %q", proof.Parts)
+		}
 	}
+	t.Run("and what no value holds to the rest is bound", func(t *testing.T) {
+		body := "combination = \"metal\"\n" + x509popNode + "part \"red\" {\nname = \"a\"\n}\npart \"blue\" {\nname = \"a\"\n}\n"
+		config := "combination \"metal\" {\nid_from = \"red\"\nsame = [[\"blue:serial\", \"red:serial\"]]\n" + x509popServer + "part \"red\" {}\npart \"blue\" {}\n}\n"
+		proof := prove(t, body, config)
+		if len(proof.Parts) != 2 || !strings.HasPrefix(proof.Parts[0], "x509pop/") || proof.Parts[1] != "red/a" {
+			t.Errorf("bound are %q", proof.Parts)
+		}
+	})
 }
 
 // tokens burns one token.

@@ -246,7 +246,7 @@ func (d *Desk) record(ctx context.Context, kind string, key attestor.KeyHash, pr
 			return fmt.Errorf("%w: agent %s was admitted by another attestor", attestor.ErrUsed, out.ID)
 		case exists && !proof.CanReattest && !same:
 			return fmt.Errorf("%w: %s", errOnce, out.ID)
-		case exists && !sameParts(n.Parts, proof.Parts):
+		case exists && !within(proof.Parts, n.Parts):
 			return fmt.Errorf("%w: node %s has attested with other parts than %v", attestor.ErrUsed, out.ID, proof.Parts)
 		}
 		n.Parts = proof.Parts
@@ -261,12 +261,10 @@ func (d *Desk) record(ctx context.Context, kind string, key attestor.KeyHash, pr
 	return rev, err
 }
 
-// sameParts reports whether two lists are of the same parts.
-func sameParts(a, b []string) bool {
-	a, b = slices.Clone(a), slices.Clone(b)
-	slices.Sort(a)
-	slices.Sort(b)
-	return slices.Equal(a, b)
+// within reports whether all of the parts are among those that a node has. Which parts bind a node is its
+// judge's to say, as the operator configured it, and they may have become fewer.
+func within(parts, has []string) bool {
+	return !slices.ContainsFunc(parts, func(p string) bool { return !slices.Contains(has, p) })
 }
 
 // limited refuses answers and rounds that no honest attestation needs.

@@ -393,13 +393,23 @@ func TestPartsOfANode(t *testing.T) {
 	}
 	rev := b.rev
 	for why, parts := range map[string][]string{
-		"another part": {"a/1", "b/2"}, "one part less": {"a/1"}, "one part more": {"a/1", "b/1", "c/1"}, "none": nil, "one part twice": {"a/1", "a/1"},
+		"another part": {"a/1", "b/2"}, "one part more": {"a/1", "b/1", "c/1"}, "others alone": {"a/2"},
 	} {
 		proof.Parts = parts
 		if out, err := d.Attest(t.Context(), request); !errors.Is(err, attestor.ErrUsed) || out.Chain != nil || b.rev != rev {
 			t.Errorf("a node that is known attests with %s: %v", why, err)
 		}
 	}
+	t.Run("fewer parts bind it when its judge says so, and not more again", func(t *testing.T) {
+		proof.Parts = []string{"b/1"}
+		if out, err := d.Attest(t.Context(), request); err != nil || len(b.nodes[out.ID].Parts) != 1 {
+			t.Errorf("%+v, %v", out, err)
+		}
+		proof.Parts = []string{"a/1", "b/1"}
+		if _, err := d.Attest(t.Context(), request); !errors.Is(err, attestor.ErrUsed) {
+			t.Errorf("error is %v", err)
+		}
+	})
 	t.Run("a part of another node", func(t *testing.T) {
 		d, b, _ := newDesk(says(proof))
 		b.fail = fmt.Errorf("update node: %w", records.ErrTaken)

@@ -312,6 +312,14 @@ func TestPartsOfTwoMachinesDoNotMix(t *testing.T) {
 			t.Errorf("agents are %v", m.agents())
 		}
 	})
+	t.Run("a certificate that names its TPM is renewed", func(t *testing.T) {
+		m := m.in(t)
+		before := len(m.agents())
+		m.joins(m.agent("renewed", "linked", site.AgentOptions{}, m.certificate("cert-renewed", m.ek(tpms["three"])), tpmPart(tpms["three"])))
+		if after := len(m.agents()); after != before {
+			t.Errorf("there are %d agents, and were %d", after, before)
+		}
+	})
 	t.Run("a banned machine's parts do not come back beside others", func(t *testing.T) {
 		m := m.in(t)
 		if _, err := m.ServerCLI(m.ctx, "agent", "ban", "-spiffeID", "spiffe://"+site.TrustDomain+path); err != nil {

@@ -40,6 +40,9 @@ type combination struct {
 	name, id string
 	same     [][]string
 	parts    []part // in the order of judging
+	// bound are the types of the parts that are bound to a node by having been seen with it. Parts that same
+	// holds together need not be: a certificate that names its TPM can be renewed.
+	bound map[string]bool
 }
 
 type judge struct {
@@ -121,6 +124,7 @@ func openCombination(c *all.Combination, needs attestor.Needs, kinds []attestor.
 			}
 		}
 	}
+	out.bind()
 	slices.SortStableFunc(out.parts, func(a, b part) int {
 		switch {
 		case a.kind == b.kind:
@@ -133,6 +137,34 @@ func openCombination(c *all.Combination, needs attestor.Needs, kinds []attestor.
 		return 0
 	})
 	return out, nil
+}
+
+// bind finds the parts that same does not hold together with the one that names the agent. If there are any,
+// they and that one are bound to each other.
+func (c *combination) bind() {
+	held := map[string]bool{c.id: true}
+	for grown := true; grown; {
+		grown = false
+		for _, list := range c.same {
+			touches := slices.ContainsFunc(list, func(s string) bool { return held[kindOf(s)] })
+			for _, s := range list {
+				if touches && !held[kindOf(s)] {
+					held[kindOf(s)], grown = true, true
+				}
+			}
+		}
+	}
+	c.bound = map[string]bool{}
+	for _, p := range c.parts {
+		if !held[p.kind] {
+			c.bound[p.kind], c.bound[c.id] = true, true
+		}
+	}
+}
+
+func kindOf(selector string) string {
+	kind, _, _ := strings.Cut(selector, ":")
+	return kind
 }
 
 // SelectorTypes are this type and those of the parts.
@@ -178,7 +210,9 @@ func (j *judge) decide(ctx context.Context, payload []byte, ask attestor.Ask, on
 			proved.Path = p.kind + "/" + proved.Path
 		}
 		proof.CanReattest = proof.CanReattest && proved.CanReattest
-		proof.Parts = append(proof.Parts, proved.Path)
+		if c.bound[p.kind] {
+			proof.Parts = append(proof.Parts, proved.Path)
+		}
 		if p.kind == c.id {
 			proof.Path = strings.Join([]string{all.Type, c.name, proved.Path}, "/")
 		}
