@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"sync/atomic"
 	"time"
@@ -125,8 +126,9 @@ func (a ACME) Config() (*tls.Config, error) {
 		Prompt: autocert.AcceptTOS, Email: a.Email, Cache: autocert.DirCache(a.Cache),
 		HostPolicy: autocert.HostWhitelist(a.Domain), // or anybody could have certificates ordered
 	}
-	if a.DirectoryURL != "" {
-		m.Client = &acme.Client{DirectoryURL: a.DirectoryURL}
+	m.Client = &acme.Client{DirectoryURL: a.DirectoryURL, HTTPClient: &http.Client{Transport: newOrders(http.DefaultTransport)}}
+	if a.DirectoryURL == "" {
+		m.Client.DirectoryURL = autocert.DefaultACMEDirectory
 	}
 	config := m.TLSConfig()
 	config.MinVersion = tls.VersionTLS12
