@@ -11,7 +11,8 @@
 //	BLACKBOX_ADDRESS        the server's TCP address
 //	BLACKBOX_TRUST_DOMAIN   the trust domain
 //
-// It makes entries below /blackbox and deletes them again.
+// It makes entries below /blackbox and deletes them again. With the two commands alone, BLACKBOX_SERVER and
+// BLACKBOX_AGENT, it starts servers and agents of that SPIRE as it starts ours, and plays everything to them.
 package spire
 
 import (
@@ -67,8 +68,9 @@ func newTarget(t *testing.T) *target {
 		serverSocket: os.Getenv("BLACKBOX_SERVER_SOCKET"), agentSocket: os.Getenv("BLACKBOX_AGENT_SOCKET"),
 		address: os.Getenv("BLACKBOX_ADDRESS"), domain: os.Getenv("BLACKBOX_TRUST_DOMAIN"),
 	}
-	if g.server == "" {
-		g.ours(t)
+	if g.serverSocket == "" { // of ours, or of the SPIRE whose programs are named
+		g, _ := field(t, serverAlone(t), "agent", site.AgentOptions{})
+		return g
 	}
 	conn, err := grpc.NewClient("unix://"+g.serverSocket, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
@@ -78,51 +80,6 @@ func newTarget(t *testing.T) *target {
 	g.conn = conn
 	g.agentID = onlyAgent(t, g)
 	return g
-}
-
-func (g *target) ours(t *testing.T) {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "spire") //nolint:usetesting // a socket's path may have 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	s, err := site.New(dir, "../../../bin")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	if err := s.StartServer(ctx); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	token, err := s.Token(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	a, err := s.NewAgent(ctx, "agent", site.AgentOptions{Token: token})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := a.Start(ctx); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := a.Stop(15 * time.Second); err != nil {
-			t.Error(err)
-		}
-		if t.Failed() {
-			t.Logf("end of the server's log:\n%s\nand of the agent's:\n%s", site.Tail(s.ServerLog(), 20), site.Tail(a.Log, 20))
-		}
-	})
-	g.server, g.agent = s.Bin+"/assay-server", s.Bin+"/assay-agent"
-	g.serverSocket, g.agentSocket = s.ServerSocket(), a.Socket
-	g.address, g.domain = fmt.Sprintf("127.0.0.1:%d", s.Port), site.TrustDomain
 }
 
 func (g *target) id(path string) *types.SPIFFEID {
@@ -516,7 +473,7 @@ func (g *target) forceRotationX509(t *testing.T) {
 
 // evict-agent: one that is evicted and cannot attest again serves no new SVIDs. It is the last case.
 func (g *target) evictAgent(t *testing.T) {
-	if os.Getenv("BLACKBOX_SERVER") != "" {
+	if os.Getenv("BLACKBOX_SERVER_SOCKET") != "" {
 		t.Log("an agent that is not ours is left alone")
 		return
 	}
