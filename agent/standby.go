@@ -31,10 +31,12 @@ func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
 	w := &waiting{cfg: cfg, log: cfg.Log.WithField("component", "agent").WithField("data_dir", cfg.DataDir), began: cfg.Now()}
 	var socket *peer.Socket
 	if err != nil {
-		w.stand("waiting for the other agent to end", err)
-		if socket, err = peer.Prepare(cfg.SocketPath, 0o777, 0o755); err != nil {
-			w.log.WithError(err).Warn("no socket could be prepared: callers may be refused for a moment")
+		// Before anybody is told: who hears that an agent stands by may end the other at once.
+		var unready error
+		if socket, unready = peer.Prepare(cfg.SocketPath, 0o777, 0o755); unready != nil {
+			w.log.WithError(unready).Warn("no socket could be prepared: callers may be refused for a moment")
 		}
+		w.stand("waiting for the other agent to end", err)
 		if turn, err = keep.Await(ctx, cfg.DataDir); err != nil {
 			if socket != nil {
 				socket.Withdraw()
