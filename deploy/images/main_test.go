@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
@@ -33,20 +35,44 @@ func packed(t *testing.T) string {
 func TestImage(t *testing.T) {
 	dir := packed(t)
 	t.Run("the same binary gives the same file", func(t *testing.T) {
-		for range 5 { // what comes out of a map is the same now and then
-			for _, file := range []string{"assay-x.tar", "assay-x.cdx.json"} {
-				one, err := os.ReadFile(filepath.Join(dir, file))
-				if err != nil {
-					t.Fatal(err)
-				}
-				two, err := os.ReadFile(filepath.Join(packed(t), file))
-				if err != nil {
-					t.Fatal(err)
-				}
-				if !bytes.Equal(one, two) {
-					t.Errorf("%s is another one the second time", file)
-				}
+		again := packed(t)
+		for _, file := range []string{"assay-x.tar", "assay-x.cdx.json"} {
+			one, err := os.ReadFile(filepath.Join(dir, file))
+			if err != nil {
+				t.Fatal(err)
 			}
+			two, err := os.ReadFile(filepath.Join(again, file))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(one, two) {
+				t.Errorf("%s is another one the second time", file)
+			}
+		}
+	})
+	t.Run("tags are in one order, which they are not as the library writes them", func(t *testing.T) {
+		refs := map[name.Tag]v1.Image{}
+		for _, tag := range []string{"x:v1", "x:latest"} {
+			ref, err := name.NewTag(tag, name.WithDefaultRegistry("docker.io"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			refs[ref] = empty.Image
+		}
+		files := map[string]bool{}
+		for range 50 {
+			var file bytes.Buffer
+			if err := tarball.MultiWrite(refs, &file); err != nil {
+				t.Fatal(err)
+			}
+			content, err := ordered(&file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			files[string(content)] = true
+		}
+		if len(files) != 1 {
+			t.Errorf("there are %d files", len(files))
 		}
 	})
 	t.Run("it is one that engines take, under both tags", func(t *testing.T) {
