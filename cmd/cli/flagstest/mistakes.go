@@ -113,7 +113,7 @@ func Mistakes(t *testing.T, newRoot func() *cobra.Command, list string) {
 }
 
 // common are the flags that most commands share.
-var common = []string{"help", "socketPath", "instance", "output"}
+var common = []string{"help", "socketPath", "instance", "output", "server", "tokenFile", "trustBundle", "workloadAPI"}
 
 // mistake is one line of a list.
 type mistake struct {
