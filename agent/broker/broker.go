@@ -165,8 +165,8 @@ func (s *Server) Run(ctx context.Context) error {
 			}
 			return nil
 		})
-		s.cfg.Log.WithField("address", l.Addr().String()).Info("broker API is served")
 	}
+	s.cfg.Log.WithFields(logrus.Fields{"socket": s.cfg.SocketPath, "address": s.cfg.Address}).Info("broker API is served")
 	if s.cfg.Ready != nil {
 		s.cfg.Ready(tcp)
 	}
