@@ -1,6 +1,6 @@
 // Package spireplugin is a plugin of SPIRE of every kind, made with SPIRE's plugin SDK as its templates are. A
 // test runs itself as the plugin: its TestMain calls RunIfAsked first. What is wrong with a plugin is asked
-// for in its plugin_data, as mode = "…".
+// for in its plugin_data, as mode = "…". One that is built by itself is in test/compat/peers/plugin.
 package spireplugin
 
 import (
