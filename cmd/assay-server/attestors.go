@@ -29,7 +29,6 @@ func judges() []attestor.JudgeKind {
 		vsphere.Kind(),
 		tpm.Kind(),
 		tpmdevid.Kind(),
-		external.Kind(),
 	}
-	return append(single, all.Kind(single))
+	return append(single, all.Kind(single), external.Kind()) // a plugin is no part: its type is its name
 }
