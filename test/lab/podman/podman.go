@@ -163,7 +163,7 @@ func (e *Engine) Build(program, app string) (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(folder)
-	if err := os.Chmod(folder, 0o755); err != nil { //nolint:gosec // whoever's Podman it is, reads it
+	if err := os.Chmod(folder, 0o755); err != nil { // whoever's Podman it is, reads it
 		return "", err
 	}
 	text, err := os.ReadFile(program)
