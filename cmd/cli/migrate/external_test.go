@@ -39,6 +39,7 @@ plugins {
   NodeAttestor "ours" {
     plugin_cmd = "` + program + `"
     plugin_args = ["-v", "1"]
+    plugin_checksum = ""
     plugin_data {` + data + `}
   }
   KeyManager "scripted" { plugin_cmd = "/bin/none" plugin_data {} }

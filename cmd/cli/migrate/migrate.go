@@ -268,9 +268,9 @@ func (m *migration) external(out *hclwrite.Body, t reflect.Type, n *node, path s
 	m.say(n.at, path, false, "SPIRE hands its whole environment on; here the plugin gets no variable that plugin_env does not name. It is run unmodified otherwise: see attestor/external/README.md.")
 }
 
-// checksum pins the program where SPIRE's file does not.
+// checksum pins the program where SPIRE's file does not: an empty checksum is none to SPIRE.
 func (m *migration) checksum(out *hclwrite.Body, n *node, path string) {
-	if n.child("plugin_checksum") != nil {
+	if sum := n.child("plugin_checksum"); sum != nil && (sum.leaf == nil || !sum.leaf.RawEquals(cty.StringVal(""))) {
 		return
 	}
 	command := n.child("plugin_cmd")
