@@ -75,15 +75,15 @@ func newSite(t *testing.T, change func(*site.Site)) *site.Site {
 	return s
 }
 
-// newAgent starts our agent, joined by token.
-func newAgent(t *testing.T, s *site.Site, name string) *site.Agent {
+// newAgent starts our agent, joined by token. extra is put inside its agent block.
+func newAgent(t *testing.T, s *site.Site, name string, extra ...string) *site.Agent {
 	t.Helper()
 	ctx := patiently(t)
 	token, err := s.Token(ctx)
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := s.NewAgent(ctx, name, site.AgentOptions{Token: token})
+	a, err := s.NewAgent(ctx, name, site.AgentOptions{Token: token, Extra: strings.Join(extra, "\n")})
 	if err != nil {
 		t.Fatal(err)
 	}
