@@ -9,8 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 
 	"golang.org/x/crypto/ssh"
 
@@ -107,7 +105,7 @@ func sign(signer ssh.Signer, digest []byte) (*ssh.Signature, error) {
 
 // load reads the key and the certificate and says in one sentence what is wrong with them.
 func (p prover) load() (*ssh.Certificate, ssh.Signer, error) {
-	text, err := readFile(p.config.HostCertPath)
+	text, err := attestor.ReadFile(p.config.HostCertPath, maxFile)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read host certificate: %w", err)
 	}
@@ -122,7 +120,7 @@ func (p prover) load() (*ssh.Certificate, ssh.Signer, error) {
 	if err := sshpop.Check(cert); err != nil {
 		return nil, nil, fmt.Errorf("read host certificate %s: %w", p.config.HostCertPath, err)
 	}
-	text, err = readFile(p.config.HostKeyPath)
+	text, err = attestor.ReadFile(p.config.HostKeyPath, maxFile)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read host key: %w", err)
 	}
@@ -138,20 +136,4 @@ func (p prover) load() (*ssh.Certificate, ssh.Signer, error) {
 		return nil, nil, fmt.Errorf("host key %s does not belong to certificate %s", p.config.HostKeyPath, p.config.HostCertPath)
 	}
 	return cert, signer, nil
-}
-
-func readFile(path string) ([]byte, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(text) > maxFile {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxFile)
-	}
-	return text, nil
 }

@@ -13,8 +13,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strings"
 	"time"
 
@@ -96,17 +94,9 @@ func readAuthorities(c *sshpop.ServerConfig) ([]ssh.PublicKey, error) {
 		all = append(all, key)
 	}
 	if c.CertAuthoritiesPath != "" {
-		file, err := os.Open(c.CertAuthoritiesPath)
+		text, err := attestor.ReadFile(c.CertAuthoritiesPath, maxAuthorities)
 		if err != nil {
 			return nil, fmt.Errorf("read cert_authorities_path: %w", err)
-		}
-		defer file.Close()
-		text, err := io.ReadAll(io.LimitReader(file, maxAuthorities+1))
-		if err != nil {
-			return nil, fmt.Errorf("read cert_authorities_path: %w", err)
-		}
-		if len(text) > maxAuthorities {
-			return nil, fmt.Errorf("read cert_authorities_path: %s is larger than %d bytes", c.CertAuthoritiesPath, maxAuthorities)
 		}
 		for i, line := range strings.Split(string(text), "\n") {
 			if line = strings.TrimSpace(line); line == "" || strings.HasPrefix(line, "#") {

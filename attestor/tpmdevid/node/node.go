@@ -13,9 +13,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
-	"os"
 	"slices"
 
 	"github.com/google/go-tpm/tpm2"
@@ -65,7 +63,7 @@ type devID struct {
 
 func (n *node) read() (*devID, error) {
 	d := &devID{}
-	text, err := readFile(n.config.CertPath)
+	text, err := attestor.ReadFile(n.config.CertPath, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("read devid_cert_path: %w", err)
 	}
@@ -86,7 +84,7 @@ func (n *node) read() (*devID, error) {
 	if leaf == nil {
 		return nil, fmt.Errorf("read devid_cert_path: %s: no PEM certificate in it", n.config.CertPath)
 	}
-	public, err := readFile(n.config.PubPath)
+	public, err := attestor.ReadFile(n.config.PubPath, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("read devid_pub_path: %w", err)
 	}
@@ -107,7 +105,7 @@ func (n *node) read() (*devID, error) {
 	if there, err := tpmchip.KeyHash(leaf.PublicKey); err != nil || there != here {
 		return nil, fmt.Errorf("devid_pub_path %s does not belong to the certificate %s", n.config.PubPath, n.config.CertPath)
 	}
-	private, err := readFile(n.config.PrivPath)
+	private, err := attestor.ReadFile(n.config.PrivPath, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("read devid_priv_path: %w", err)
 	}
@@ -373,20 +371,4 @@ func (n *node) sign(k *keys, nonce []byte) ([]byte, error) {
 		return nil, errors.New("sign nonce: the signature is neither RSASSA nor ECDSA")
 	}
 	return asn1.Marshal(struct{ R, S *big.Int }{new(big.Int).SetBytes(ecc.SignatureR.Buffer), new(big.Int).SetBytes(ecc.SignatureS.Buffer)})
-}
-
-func readFile(path string) ([]byte, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(text) > maxFile {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxFile)
-	}
-	return text, nil
 }

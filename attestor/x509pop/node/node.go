@@ -13,8 +13,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/x509pop"
@@ -157,7 +155,7 @@ func (p prover) load() ([]*x509.Certificate, crypto.Signer, error) {
 }
 
 func readCertificates(path string) ([]*x509.Certificate, error) {
-	text, err := readFile(path)
+	text, err := attestor.ReadFile(path, maxFile)
 	if err != nil {
 		return nil, err
 	}
@@ -179,7 +177,7 @@ func readCertificates(path string) ([]*x509.Certificate, error) {
 }
 
 func readKey(path string) (crypto.Signer, error) {
-	text, err := readFile(path)
+	text, err := attestor.ReadFile(path, maxFile)
 	if err != nil {
 		return nil, err
 	}
@@ -207,20 +205,4 @@ func readKey(path string) (crypto.Signer, error) {
 		return nil, fmt.Errorf("%s: key is a %T, want RSA or ECDSA", path, key)
 	}
 	return nil, fmt.Errorf("%s: no PEM private key in it", path)
-}
-
-func readFile(path string) ([]byte, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(text) > maxFile {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxFile)
-	}
-	return text, nil
 }
