@@ -494,12 +494,18 @@ func TestTelling(t *testing.T) {
 			}
 		})
 	}
+	t.Run("without a word it is SIGHUP", func(t *testing.T) {
+		if k := New(newWorld(t), Config{Dir: t.TempDir()}); k.cfg.Signal != syscall.SIGHUP {
+			t.Errorf("it is %v", k.cfg.Signal)
+		}
+	})
 	t.Run("a process is started once the files are there, signalled, and ended", func(t *testing.T) {
 		w := newWorld(t)
 		dir := t.TempDir()
 		out := filepath.Join(dir, "out")
-		k := New(w, Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", Process: []string{
-			"sh", "-c", `trap 'echo HUP >> "$0"' HUP; trap 'echo TERM >> "$0"; exit' TERM; test -e "$1" && echo started >> "$0"; while :; do sleep 0.05; done`,
+		k := New(w, Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", Signal: syscall.SIGUSR1, Process: []string{
+			// SIGHUP would be ignored by a shell below nohup.
+			"sh", "-c", `trap 'echo USR1 >> "$0"' USR1; trap 'echo TERM >> "$0"; exit' TERM; test -e "$1" && echo started >> "$0"; while :; do sleep 0.05; done`,
 			out, filepath.Join(dir, "svid.pem"),
 		}})
 		ctx, cancel := context.WithCancel(context.Background())
@@ -517,10 +523,10 @@ func TestTelling(t *testing.T) {
 		w.say(w.everything)
 		said("started\n")
 		w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}} })
-		said("started\nHUP\n")
+		said("started\nUSR1\n")
 		cancel()
 		must(t, <-done)
-		said("started\nHUP\nTERM\n")
+		said("started\nUSR1\nTERM\n")
 	})
 }
 
