@@ -165,7 +165,7 @@ func (p *Plugin) Do(ctx context.Context, patience time.Duration, fn func(ctx con
 	err = fn(asking, s.conn)
 	late := errors.Is(asking.Err(), context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded // its end may be faster
 	switch {
-	case err == nil || !late && asking.Err() == nil && status.Code(err) != codes.Unavailable:
+	case err == nil || !late && asking.Err() == nil && !cutOff(err):
 		s.alive(p.cfg.Now())
 	case late && s.answered.Load() < begun.UnixNano() && p.cfg.Now().Sub(begun) >= leastMute && s.mute.Add(1) >= tooMute:
 		p.cfg.Log.WithField("calls", tooMute).Error("plugin does not answer; it is ended")
@@ -176,7 +176,7 @@ func (p *Plugin) Do(ctx context.Context, patience time.Duration, fn func(ctx con
 		return nil
 	case ctx.Err() != nil:
 		return fmt.Errorf("plugin %q: %w: %w", p.cfg.Name, ctx.Err(), err)
-	case status.Code(err) == codes.Unavailable: // its socket ends before it does
+	case cutOff(err): // its socket ends before it does
 		select {
 		case <-s.ended:
 			return fmt.Errorf("plugin %q: %w while it was asked: %w", p.cfg.Name, ErrEnded, s.exit)
@@ -185,6 +185,13 @@ func (p *Plugin) Do(ctx context.Context, patience time.Duration, fn func(ctx con
 		}
 	}
 	return fmt.Errorf("plugin %q: %w", p.cfg.Name, err)
+}
+
+// cutOff reports whether a call may have failed because the connection ended: by the program's end, or by ours of
+// the connection when we saw that end first.
+func cutOff(err error) bool {
+	code := status.Code(err)
+	return code == codes.Unavailable || code == codes.Canceled
 }
 
 // running returns the plugin, started if need be. Whoever asks while it starts waits for it.
