@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -44,7 +43,7 @@ func (j *judge) Follow(ctx context.Context, agents attestor.Admitted) error {
 	}
 	regions := map[string]*followed{}
 	// The first round is soon: who knows how long the server was away.
-	for pause := min(j.refresh, minRefresh); rest(ctx, pause); pause = j.refresh {
+	for pause := min(j.refresh, minRefresh); awsapi.Rest(ctx, pause); pause = j.refresh {
 		now := j.now()
 		for region, nodes := range j.admitted(agents) {
 			f := regions[region]
@@ -84,19 +83,6 @@ func (f *followed) after(err error, refresh time.Duration) time.Duration {
 	return min(2*max(f.pause, refresh), max(maxRefreshPause, refresh))
 }
 
-// rest waits, give or take a tenth so that several servers do not ask together, and reports false when ctx
-// has ended.
-func rest(ctx context.Context, pause time.Duration) bool {
-	wait := time.NewTimer(pause*9/10 + rand.N(pause/5+1)) //nolint:gosec // jitter is no secret
-	defer wait.Stop()
-	select {
-	case <-wait.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
-}
-
 // member is the agent of an instance, as it was admitted.
 type member struct {
 	document  awsiid.Document // as far as its selectors tell
@@ -129,7 +115,7 @@ func (j *judge) refreshRegion(ctx context.Context, region string, all []member, 
 	var missing []member
 	first := true
 	for some := range slices.Chunk(all, maxBatch) {
-		if !first && !rest(ctx, betweenBatches) {
+		if !first && !awsapi.Rest(ctx, betweenBatches) {
 			return ctx.Err()
 		}
 		first = false

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -79,7 +78,7 @@ func (j *judge) Follow(ctx context.Context, agents attestor.Admitted) error {
 		return nil
 	}
 	// The first round is soon: who knows how long the server was away.
-	for pause := min(j.refresh, minRefresh); rest(ctx, pause); {
+	for pause := min(j.refresh, minRefresh); awsapi.Rest(ctx, pause); {
 		err := j.round(ctx, agents)
 		switch {
 		case ctx.Err() != nil:
@@ -91,19 +90,6 @@ func (j *judge) Follow(ctx context.Context, agents attestor.Admitted) error {
 		}
 	}
 	return nil
-}
-
-// rest waits, give or take a tenth so that several servers do not ask together, and reports false when ctx
-// has ended.
-func rest(ctx context.Context, pause time.Duration) bool {
-	wait := time.NewTimer(pause*9/10 + rand.N(pause/5+1)) //nolint:gosec // jitter is no secret
-	defer wait.Stop()
-	select {
-	case <-wait.C:
-		return true
-	case <-ctx.Done():
-		return false
-	}
 }
 
 // round asks once about all admitted tasks. Trouble with one cluster is not that of the others.
@@ -129,7 +115,7 @@ func (j *judge) round(ctx context.Context, agents attestor.Admitted) error {
 	for at, arns := range members {
 		slices.Sort(arns)
 		for some := range slices.Chunk(arns, maxBatch) {
-			if !first && !rest(ctx, betweenBatches) {
+			if !first && !awsapi.Rest(ctx, betweenBatches) {
 				return ctx.Err()
 			}
 			first = false
