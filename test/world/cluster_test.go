@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,6 +20,7 @@ import (
 	kubetypes "k8s.io/apimachinery/pkg/types"
 	dynamicfake "k8s.io/client-go/dynamic/fake"
 	kubefake "k8s.io/client-go/kubernetes/fake"
+	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/assay-id/assay/server"
 	"github.com/assay-id/assay/server/kube"
@@ -59,6 +61,12 @@ func newCluster(t *testing.T, change ...func(*kube.Config)) *cluster {
 		c.Evidence = &server.Evidence{Rules: verdict.Rules{Policies: []*policy.ScanPolicy{scan}}}
 	})
 	c := &cluster{t: t, w: w, core: kubefake.NewClientset(), dyn: dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), listKinds)}
+	// The fake gives no names of its own, and takes no reactor safely once a registrar asks it.
+	var events atomic.Int64
+	c.core.PrependReactor("create", "events", func(a clienttesting.Action) (bool, runtime.Object, error) {
+		a.(clienttesting.CreateAction).GetObject().(*corev1.Event).Name = fmt.Sprint("e", events.Add(1))
+		return false, nil, nil
+	})
 	c.cfg = kube.Config{
 		Name: "c1", TrustDomain: "example.org", ClusterDomain: "cluster.local", LeaseNamespace: "assay",
 		IgnoreNamespaces: []*regexp.Regexp{regexp.MustCompile("kube-.*")}, Log: silent(), StatusEvery: 20 * time.Millisecond,

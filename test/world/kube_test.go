@@ -15,8 +15,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
-	"k8s.io/apimachinery/pkg/runtime"
-	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/assay-id/assay/server/kube"
 	"github.com/assay-id/assay/server/verdict"
@@ -368,13 +366,6 @@ func TestEventsAtPods(t *testing.T) {
 		slices.Sort(lines)
 		return lines
 	}
-	// The fake gives no names of its own.
-	n := 0
-	c.core.PrependReactor("create", "events", func(a clienttesting.Action) (bool, runtime.Object, error) {
-		n++
-		a.(clienttesting.CreateAction).GetObject().(*corev1.Event).Name = fmt.Sprint("e", n)
-		return false, nil, nil
-	})
 	c.r.Tell(kube.Turn{Policy: "other", Digests: []string{image}, Reason: "CVE-1"}) // nobody demands it
 	c.r.Tell(kube.Turn{Policy: "prod", Digests: []string{image, manifest}, Reason: "CVE-1 is critical"})
 	want := []string{"by-config Warning IdentityWithdrawn", "by-manifest Warning IdentityWithdrawn"}
