@@ -11,6 +11,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -194,16 +195,30 @@ func TestAForcedRotationReachesEverybody(t *testing.T) {
 	// All the while, workloads of different nodes talk to each other.
 	ctx, cancel := context.WithCancel(w.Context())
 	var talking sync.WaitGroup
-	talks := 0
+	var talks atomic.Int64
 	talking.Go(func() {
 		for n := 0; ctx.Err() == nil; n++ {
 			if err := talk(sources[n%3], sources[(n+1)%3]); err != nil {
 				t.Errorf("handshake %d: %v", n, err)
 				return
 			}
-			talks = n
+			talks.Add(1)
 		}
 	})
+	// The server waits for its agents; a test that fails for one handshake waits for the library as well,
+	// which has what it was sent a moment later, and for handshakes that began before.
+	allHave := func(what string, has func(*workloadapi.X509Source) bool) {
+		t.Helper()
+		for _, source := range sources {
+			for !has(source) {
+				select {
+				case <-source.Updated():
+				case <-w.Context().Done():
+					t.Fatalf("a workload's source never had %s", what)
+				}
+			}
+		}
+	}
 	defer talking.Wait()
 	defer cancel()
 
@@ -222,6 +237,10 @@ func TestAForcedRotationReachesEverybody(t *testing.T) {
 			}
 		}
 	})
+	allHave("the new authority in its bundle", func(source *workloadapi.X509Source) bool {
+		bundle, err := source.GetX509BundleForTrustDomain(world.TrustDomain)
+		return err == nil && slices.ContainsFunc(bundle.X509Authorities(), func(c *x509.Certificate) bool { return hex.EncodeToString(c.SubjectKeyId) == active })
+	})
 	began := time.Now()
 	force.taint(old)
 	for _, s := range streams {
@@ -235,6 +254,13 @@ func TestAForcedRotationReachesEverybody(t *testing.T) {
 		}
 		t.Logf("from the taint to the last agent's word: %v", time.Since(began))
 	})
+	allHave("an SVID of the new authority", func(source *workloadapi.X509Source) bool {
+		svid, err := source.GetX509SVID()
+		return err == nil && hex.EncodeToString(svid.Certificates[0].AuthorityKeyId) == active
+	})
+	for seen := talks.Load(); talks.Load() < seen+2 && !t.Failed(); {
+		time.Sleep(time.Millisecond)
+	}
 	force.revoke(old)
 	for _, s := range streams {
 		s.without(old)
@@ -258,10 +284,10 @@ func TestAForcedRotationReachesEverybody(t *testing.T) {
 	})
 	cancel()
 	talking.Wait()
-	if talks == 0 {
+	if talks.Load() == 0 {
 		t.Error("nobody talked")
 	}
-	t.Logf("%d handshakes meanwhile", talks)
+	t.Logf("%d handshakes meanwhile", talks.Load())
 }
 
 func TestAForcedRotationOfJWTKeys(t *testing.T) {
