@@ -131,11 +131,26 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// watch tells of the node as it is whenever something changes. The caller holds mu.
+// watch tells of the object as it is whenever something has changed since the version that the caller
+// knows. The caller holds mu.
 func (a *apiServer) watch(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(http.StatusOK)
+	told, err := strconv.Atoi(r.URL.Query().Get("resourceVersion"))
+	if err != nil {
+		told = a.version
+	}
 	for r.Context().Err() == nil {
+		if told < a.version {
+			told = a.version
+			kind, object := "Node", a.node
+			if strings.HasSuffix(r.URL.Path, "/pods") {
+				kind, object = "Pod", a.pod
+			}
+			out := dict{"kind": kind, "apiVersion": "v1"}
+			maps.Copy(out, object)
+			_ = json.NewEncoder(w).Encode(dict{"type": "MODIFIED", "object": out}) // a caller who left
+		}
 		_ = http.NewResponseController(w).Flush()
 		woken := a.woken
 		a.mu.Unlock()
@@ -144,13 +159,6 @@ func (a *apiServer) watch(w http.ResponseWriter, r *http.Request) {
 		case <-r.Context().Done():
 		}
 		a.mu.Lock()
-		kind, object := "Node", a.node
-		if strings.HasSuffix(r.URL.Path, "/pods") {
-			kind, object = "Pod", a.pod
-		}
-		out := dict{"kind": kind, "apiVersion": "v1"}
-		maps.Copy(out, object)
-		_ = json.NewEncoder(w).Encode(dict{"type": "MODIFIED", "object": out}) // a caller who left
 	}
 }
 
