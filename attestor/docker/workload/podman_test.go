@@ -111,13 +111,8 @@ func TestRealPodman(t *testing.T) {
 	t.Run("a container that is stopped is heard of", func(t *testing.T) {
 		stopped := p.run(image, "--name", "short")
 		attest(t, w, "/proc", stopped)
-		done := false
-		heard.woken(t, stopped, func(int) {
-			if !done {
-				p.do("stop", "--time", "0", "short")
-				done = true
-			}
-		})
+		p.do("stop", "--time", "0", "short")
+		heard.until(t, "the end", func(pids map[int]int, _ int) bool { return pids[stopped] > 0 })
 	})
 	t.Run("a service that is away costs a known container nothing, and is found again", func(t *testing.T) {
 		before := attest(t, w, "/proc", pid)
