@@ -252,11 +252,10 @@ func prove(blobs [][]byte) (chain, error) {
 	if len(blobs) > maxManifests {
 		return nil, fmt.Errorf("there are %d manifests, the limit is %d", len(blobs), maxManifests)
 	}
-	var links proofs.Links
-	configs, indexes := map[string]string{}, map[string][]proofs.Link{}
+	configs, indexes := map[string]string{}, map[string][]proofs.Manifest{}
 	for n, blob := range blobs {
 		digest := digestOf(blob)
-		p, err := links.Prove(digest, blob)
+		p, err := proofs.Prove(digest, blob)
 		if err != nil {
 			return nil, fmt.Errorf("manifest number %d: %w", n+1, err)
 		}
@@ -277,10 +276,10 @@ func prove(blobs [][]byte) (chain, error) {
 		add(config, manifest, link{kind: linkManifest})
 	}
 	for digest, list := range indexes {
-		for _, l := range list {
-			if config := configs[l.To]; config != "" {
-				add(config, digest, link{kind: linkIndex, platform: l.Platform})
-				add(config, l.To, link{kind: linkManifest, platform: l.Platform})
+		for _, m := range list {
+			if config := configs[m.Digest]; config != "" {
+				add(config, digest, link{kind: linkIndex, platform: m.Platform})
+				add(config, m.Digest, link{kind: linkManifest, platform: m.Platform})
 			}
 		}
 	}
@@ -293,17 +292,16 @@ func (s *Service) fetch(ctx context.Context, repository, digest string) ([][]byt
 	if err != nil {
 		return nil, err
 	}
-	var links proofs.Links
-	p, err := links.Prove(digest, first)
+	p, err := proofs.Prove(digest, first)
 	if err != nil {
 		return nil, err
 	}
 	blobs := [][]byte{first}
-	for _, l := range p.Manifests {
+	for _, m := range p.Manifests {
 		if len(blobs) == maxManifests {
 			break
 		}
-		child, err := s.Fetcher.Fetch(ctx, repository, l.To)
+		child, err := s.Fetcher.Fetch(ctx, repository, m.Digest)
 		if err != nil {
 			return nil, err
 		}

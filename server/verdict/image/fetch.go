@@ -99,41 +99,6 @@ func NewFetcher(cfg Config) (*Fetcher, error) {
 	return f, nil
 }
 
-// Resolve proves what it can of a digest in a repository ("registry/name"): of a manifest which config it
-// has, of an index its manifests, and which config the one for the platform has, or each of them if no
-// platform is given.
-func (f *Fetcher) Resolve(ctx context.Context, repository, digest, platform string, links *Links) error {
-	p, err := f.prove(ctx, repository, digest, links)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	found := p.Config != ""
-	for _, m := range p.Manifests {
-		if platform != "" && m.Platform != "" && m.Platform != normal(platform) {
-			continue
-		}
-		found = true
-		child, err := f.prove(ctx, repository, m.To, links)
-		if err == nil && child.Config == "" {
-			err = fmt.Errorf("%w: %s: an index within an index", ErrNoImage, m.To)
-		}
-		errs = append(errs, err)
-	}
-	if !found {
-		errs = append(errs, fmt.Errorf("%w: %s has no image for platform %q", ErrNoImage, digest, platform))
-	}
-	return errors.Join(errs...)
-}
-
-func (f *Fetcher) prove(ctx context.Context, repository, digest string, links *Links) (Proved, error) {
-	content, err := f.Fetch(ctx, repository, digest)
-	if err != nil {
-		return Proved{}, err
-	}
-	return links.Prove(digest, content)
-}
-
 // Fetch returns the manifest or index with the digest, from disk or from the repository
 // ("registry/name"). What it returns has the digest.
 func (f *Fetcher) Fetch(ctx context.Context, repository, digest string) ([]byte, error) {

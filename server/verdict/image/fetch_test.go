@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/registry"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -116,53 +117,33 @@ func (s *site) fetcher(t *testing.T, change ...func(*Config)) *Fetcher {
 	return f
 }
 
-func TestIndexOfTwoPlatforms(t *testing.T) {
-	s := newSite(t, nil)
-	var links Links
-	if err := s.fetcher(t).Resolve(t.Context(), s.repository, s.index, "", &links); err != nil {
+// prove fetches a digest and says what it leads to.
+func (s *site) prove(t *testing.T, f *Fetcher, digest string) Proved {
+	t.Helper()
+	content, err := f.Fetch(t.Context(), s.repository, digest)
+	if err != nil {
 		t.Fatal(err)
 	}
-	amd := Subject{Config: s.configs["linux/amd64"], Platform: "linux/amd64"}
-	arm := Subject{Config: s.configs["linux/arm64"], Platform: "linux/arm64"}
-	t.Run("a container does not inherit the scan of the other platform", func(t *testing.T) {
-		scan := Claim{Digests: []string{s.index}, Platform: "linux/amd64"}
-		if got, _ := Match(scan, arm, &links); got != None {
-			t.Errorf("the arm64 container: %s", got)
+	p, err := Prove(digest, content)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestIndexOfTwoPlatforms(t *testing.T) {
+	s := newSite(t, nil)
+	f := s.fetcher(t)
+	got := map[string]string{}
+	for _, m := range s.prove(t, f, s.index).Manifests {
+		if m.Digest != s.manifests[m.Platform] {
+			t.Errorf("%s is %s, want %s", m.Platform, m.Digest, s.manifests[m.Platform])
 		}
-		if got, proof := Match(scan, amd, &links); got != Weak || len(proof) != 2 {
-			t.Errorf("the amd64 container: %s by %v", got, proof)
-		}
-	})
-	t.Run("an attestation of one platform's manifest is none of the other's", func(t *testing.T) {
-		signed := Claim{Digests: []string{s.manifests["linux/arm64"]}, Whole: true}
-		if got, _ := Match(signed, amd, &links); got != None {
-			t.Errorf("the amd64 container: %s", got)
-		}
-		if got, _ := Match(signed, arm, &links); got != Strong {
-			t.Errorf("the arm64 container: %s", got)
-		}
-	})
-	t.Run("a signature of the index is of both", func(t *testing.T) {
-		signed := Claim{Digests: []string{s.index}, Whole: true}
-		for _, subject := range []Subject{amd, arm} {
-			if got, proof := Match(signed, subject, &links); got != Strong || len(proof) != 2 {
-				t.Errorf("%s: %s by %v", subject.Platform, got, proof)
-			}
-		}
-	})
-	t.Run("only what the platform needs is fetched", func(t *testing.T) {
-		s.asked.Store(0)
-		var few Links
-		if err := s.fetcher(t).Resolve(t.Context(), s.repository, s.index, "linux/arm64/v8", &few); err != nil {
-			t.Fatal(err)
-		}
-		if few.has(s.manifests["linux/amd64"]) || !few.has(s.manifests["linux/arm64"]) {
-			t.Error("other manifests were fetched")
-		}
-		if err := s.fetcher(t).Resolve(t.Context(), s.repository, s.index, "linux/riscv64", &few); !errors.Is(err, ErrNoImage) {
-			t.Errorf("a platform that is not there: %v", err)
-		}
-	})
+		got[m.Platform] = s.prove(t, f, m.Digest).Config
+	}
+	if diff := cmp.Diff(s.configs, got); diff != "" {
+		t.Error(diff)
+	}
 }
 
 func TestCache(t *testing.T) {
@@ -170,10 +151,7 @@ func TestCache(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "blobs")
 	fetch := func(t *testing.T) {
 		t.Helper()
-		var links Links
-		if err := s.fetcher(t, func(c *Config) { c.Dir = dir }).Resolve(t.Context(), s.repository, s.index, "linux/amd64", &links); err != nil {
-			t.Fatal(err)
-		}
+		s.prove(t, s.fetcher(t, func(c *Config) { c.Dir = dir }), s.index)
 	}
 	fetch(t)
 	s.asked.Store(0)
