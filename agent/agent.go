@@ -381,14 +381,14 @@ func (s *sink) Held() uplink.Held {
 }
 
 // Apply takes the next picture.
-func (s *sink) Apply(u uplink.Update) error {
+func (s *sink) Apply(u view.Update) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.join.Banned() {
 		return errBanned
 	}
 	before := s.view.Picture()
-	if err := s.view.Apply(view.Update(u)); err != nil {
+	if err := s.view.Apply(u); err != nil {
 		return err
 	}
 	s.lease.contact()

@@ -46,7 +46,7 @@ func (fakeAttestation) Abstains(want attestor.Selector) string {
 
 func start(t *testing.T, attest fakeAttestation, cfg admin.Config, entries ...*identity.Entry) *grpc.ClientConn {
 	t.Helper()
-	held := view.New()
+	held := view.New(nil)
 	if err := held.Apply(view.Update{Rev: 7, Full: true, Entries: entries}); err != nil {
 		t.Fatal(err)
 	}

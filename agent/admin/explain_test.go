@@ -107,7 +107,7 @@ func TestWeigh(t *testing.T) {
 		entry("one-of-one-close", 1, "unix:uid:8"),
 		entry("unit", 1, "systemd:id:x"),
 	}
-	x := weigh(findings, view.New().Picture(), entries, now)
+	x := weigh(findings, view.New(nil).Picture(), entries, now)
 	var matches, nearest []string
 	for _, m := range x.matches {
 		name := m.entry.ID
@@ -141,7 +141,7 @@ func TestWeigh(t *testing.T) {
 		for i := range 50 {
 			many = append(many, entry("e"+string(rune('a'+i%26)), int64(i), "unix:uid:9"))
 		}
-		if x := weigh(findings, view.New().Picture(), many, now); len(x.near) != maxNear {
+		if x := weigh(findings, view.New(nil).Picture(), many, now); len(x.near) != maxNear {
 			t.Errorf("got %d", len(x.near))
 		}
 	})
@@ -167,7 +167,7 @@ type situation struct {
 // answer is what Explain says of it.
 func (c situation) answer(t *testing.T, now time.Time) *wire.ExplainResponse {
 	t.Helper()
-	held := view.New()
+	held := view.New(nil)
 	if c.rev != 0 {
 		if err := held.Apply(view.Update{StoreID: "x", Rev: c.rev, Full: true, Entries: c.entries}); err != nil {
 			t.Fatal(err)
@@ -288,7 +288,7 @@ func TestAdvice(t *testing.T) {
 		{"a slow attestor", Status{Connected: true}, []attestor.Finding{{Attestor: "docker", Err: context.DeadlineExceeded}}, "in time"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			got := strings.Join(advise(weigh(c.f, view.New().Picture(), nil, now), &wire.Process{}, c.st, 0, 0, now), "\n")
+			got := strings.Join(advise(weigh(c.f, view.New(nil).Picture(), nil, now), &wire.Process{}, c.st, 0, 0, now), "\n")
 			if !strings.Contains(got, c.want) {
 				t.Errorf("got %q, want %q in it", got, c.want)
 			}

@@ -87,7 +87,7 @@ func serve(t *testing.T) *site {
 		SocketPath: filepath.Join(dir, "public", "api.sock"), Audit: s, Reattest: time.Hour, Ready: ready.Done,
 	})
 	socket := filepath.Join(dir, "private", "admin.sock")
-	private := admin.New(view.New(), attest, admin.Config{SocketPath: socket, Ready: ready.Done})
+	private := admin.New(view.New(nil), attest, admin.Config{SocketPath: socket, Ready: ready.Done})
 	delegate.Register(private, delegate.Config{
 		Authorized: []spiffeid.ID{proxyID}, Attest: public, Source: s.src, Pin: private.Pin,
 		Entitled: func(facts attestor.Set) ([]spiffeid.ID, <-chan struct{}) {

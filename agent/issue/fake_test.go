@@ -203,7 +203,7 @@ type world struct {
 func bubble(t *testing.T, cfg issue.Config, fn func(w *world)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, view: view.New(), signer: newSigner(t), store: &memory{}, entries: map[string]*identity.Entry{}}
+		w := &world{t: t, view: view.New(nil), signer: newSigner(t), store: &memory{}, entries: map[string]*identity.Entry{}}
 		w.bundle = &identity.Bundle{
 			TrustDomain: td, Sequence: 1, X509: []identity.X509Authority{{Certificate: w.signer.ca}},
 			JWT: []identity.JWTAuthority{{KeyID: "k1"}},

@@ -13,7 +13,7 @@ import (
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
-func newView() *view.View { return view.New() }
+func newView() *view.View { return view.New(nil) }
 
 func (w *world) jwt(audience ...string) *identity.JWTSVID {
 	w.t.Helper()

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/server/wire/feedv1"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
@@ -163,16 +164,16 @@ func hello(held Held, version string) *feedv1.Hello {
 }
 
 // receive gathers the parts of one picture.
-func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabilities []string, err error) {
+func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up view.Update, capabilities []string, err error) {
 	complete := true // every part could be read
 	for part := 0; ; part++ {
 		msg, err := stream.Recv()
 		if err != nil {
-			return Update{}, nil, feedError(err)
+			return view.Update{}, nil, feedError(err)
 		}
 		capabilities = append(capabilities, msg.GetCapabilities()...)
 		if part > 0 && (msg.GetStoreId() != up.StoreID || msg.GetRevision() != up.Rev) {
-			return Update{}, nil, fmt.Errorf("%w: parts of different pictures", errDrift)
+			return view.Update{}, nil, fmt.Errorf("%w: parts of different pictures", errDrift)
 		}
 		up.StoreID, up.Rev = msg.GetStoreId(), msg.GetRevision()
 		up.Full = up.Full || msg.GetFull()
@@ -189,7 +190,7 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabiliti
 		}
 		up.RemovedEntries = append(up.RemovedEntries, msg.GetRemovedEntryIds()...)
 		if complete, err = u.bundles(&up, msg.GetBundles(), complete); err != nil {
-			return Update{}, nil, err
+			return view.Update{}, nil, err
 		}
 		for _, l := range msg.GetCrls() {
 			for _, b := range up.Bundles {
@@ -202,15 +203,15 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabiliti
 		for _, name := range msg.GetRemovedTrustDomains() {
 			td, err := identity.ParseTrustDomain(name)
 			if err != nil {
-				return Update{}, nil, fmt.Errorf("%w: removed trust domain: %w", errDrift, err)
+				return view.Update{}, nil, fmt.Errorf("%w: removed trust domain: %w", errDrift, err)
 			}
 			up.RemovedBundles = append(up.RemovedBundles, td)
 		}
 		if err := verdictsOf(&up, msg); err != nil {
-			return Update{}, nil, err
+			return view.Update{}, nil, err
 		}
 		if len(up.Entries)+len(up.RemovedEntries) > maxEntries {
-			return Update{}, nil, fmt.Errorf("server sent more than %d entries", maxEntries)
+			return view.Update{}, nil, fmt.Errorf("server sent more than %d entries", maxEntries)
 		}
 		if msg.GetMore() {
 			continue
@@ -227,7 +228,7 @@ func (u *Uplink) receive(stream feedv1.Feed_FollowClient) (up Update, capabiliti
 
 // verdictsOf adds those of one part. One that cannot be read is an error: it may be what takes an
 // identity away.
-func verdictsOf(up *Update, msg *feedv1.FollowResponse) error {
+func verdictsOf(up *view.Update, msg *feedv1.FollowResponse) error {
 	for _, w := range msg.GetVerdicts() {
 		v, err := identity.VerdictFromWire(w)
 		if err != nil {
@@ -241,7 +242,7 @@ func verdictsOf(up *Update, msg *feedv1.FollowResponse) error {
 
 // bundles adds those of one part. Another trust domain's bundle that cannot be read is left out; the
 // own one is what everything hangs on, so that one that cannot be read is an error.
-func (u *Uplink) bundles(up *Update, ws []*types.Bundle, complete bool) (bool, error) {
+func (u *Uplink) bundles(up *view.Update, ws []*types.Bundle, complete bool) (bool, error) {
 	for _, w := range ws {
 		b, err := identity.BundleFromWire(w)
 		if err == nil {

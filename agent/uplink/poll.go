@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -49,7 +50,7 @@ func (u *Uplink) poll(ctx context.Context, conn *grpc.ClientConn, own *keep.Own)
 			}
 		} else {
 			held := u.sink.Held()
-			up = &Update{Rev: held.Rev}
+			up = &view.Update{Rev: held.Rev}
 		}
 		u.synced(*up)
 		if first {
@@ -79,7 +80,7 @@ type askFunc func(ctx context.Context, conn *grpc.ClientConn, held map[string]*i
 
 // look asks for everything and returns the picture if it differs from the one held, else nil. A SPIRE
 // server has no revision; the pictures are numbered as they come.
-func (u *Uplink) look(ctx context.Context, conn *grpc.ClientConn, ask askFunc) (*Update, error) {
+func (u *Uplink) look(ctx context.Context, conn *grpc.ClientConn, ask askFunc) (*view.Update, error) {
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	held := u.sink.Held()
@@ -93,7 +94,7 @@ func (u *Uplink) look(ctx context.Context, conn *grpc.ClientConn, ask askFunc) (
 	}
 	// Once with a full picture in place of a difference, always with one: view finds out by itself
 	// what has changed, and a second way of saying it would be one more to get wrong.
-	up := &Update{Full: true}
+	up := &view.Update{Full: true}
 	differs := held.StoreID != "" || held.Bundles == nil
 	for id := range same {
 		up.Entries = append(up.Entries, entries[id])

@@ -35,26 +35,10 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/server/wire/later"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
-
-// Update is one change of the picture. It is agent/view's Update, field by field: the wiring converts
-// one into the other, so that neither package knows the other.
-type Update struct {
-	StoreID        string
-	Rev            uint64
-	Full           bool
-	Entries        []*identity.Entry
-	RemovedEntries []string
-	Bundles        []*identity.Bundle
-	RemovedBundles []spiffeid.TrustDomain
-	Verdicts       []*identity.Verdict
-	// RemovedVerdicts are digests.
-	RemovedVerdicts []string
-	Checksum        []byte
-	MadeAt          time.Time
-}
 
 // Held is what the agent holds.
 type Held struct {
@@ -72,7 +56,7 @@ type Sink interface {
 	Held() Held
 	// Apply makes the update part of the picture or returns an error and leaves the picture as it was:
 	// the uplink then asks for a full one.
-	Apply(u Update) error
+	Apply(u view.Update) error
 }
 
 // Self is who the agent is to the server; *join.Joiner is one.
@@ -240,7 +224,7 @@ func (u *Uplink) state(state string, err error) {
 }
 
 // synced records that the picture is the server's.
-func (u *Uplink) synced(up Update) {
+func (u *Uplink) synced(up view.Update) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.status.StoreID, u.status.Rev, u.status.Synced, u.status.MadeAt = up.StoreID, up.Rev, u.now(), up.MadeAt

@@ -39,7 +39,7 @@ func (evidence) Evidence(context.Context) ([]byte, attestor.Ask, error) { return
 type sink struct {
 	view *view.View
 	mu   sync.Mutex
-	got  []uplink.Update
+	got  []view.Update
 }
 
 func (s *sink) Held() uplink.Held {
@@ -51,8 +51,8 @@ func (s *sink) Held() uplink.Held {
 	return h
 }
 
-func (s *sink) Apply(u uplink.Update) error {
-	if err := s.view.Apply(view.Update(u)); err != nil {
+func (s *sink) Apply(u view.Update) error {
+	if err := s.view.Apply(u); err != nil {
 		return err
 	}
 	s.mu.Lock()
@@ -61,7 +61,7 @@ func (s *sink) Apply(u uplink.Update) error {
 	return nil
 }
 
-func (s *sink) updates() []uplink.Update {
+func (s *sink) updates() []view.Update {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.got)
@@ -78,7 +78,7 @@ type node struct {
 
 func start(t *testing.T, server *fakeserver.Server, change ...func(*uplink.Config)) *node {
 	t.Helper()
-	n := &node{t: t, server: server, sink: &sink{view: view.New()}}
+	n := &node{t: t, server: server, sink: &sink{view: view.New(nil)}}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	k, err := keep.Open(t.TempDir(), keep.MemoryKeys(), log)
@@ -485,7 +485,7 @@ func TestClock(t *testing.T) {
 		n.until("picture", has("e"))
 		self := &flickering{Joiner: n.join}
 		self.wrong.Store(true)
-		sink := &sink{view: view.New()}
+		sink := &sink{view: view.New(nil)}
 		link, err := uplink.New(self, sink, uplink.Config{TrustDomain: fakeserver.TrustDomain, Target: server.Addr})
 		if err != nil {
 			t.Fatal(err)

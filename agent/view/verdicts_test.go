@@ -21,7 +21,7 @@ func verdict(digit string, seq uint64, selectors ...string) *identity.Verdict {
 }
 
 func TestMatchingWithVerdicts(t *testing.T) {
-	v := view.New()
+	v := view.New(nil)
 	apply(t, v, view.Update{
 		StoreID: "s", Rev: 1, Full: true,
 		Entries: []*identity.Entry{
@@ -65,7 +65,7 @@ func TestMatchingWithVerdicts(t *testing.T) {
 }
 
 func TestVerdictsComeAndGo(t *testing.T) {
-	v := view.New()
+	v := view.New(nil)
 	checked := func(u view.Update, held ...identity.HeldVerdict) view.Update {
 		u.StoreID = "s"
 		u.Checksum = identity.ChecksumVerdicts(identity.Checksum(nil, nil), held)
@@ -103,7 +103,7 @@ func TestVerdictsComeAndGo(t *testing.T) {
 
 func TestVerdictsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		v := view.New()
+		v := view.New(nil)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { defer close(done); _ = v.Run(ctx) }()

@@ -156,13 +156,13 @@ type state struct {
 	next    chan struct{} // closed when the state is replaced
 }
 
-// New returns a view with an empty picture at revision 0. The clock says when verdicts end to count;
-// without one it is time.Now.
-func New(clock ...func() time.Time) *View {
-	v := &View{now: time.Now}
-	if len(clock) > 0 && clock[0] != nil {
-		v.now = clock[0]
+// New returns a view with an empty picture at revision 0. The clock says when verdicts end to count; nil is
+// time.Now.
+func New(now func() time.Time) *View {
+	if now == nil {
+		now = time.Now
 	}
+	v := &View{now: now}
 	v.state.Store(&state{picture: empty(), next: make(chan struct{})})
 	return v
 }

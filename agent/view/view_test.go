@@ -62,7 +62,7 @@ func closed(c <-chan struct{}) bool {
 }
 
 func TestMatch(t *testing.T) {
-	v := view.New()
+	v := view.New(nil)
 	apply(t, v, view.Update{Rev: 1, Full: true, Entries: []*identity.Entry{
 		entry("young", 1, "unix:uid:1"),
 		entry("old", 9, "unix:uid:1", "unix:gid:1"),
@@ -88,7 +88,7 @@ func TestMatch(t *testing.T) {
 
 func TestMatchAgreesWithLookingAtEveryEntry(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(1, 2))
-	v := view.New()
+	v := view.New(nil)
 	model := map[string]*identity.Entry{}
 	random := func(n int) []string {
 		var out []string
@@ -150,7 +150,7 @@ func TestApply(t *testing.T) {
 		Checksum: identity.Checksum([]*identity.Entry{one}, []*identity.Bundle{bundle}),
 	}
 	t.Run("a change wakes whoever follows", func(t *testing.T) {
-		v := view.New()
+		v := view.New(nil)
 		_, next := v.Follow()
 		apply(t, v, start)
 		if !closed(next) || v.Rev() != 5 || !v.Picture().Held() {
@@ -158,7 +158,7 @@ func TestApply(t *testing.T) {
 		}
 	})
 	t.Run("a revision that changes nothing wakes nobody", func(t *testing.T) {
-		v := view.New()
+		v := view.New(nil)
 		apply(t, v, start)
 		p, next := v.Follow()
 		apply(t, v, view.Update{StoreID: "s", Rev: 6, Checksum: start.Checksum})
@@ -173,7 +173,7 @@ func TestApply(t *testing.T) {
 		}
 	})
 	t.Run("a taint without another sequence number is a change", func(t *testing.T) {
-		v := view.New()
+		v := view.New(nil)
 		apply(t, v, start)
 		p := v.Picture()
 		tainted := start
@@ -191,7 +191,7 @@ func TestApply(t *testing.T) {
 		"a wrong checksum when full": {StoreID: "t", Rev: 1, Full: true, Checksum: []byte{1}},
 	} {
 		t.Run(name+" is drift and changes nothing", func(t *testing.T) {
-			v := view.New()
+			v := view.New(nil)
 			apply(t, v, start)
 			p, next := v.Follow()
 			if err := v.Apply(u); !errors.Is(err, view.ErrDrift) {
@@ -203,7 +203,7 @@ func TestApply(t *testing.T) {
 		})
 	}
 	t.Run("bundles come and go", func(t *testing.T) {
-		v := view.New()
+		v := view.New(nil)
 		apply(t, v, start)
 		other := spiffeid.RequireTrustDomainFromString("other.org")
 		apply(t, v, view.Update{StoreID: "s", Rev: 6, Bundles: []*identity.Bundle{{TrustDomain: other}}})
@@ -215,7 +215,7 @@ func TestApply(t *testing.T) {
 }
 
 func TestNearest(t *testing.T) {
-	v := view.New()
+	v := view.New(nil)
 	apply(t, v, view.Update{Rev: 1, Full: true, Entries: []*identity.Entry{
 		entry("far", 1, "a:1", "a:2", "a:3"),
 		entry("near", 1, "a:1", "b:1", "b:2"),
@@ -230,7 +230,7 @@ func TestNearest(t *testing.T) {
 
 func TestWait(t *testing.T) {
 	t.Run("ends with the first picture", func(t *testing.T) {
-		v := view.New()
+		v := view.New(nil)
 		done := make(chan error, 1)
 		go func() { done <- v.Wait(t.Context()) }()
 		apply(t, v, view.Update{Rev: 1, Full: true})
@@ -251,7 +251,7 @@ func many() []*identity.Entry {
 }
 
 func BenchmarkMatch10000(b *testing.B) {
-	v := view.New()
+	v := view.New(nil)
 	if err := v.Apply(view.Update{Rev: 1, Full: true, Entries: many()}); err != nil {
 		b.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func BenchmarkMatch10000(b *testing.B) {
 }
 
 func BenchmarkApplyOneOf10000(b *testing.B) {
-	v := view.New()
+	v := view.New(nil)
 	if err := v.Apply(view.Update{Rev: 1, Full: true, Entries: many()}); err != nil {
 		b.Fatal(err)
 	}

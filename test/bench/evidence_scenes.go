@@ -330,7 +330,7 @@ func trackedImages(_ context.Context, b *bench) error {
 		runtime.ReadMemStats(&m)
 		return m.HeapAlloc
 	}
-	held, list := view.New(), make([]*identity.Verdict, 0, images)
+	held, list := view.New(nil), make([]*identity.Verdict, 0, images)
 	before := heap()
 	for n := range images {
 		// From the wire, as they come, so that no text is shared that an agent does not share.
