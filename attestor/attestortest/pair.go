@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -89,11 +90,25 @@ func (p Pair) open(t *testing.T) (attestor.Node, attestor.Judge) {
 	if err != nil {
 		t.Fatalf("open the agent's side: %v", err)
 	}
+	closeAtEnd(t, node)
 	judge, err := p.Judge.Open(mustDecode(t, p.Judge.Config, p.JudgeConfig), needs)
 	if err != nil {
 		t.Fatalf("open the server's side: %v", err)
 	}
+	closeAtEnd(t, judge)
 	return node, judge
+}
+
+// closeAtEnd ends what an attestor runs by itself, as agents and servers do when they end.
+func closeAtEnd(t *testing.T, part any) {
+	t.Helper()
+	if closer, ok := part.(io.Closer); ok {
+		t.Cleanup(func() {
+			if err := closer.Close(); err != nil {
+				t.Errorf("close: %v", err)
+			}
+		})
+	}
 }
 
 func evidence(t *testing.T, node attestor.Node) ([]byte, attestor.Ask) {

@@ -41,6 +41,7 @@ func RunWorkload(t *testing.T, w Workload) {
 	if err != nil {
 		t.Fatalf("open: %v", err)
 	}
+	closeAtEnd(t, opened)
 	for why, c := range w.Cases {
 		t.Run(why, func(t *testing.T) {
 			got, err := opened.Attest(t.Context(), c.Process)

@@ -216,7 +216,8 @@ func TestPlugin(t *testing.T) {
 		dir := t.TempDir()
 		path, _ := spireplugin.Self(t)
 		cmd := exec.CommandContext(t.Context(), path)
-		cmd.Env = append(os.Environ(), "PLUGIN_TEST_PARENT="+dir)
+		temporary := t.TempDir()
+		cmd.Env = append(os.Environ(), "PLUGIN_TEST_PARENT="+dir, "TMPDIR="+temporary)
 		cmd.Stderr = t.Output()
 		out, err := cmd.StdoutPipe()
 		if err != nil {
@@ -235,6 +236,24 @@ func TestPlugin(t *testing.T) {
 		_ = cmd.Process.Signal(syscall.SIGKILL)
 		_ = cmd.Wait() // killed
 		eventually(t, "the plugin has ended", func() bool { return !alive(pid) })
+		left := func() []string {
+			found, err := filepath.Glob(filepath.Join(temporary, "assay-plugin-*"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return found
+		}
+		if len(left()) != 1 {
+			t.Errorf("killed, it left %q", left())
+		}
+		t.Setenv("TMPDIR", temporary)
+		p := newSetup(t, spireplugin.Workload, "").open(t)
+		if len(left()) != 1 {
+			t.Errorf("the next has %q, and not its own alone", left())
+		}
+		if err := p.Close(); err != nil || len(left()) != 0 {
+			t.Errorf("closed, it leaves %q, %v", left(), err)
+		}
 	})
 
 	t.Run("one that ends is started again, and both are told", func(t *testing.T) {

@@ -21,7 +21,7 @@ import (
 // process is a running program, with a directory of its own for its sockets.
 type process struct {
 	pid  int
-	dir  string
+	dir  *folder
 	out  *bufio.Reader // what it prints; the first line is its greeting
 	pipe io.Closer
 
@@ -31,25 +31,25 @@ type process struct {
 
 // launch runs the image. log takes what it writes to its standard error, line by line, until it has ended.
 func launch(cfg *Config, program *image, log func(io.Reader)) (*process, error) {
-	dir, err := os.MkdirTemp("", "assay-plugin-")
+	dir, err := newFolder(os.TempDir())
 	if err != nil {
 		return nil, fmt.Errorf("make a directory for its socket: %w", err)
 	}
 	p := &process{dir: dir, ended: make(chan struct{})}
 	cmd := &exec.Cmd{
-		Path: program.path(), Args: append([]string{cfg.Path}, cfg.Args...), Env: environment(cfg, dir),
+		Path: program.path(), Args: append([]string{cfg.Path}, cfg.Args...), Env: environment(cfg, dir.path),
 		// A group of its own, so that its children end with it; and it ends with us however we end.
 		SysProcAttr: &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL},
 	}
 	out, err1 := cmd.StdoutPipe()
 	said, err2 := cmd.StderrPipe()
 	if err := errors.Join(err1, err2); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
+		return nil, errors.Join(err, dir.remove())
 	}
 	started := make(chan error, 1)
 	go p.run(cmd, started, func() { log(said) })
 	if err := <-started; err != nil {
-		return nil, errors.Join(err, os.RemoveAll(dir))
+		return nil, errors.Join(err, dir.remove())
 	}
 	p.pid, p.out, p.pipe = cmd.Process.Pid, bufio.NewReaderSize(out, maxGreeting), out
 	return p, nil
@@ -92,7 +92,7 @@ func (p *process) run(cmd *exec.Cmd, started chan<- error, log func()) {
 	}
 	p.exit = cmd.Wait() // closes our ends of the pipes
 	<-last
-	_ = os.RemoveAll(p.dir)
+	_ = p.dir.remove()
 	if p.exit == nil {
 		p.exit = errors.New("exit status 0")
 	}

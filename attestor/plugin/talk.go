@@ -154,7 +154,7 @@ func ofGroup(conn net.Conn, pgid int) error {
 
 // host serves what the plugin may ask of us, and tells it where, as go-plugin's broker does: by number.
 func (s *session) host(ctx context.Context, services []Service) error {
-	socket := filepath.Join(s.dir, "host")
+	socket := filepath.Join(s.dir.path, "host")
 	listener, err := net.Listen("unix", socket)
 	if err != nil {
 		return fmt.Errorf("listen for its questions: %w", err)
