@@ -98,6 +98,7 @@ type agent struct {
 	lease   *lease
 	started time.Time
 	listens chan struct{} // closed when the Workload API accepts callers
+	serves  chan struct{} // closed when there has been a picture to serve
 	running atomic.Bool
 }
 
@@ -105,7 +106,7 @@ type agent struct {
 func open(cfg Config, attest *workloadapi.Attestation, socket *peer.Socket) (*agent, error) {
 	a := &agent{
 		cfg: cfg, attest: attest, log: cfg.Log.WithField("component", "agent"), view: view.New(cfg.Now),
-		started: cfg.Now(), listens: make(chan struct{}),
+		started: cfg.Now(), listens: make(chan struct{}), serves: make(chan struct{}),
 	}
 	if err := a.openKeep(); err != nil {
 		return nil, err
@@ -241,6 +242,7 @@ func (a *agent) openWorkloadAPI(socket *peer.Socket) {
 		LogSelectors:                  a.cfg.LogSelectors,
 		Audit:                         a.cfg.Audit,
 		Ready:                         sync.OnceFunc(func() { close(a.listens) }),
+		Serving:                       a.serves,
 		Log:                           log,
 		Metrics:                       a.cfg.Metrics,
 		Now:                           a.cfg.Now,
@@ -295,6 +297,12 @@ func (a *agent) run(ctx context.Context) error {
 		g.Go(func() error { a.keepFiles(ctx, f); return nil })
 	}
 	g.Go(func() error { a.lease.run(ctx); return nil })
+	g.Go(func() error {
+		if a.view.Wait(ctx) == nil {
+			close(a.serves)
+		}
+		return nil
+	})
 	g.Go(func() error { a.announce(ctx); return nil })
 	return g.Wait()
 }

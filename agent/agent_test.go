@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -124,6 +125,28 @@ func (n *node) process() *process {
 		t: n.t, client: workload.NewSpiffeWorkloadAPIClient(conn),
 		ctx: metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"),
 	}
+}
+
+// serving is what "assay-agent healthcheck" goes by; both names that may be asked for say the same.
+func (n *node) serving() grpc_health_v1.HealthCheckResponse_ServingStatus {
+	n.t.Helper()
+	conn, err := grpc.NewClient("unix://"+n.cfg.SocketPath, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer func() { _ = conn.Close() }()
+	var said []grpc_health_v1.HealthCheckResponse_ServingStatus
+	for _, service := range []string{workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName, ""} { // in the order they are set
+		resp, err := grpc_health_v1.NewHealthClient(conn).Check(n.t.Context(), &grpc_health_v1.HealthCheckRequest{Service: service})
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		said = append(said, resp.GetStatus())
+	}
+	if said[0] == grpc_health_v1.HealthCheckResponse_SERVING && said[1] != said[0] {
+		n.t.Errorf("the health service says %v", said)
+	}
+	return said[0]
 }
 
 type x509Stream struct {
@@ -277,9 +300,17 @@ func TestWithoutTheServer(t *testing.T) {
 		if n.health.Live() != nil || n.health.Ready() == nil {
 			t.Errorf("live %v, ready %v", n.health.Live(), n.health.Ready())
 		}
+		if got := n.serving(); got != grpc_health_v1.HealthCheckResponse_NOT_SERVING {
+			t.Errorf("the health service says %v", got)
+		}
 		s := n.process().follow()
 		server.Start()
 		s.until("/shop")
+		n.wait("health", func() bool { return n.serving() == grpc_health_v1.HealthCheckResponse_SERVING })
+		server.Stop()
+		if got := n.serving(); got != grpc_health_v1.HealthCheckResponse_SERVING {
+			t.Errorf("without its server, the health service says %v", got)
+		}
 	})
 	t.Run("a restart serves what was kept, and nothing is signed for it", func(t *testing.T) {
 		server := fakeserver.New(t, fakeserver.Config{})
@@ -297,6 +328,7 @@ func TestWithoutTheServer(t *testing.T) {
 		if err := n.health.Ready(); err != nil {
 			t.Errorf("not ready: %v", err)
 		}
+		n.wait("health", func() bool { return n.serving() == grpc_health_v1.HealthCheckResponse_SERVING })
 		s := n.process().follow()
 		if after := s.until("/shop"); !proto.Equal(before.GetSvids()[0], after.GetSvids()[0]) {
 			t.Error("another SVID is served")
@@ -411,6 +443,9 @@ func TestBan(t *testing.T) {
 	}
 	if n.health.Live() != nil || n.health.Ready() == nil {
 		t.Errorf("live %v, ready %v", n.health.Live(), n.health.Ready())
+	}
+	if got := n.serving(); got != grpc_health_v1.HealthCheckResponse_SERVING {
+		t.Errorf("of a banned agent, the health service says %v: a probe would restart it again and again", got)
 	}
 	if err := n.stop(); err != nil {
 		t.Fatal(err)

@@ -349,7 +349,9 @@ key_manager "disk" {
   #directory                = "/var/lib/assay/agent"
 #}
 
-# GET /live and /ready, for probes. Nobody is asked who they are: keep it on loopback or behind
+# GET /live and /ready, for probes. A liveness probe belongs to /live: an agent whose server is away or that was banned is
+# alive, and restarting it would help nobody. "assay-agent healthcheck" asks the socket: it is content once there has been
+# something to serve, and from then on. Nobody is asked who they are: keep it on loopback or behind
 # something that asks. Without listener_enabled there is no listener.
 #health_checks {
   #listener_enabled = true

@@ -111,7 +111,10 @@ type Config struct {
 	Audit Auditor
 	// Ready, if set, is called once when the socket accepts callers.
 	Ready func()
-	Log   logrus.FieldLogger
+	// Serving is closed when there is something to serve: from then on, and whatever happens, the health
+	// service says SERVING. Nil: it does from the start.
+	Serving <-chan struct{}
+	Log     logrus.FieldLogger
 	// Metrics is where the numbers go; nil keeps them unseen.
 	Metrics prometheus.Registerer
 	Now     func() time.Time
@@ -254,6 +257,7 @@ func (s *Server) Run(ctx context.Context) error {
 	trackCtx, stopTracking := context.WithCancel(context.WithoutCancel(ctx))
 	var g errgroup.Group
 	g.Go(func() error { return tracker.Run(trackCtx) })
+	g.Go(func() error { s.announce(ctx, healthy); return nil })
 	serving := make(chan error, 1)
 	serve := func(socket *peer.Socket) {
 		g.Go(func() error {
@@ -378,10 +382,32 @@ func (s *Server) grpcServer() (*grpc.Server, *health.Server) {
 		srv.RegisterService(f.desc, f.impl)
 	}
 	healthy := health.NewServer()
-	healthy.SetServingStatus(workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName, grpc_health_v1.HealthCheckResponse_SERVING)
+	state := grpc_health_v1.HealthCheckResponse_SERVING
+	if s.cfg.Serving != nil {
+		state = grpc_health_v1.HealthCheckResponse_NOT_SERVING
+	}
+	setHealth(healthy, state)
 	grpc_health_v1.RegisterHealthServer(srv, healthy)
 	reflection.Register(srv)
 	return srv, healthy
+}
+
+func setHealth(healthy *health.Server, state grpc_health_v1.HealthCheckResponse_ServingStatus) {
+	for _, service := range []string{"", workload.SpiffeWorkloadAPI_ServiceDesc.ServiceName} {
+		healthy.SetServingStatus(service, state)
+	}
+}
+
+// announce has the health service say when there is something to serve. After its Shutdown nothing changes it.
+func (s *Server) announce(ctx context.Context, healthy *health.Server) {
+	if s.cfg.Serving == nil {
+		return
+	}
+	select {
+	case <-s.cfg.Serving:
+		setHealth(healthy, grpc_health_v1.HealthCheckResponse_SERVING)
+	case <-ctx.Done():
+	}
 }
 
 // admit gives each user its share of connections.

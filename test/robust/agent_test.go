@@ -142,7 +142,7 @@ func TestAgentLost(t *testing.T) {
 		t.Run("with "+c.name+" it stays, says what is lost and which token is needed", func(t *testing.T) {
 			a.Kill()
 			c.lose(t)
-			startAgent(t, a)
+			launchAgent(t, a)
 			ready(http.StatusServiceUnavailable, c.said...)
 			if code, body, err := fetch(t, fmt.Sprintf("http://127.0.0.1:%d/live", port)); code != http.StatusOK || err != nil {
 				t.Errorf("/live says %d: %s, %v", code, body, err)

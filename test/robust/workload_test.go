@@ -40,7 +40,16 @@ func newAgent(t *testing.T, s *site.Site, name string, o site.AgentOptions) *sit
 
 func startAgent(t *testing.T, a *site.Agent) {
 	t.Helper()
-	if err := a.Start(patiently(t)); err != nil {
+	launchAgent(t, a)
+	if err := a.Healthy(patiently(t)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// launchAgent starts an agent that nobody may admit.
+func launchAgent(t *testing.T, a *site.Agent) {
+	t.Helper()
+	if err := a.Launch(); err != nil {
 		t.Fatal(err)
 	}
 	process := a.Process

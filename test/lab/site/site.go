@@ -342,6 +342,11 @@ func (a *Agent) Start(ctx context.Context) error {
 	if err := a.Launch(); err != nil {
 		return err
 	}
+	return a.Healthy(ctx)
+}
+
+// Healthy waits until the agent has something to serve.
+func (a *Agent) Healthy(ctx context.Context) error {
 	return a.WaitFor(ctx, "the agent to be healthy", func() error {
 		_, err := a.CLI(ctx, "healthcheck", "-socketPath", a.Socket)
 		return err
