@@ -106,7 +106,7 @@ func check(ctx context.Context, name string, conn *grpc.ClientConn) error {
 	case err != nil:
 		return err
 	case resp.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING && name == "agent":
-		return fmt.Errorf("%s returned status %q: it has had nothing to serve yet, as it was not admitted by its server; its log says why", name, resp.GetStatus())
+		return fmt.Errorf("%s returned status %q: it was not admitted by its server yet, or is about to end; its log says why", name, resp.GetStatus())
 	case resp.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING:
 		return fmt.Errorf("%s returned status %q", name, resp.GetStatus())
 	}
