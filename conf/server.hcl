@@ -240,8 +240,19 @@ node_attestor "join_token" {}
 
 # An instance of Amazon EC2, by its identity document and its role.
 #node_attestor "aws_iid" {
-  # Whose instances, and of which regions: the RSA-2048 certificate of each, from the EC2 user guide.
-  #account_ids         = ["123456789012"]
+  # Whose instances: accounts by number, and those of an organization, which AWS lists or a file.
+  #account_ids = ["123456789012"]
+  #verify_organization {
+    #management_account_id     = "111111111111"
+    #management_account_region = "us-east-1"
+    #assume_org_role           = "assay-list-accounts"
+    #org_account_map_ttl       = "3m"
+    #account_list_file         = "/etc/assay/aws/accounts.json" # in place of asking: ["123456789012"]
+    #organizations_endpoint    = "https://organizations.example.org"
+  #}
+  # Of which regions; by default all whose certificates come with Assay. Other certificates, or others for these:
+  # the RSA-2048 ones, from the EC2 user guide.
+  #regions             = ["us-east-1"]
   #region_certificates = { "us-east-1" = "/etc/assay/aws/us-east-1.pem" }
   # IAM roles by which an instance proves itself, and no others then. Without, a document is good once.
   #instance_roles = ["web"]
@@ -252,6 +263,15 @@ node_attestor "join_token" {}
   #max_instance_age = "10m"
   # Ask EC2 for state, tags and security groups, and IAM for the role.
   #lookup_instance = false
+  # Leave IAM out, where it cannot be reached.
+  #disable_instance_profile_selectors = false
+  # Ask in the account of each instance, with a role of this name there; an account may have another, or none.
+  #assume_role = "assay-lookup"
+  #external_id = "of-assay"
+  #account "210987654321" {
+    #assume_role = "other-lookup"
+    #external_id = "of-assay"
+  #}
   # How often that is asked again, many instances at a time: selectors of agents follow, and the agent of an
   # instance that was terminated is evicted.
   #refresh_interval = "1m"
@@ -274,6 +294,13 @@ node_attestor "join_token" {}
   # Ask ECS for cluster, family, revision and service, and whether the task runs, again and again.
   #lookup_task      = false
   #clusters         = ["prod"]
+  # Ask in the account of each task, with a role of this name there; an account may have another, or none.
+  #assume_role = "assay-lookup"
+  #external_id = "of-assay"
+  #account "210987654321" {
+    #assume_role = "other-lookup"
+    #external_id = "of-assay"
+  #}
   #refresh_interval = "1m"
   # Credentials for that; by default those of the environment, then those of the server's own task or instance.
   #access_key_id     = ""

@@ -2,7 +2,7 @@
 // credentials that an instance or a task has, and the proof that the holder of a role gives a server by
 // signing a request that the server then sends.
 //
-// Why it is so: six requests are needed in all, so there is no SDK; it would be larger than the agent. And the
+// Why it is so: eight requests are needed in all, so there is no SDK; it would be larger than the agent. And the
 // proof is asked for by more than one attestor, which do not import each other.
 package awsapi
 
@@ -30,4 +30,15 @@ func Suffix(region string) string {
 		return "amazonaws.com.cn"
 	}
 	return "amazonaws.com"
+}
+
+// Partition is the part of AWS's cloud that a region is in.
+func Partition(region string) string {
+	switch {
+	case strings.HasPrefix(region, "cn-"):
+		return "aws-cn"
+	case strings.HasPrefix(region, "us-gov-"):
+		return "aws-us-gov"
+	}
+	return "aws"
 }

@@ -57,6 +57,7 @@ type Client struct {
 	client   *http.Client
 	metadata *Metadata
 	now      func() time.Time
+	assumed  *assumed // nil: it speaks with credentials of its own
 
 	mu    sync.Mutex // guards the two below
 	kept  Credentials
@@ -203,7 +204,7 @@ func (c *Client) Call(ctx context.Context, endpoint, host, service, region, oper
 
 // own sends a request with the client's own credentials.
 func (c *Client) own(ctx context.Context, endpoint, service, region string, r Request) ([]byte, error) {
-	credentials, err := c.credentials(ctx)
+	credentials, err := c.credentials(ctx, region)
 	if err != nil {
 		return nil, fmt.Errorf("find credentials for AWS: %w", err)
 	}
@@ -211,8 +212,12 @@ func (c *Client) own(ctx context.Context, endpoint, service, region string, r Re
 	return c.send(ctx, endpoint, r)
 }
 
-// credentials returns the configured ones, those of the environment, of the task, or of the instance.
-func (c *Client) credentials(ctx context.Context) (Credentials, error) {
+// credentials returns those of the role that is assumed, the configured ones, those of the environment, of the
+// task, or of the instance.
+func (c *Client) credentials(ctx context.Context, region string) (Credentials, error) {
+	if c.assumed != nil {
+		return c.assumed.credentials(ctx, region)
+	}
 	if c.config.AccessKeyID != "" {
 		return Credentials{ID: c.config.AccessKeyID, Secret: c.config.SecretAccessKey}, nil
 	}

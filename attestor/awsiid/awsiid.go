@@ -33,10 +33,15 @@ type AgentConfig struct {
 // ServerConfig is the server's configuration block.
 type ServerConfig struct {
 	// AccountIDs are the AWS accounts whose instances are accepted.
-	AccountIDs []string `hcl:"account_ids"`
-	// RegionCertificates names, for each region, the file of the certificate that AWS signs its
-	// documents with: PEM, the one for RSA-2048.
-	RegionCertificates map[string]string `hcl:"region_certificates"`
+	AccountIDs []string `hcl:"account_ids,optional"`
+	// Organization says, besides, which accounts are accepted: those of an organization of AWS's.
+	Organization *Organization `hcl:"verify_organization,block"`
+	// Regions are those whose instances are accepted; empty: those that RegionCertificates names, and
+	// without these all whose certificates are known.
+	Regions []string `hcl:"regions,optional"`
+	// RegionCertificates names, for a region, the file of the certificate that AWS signs its documents
+	// with, where it is another than the one that is known: PEM, the one for RSA-2048.
+	RegionCertificates map[string]string `hcl:"region_certificates,optional"`
 	// InstanceRoles are the names of IAM roles by which an instance may prove itself.
 	InstanceRoles []string `hcl:"instance_roles,optional"`
 	// RequireProof refuses instances that show the document alone.
@@ -47,6 +52,14 @@ type ServerConfig struct {
 	AgentPathTemplate string `hcl:"agent_path_template,optional"`
 	// LookupInstance asks EC2 for the instance's state, tags and security groups, and IAM for its role.
 	LookupInstance bool `hcl:"lookup_instance,optional"`
+	// WithoutRoles keeps IAM from being asked, where it cannot be reached.
+	WithoutRoles bool `hcl:"disable_instance_profile_selectors,optional"`
+	// AssumeRole is the name of the role that the server assumes in the account of each instance that it
+	// looks up, and ExternalID what the trust policy of that role asks for, if it does.
+	AssumeRole string `hcl:"assume_role,optional"`
+	ExternalID string `hcl:"external_id,optional"`
+	// Accounts say where an account is different.
+	Accounts []awsapi.Account `hcl:"account,block"`
 	// RefreshInterval is how often that is asked again of the instances whose agents were admitted.
 	RefreshInterval string `hcl:"refresh_interval,optional"`
 	// AccessKeyID and SecretAccessKey are the credentials for that; without them those of the
@@ -58,6 +71,19 @@ type ServerConfig struct {
 	EC2Endpoint      string `hcl:"ec2_endpoint,optional"`
 	IAMEndpoint      string `hcl:"iam_endpoint,optional"`
 	MetadataEndpoint string `hcl:"ec2_metadata_endpoint,optional"`
+}
+
+// Organization is where the list of an organization's accounts is: at AWS, or in a file.
+type Organization struct {
+	ManagementAccount string `hcl:"management_account_id,optional"`
+	ManagementRegion  string `hcl:"management_account_region,optional"`
+	AssumeRole        string `hcl:"assume_org_role,optional"`
+	// TTL is how long the list is believed.
+	TTL string `hcl:"org_account_map_ttl,optional"`
+	// AccountList is a file with a list of accounts in JSON, in place of asking AWS.
+	AccountList string `hcl:"account_list_file,optional"`
+	// Endpoint is for tests and private endpoints.
+	Endpoint string `hcl:"organizations_endpoint,optional"`
 }
 
 // Evidence is the payload.

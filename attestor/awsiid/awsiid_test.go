@@ -359,7 +359,6 @@ func TestConfig(t *testing.T) {
 	for why, c := range map[string]awsiid.ServerConfig{
 		"no accounts":             {RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
 		"an account that is no":   {AccountIDs: []string{"*"}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}},
-		"no regions":              {AccountIDs: []string{account}},
 		"a region that is none":   {AccountIDs: []string{account}, RegionCertificates: map[string]string{"*": "testdata/us-east-1.pem"}},
 		"no certificate":          {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/real.json"}},
 		"proof without roles":     {AccountIDs: []string{account}, RegionCertificates: map[string]string{"us-east-1": "testdata/us-east-1.pem"}, RequireProof: true},

@@ -51,6 +51,11 @@ type ServerConfig struct {
 	Clusters []string `hcl:"clusters,optional"`
 	// LookupTask asks ECS about the task, and whether it still runs.
 	LookupTask bool `hcl:"lookup_task,optional"`
+	// AssumeRole is the name of the role that the server assumes in the account of each task that it looks
+	// up, ExternalID what the trust policy of that role asks for, and Accounts say where one is different.
+	AssumeRole string           `hcl:"assume_role,optional"`
+	ExternalID string           `hcl:"external_id,optional"`
+	Accounts   []awsapi.Account `hcl:"account,block"`
 	// RefreshInterval is how often that is asked again of the tasks whose agents were admitted.
 	RefreshInterval string `hcl:"refresh_interval,optional"`
 	// AccessKeyID and SecretAccessKey are the credentials for that; without them those of the

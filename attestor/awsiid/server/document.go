@@ -5,10 +5,8 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/base64"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 
 	"github.com/smallstep/pkcs7"
@@ -16,42 +14,11 @@ import (
 	"github.com/assay-id/assay/attestor/awsiid"
 )
 
-const (
-	// maxMessage is the largest PKCS #7 message in bytes; a real one has about 1,300.
-	maxMessage = 16 << 10
-	// maxCertificateFile is the largest certificate file in bytes.
-	maxCertificateFile = 64 << 10
-)
+// maxMessage is the largest PKCS #7 message in bytes; a real one has about 1,300.
+const maxMessage = 16 << 10
 
 // oidSHA256 is the digest that AWS uses with RSA-2048.
 var oidSHA256 = asn1.ObjectIdentifier{2, 16, 840, 1, 101, 3, 4, 2, 1}
-
-// readCertificate reads the one certificate of a region's file.
-func readCertificate(path string) (*x509.Certificate, error) {
-	stat, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if stat.Size() > maxCertificateFile {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxCertificateFile)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	block, rest := pem.Decode(text)
-	if block == nil || block.Type != "CERTIFICATE" {
-		return nil, fmt.Errorf("%s: no PEM certificate in it; AWS publishes those of its regions in the EC2 user guide, under \"verify the instance identity document\", RSA-2048", path)
-	}
-	if more, _ := pem.Decode(rest); more != nil {
-		return nil, fmt.Errorf("%s: more than one PEM block in it", path)
-	}
-	cert, err := x509.ParseCertificate(block.Bytes)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return cert, nil
-}
 
 // verify returns the document that the message holds and AWS signed. What the evidence says beside the
 // message is not believed: SPIRE once verified the message and read the document from beside it, so that
@@ -80,23 +47,31 @@ func (j *judge) verify(e awsiid.Evidence) (awsiid.Document, error) {
 	case len(message.Content) == 0:
 		return none, errors.New("signature does not hold what it signs")
 	}
-	for region, cert := range j.certificates {
-		// Whatever certificates came along are dropped: the pinned one signed, or nobody did.
-		message.Certificates = []*x509.Certificate{cert}
-		if message.Verify() != nil {
-			continue
-		}
-		document, err := awsiid.ParseDocument(message.Content)
-		if err != nil {
-			return none, err
-		}
-		if document.Region != region {
-			return none, errors.New("document is of another region than the certificate that signed it")
-		}
-		if e.Document != "" && !bytes.Equal(bytes.TrimSpace([]byte(e.Document)), bytes.TrimSpace(message.Content)) {
-			return none, errors.New("document beside the signature is not the signed one")
-		}
-		return document, nil
+	// Which certificate it takes is read off what is not verified yet; it is believed once that one signed it.
+	document, err := awsiid.ParseDocument(message.Content)
+	if err != nil {
+		return none, err
 	}
-	return none, errors.New("signature is not by the certificate of any configured region")
+	cert, err := j.certificate(document.Region)
+	if err != nil {
+		return none, err
+	}
+	if !isSignedBy(message, cert) {
+		for region, other := range j.certificates {
+			if isSignedBy(message, other) {
+				return none, fmt.Errorf("document of %s is signed with the key of %s", document.Region, region)
+			}
+		}
+		return none, fmt.Errorf("signature is not by the certificate of %s; if AWS has another one by now, name its file in region_certificates", document.Region)
+	}
+	if e.Document != "" && !bytes.Equal(bytes.TrimSpace([]byte(e.Document)), bytes.TrimSpace(message.Content)) {
+		return none, errors.New("document beside the signature is not the signed one")
+	}
+	return document, nil
+}
+
+// isSignedBy drops whatever certificates came along: the pinned one signed, or nobody did.
+func isSignedBy(message *pkcs7.PKCS7, cert *x509.Certificate) bool {
+	message.Certificates = []*x509.Certificate{cert}
+	return message.Verify() == nil
 }

@@ -34,12 +34,20 @@ const (
 // cloud asks EC2 and IAM.
 type cloud struct {
 	*awsapi.Client
-	config  awsiid.ServerConfig
-	now     func() time.Time
-	lookups lookups
+	config   awsiid.ServerConfig
+	now      func() time.Time
+	accounts *awsapi.Accounts
+	lookups  lookups
 }
 
-func newCloud(c awsiid.ServerConfig, now func() time.Time) (*cloud, error) {
+// place is where instances are asked for together: a region, with the server's own credentials or, of an
+// account that has a name here, with those of the role there.
+type place struct{ account, region string }
+
+func newCloud(c awsiid.ServerConfig, trustDomain string, now func() time.Time) (*cloud, error) {
+	if !c.LookupInstance && (c.AssumeRole != "" || len(c.Accounts) > 0 || c.WithoutRoles) {
+		return nil, errors.New("assume_role, account and disable_instance_profile_selectors need lookup_instance, which is what they are about")
+	}
 	for key, endpoint := range map[string]string{"ec2_endpoint": c.EC2Endpoint, "iam_endpoint": c.IAMEndpoint} {
 		if err := awsapi.CheckEndpoint(key, endpoint); err != nil {
 			return nil, err
@@ -52,8 +60,18 @@ func newCloud(c awsiid.ServerConfig, now func() time.Time) (*cloud, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &cloud{Client: client, config: c, now: now, lookups: newLookups()}, nil
+	accounts, err := awsapi.NewAccounts(client, awsapi.Account{AssumeRole: c.AssumeRole, ExternalID: c.ExternalID}, c.Accounts, "assay-server@"+trustDomain)
+	if err != nil {
+		return nil, err
+	}
+	return &cloud{Client: client, config: c, now: now, accounts: accounts, lookups: newLookups()}, nil
 }
+
+// at is where instances of an account and region are asked for.
+func (c *cloud) at(account, region string) place { return place{c.accounts.Whose(account), region} }
+
+// client is who asks there.
+func (c *cloud) client(at place) *awsapi.Client { return c.accounts.Client(at.account, at.region) }
 
 // instance is what EC2 says of one.
 type instance struct {
@@ -78,10 +96,10 @@ type instance struct {
 // together must not be a thousand requests, so while one is under way in a region, those who come
 // gather, and the next asks for all of them.
 type lookups struct {
-	mu       *sync.Mutex           // guards the maps
-	gather   map[string]*batch     // by region: what may be joined
-	turn     map[string]chan token // by region, capacity 1: whose request is under way
-	profiles map[string]profile    // by ARN
+	mu       *sync.Mutex          // guards the maps
+	gather   map[place]*batch     // what may be joined
+	turn     map[place]chan token // capacity 1: whose request is under way
+	profiles map[string]profile   // by ARN
 }
 
 type token struct{}
@@ -104,20 +122,24 @@ type profile struct {
 var errLeft = errors.New("whoever asked has left")
 
 func newLookups() lookups {
-	return lookups{mu: new(sync.Mutex), gather: map[string]*batch{}, turn: map[string]chan token{}, profiles: map[string]profile{}}
+	return lookups{mu: new(sync.Mutex), gather: map[place]*batch{}, turn: map[place]chan token{}, profiles: map[string]profile{}}
 }
 
-// describe looks an instance up, in the account whose credentials the server has.
+// describe looks an instance up, in its account or, where no role is assumed, that of the server's credentials.
 func (c *cloud) describe(ctx context.Context, d awsiid.Document) (instance, error) {
+	at := c.at(d.AccountID, d.Region)
 	for {
-		found, err := c.join(ctx, d.Region, d.InstanceID)
+		found, err := c.join(ctx, at, d.InstanceID)
 		switch {
 		case errors.Is(err, errLeft) && ctx.Err() == nil:
 			continue // somebody else leads the next
 		case ctx.Err() != nil:
 			return instance{}, fmt.Errorf("look instance up: %w", ctx.Err())
 		case errors.Is(err, awsapi.ErrNoInstance):
-			return instance{}, attestor.Refusef("look instance up: EC2 does not know exactly one")
+			if at.account == "" {
+				return instance{}, attestor.Refusef("look instance up: EC2 does not know it in the account of the server's credentials; if account %s is another one, set assume_role", d.AccountID)
+			}
+			return instance{}, attestor.Refusef("look instance up: EC2 does not know it in account %s", d.AccountID)
 		case err != nil:
 			return instance{}, fmt.Errorf("look instance up: %w", err)
 		case found.Owner != d.AccountID:
@@ -128,10 +150,10 @@ func (c *cloud) describe(ctx context.Context, d awsiid.Document) (instance, erro
 }
 
 // join asks for one instance together with whoever else asks.
-func (c *cloud) join(ctx context.Context, region, id string) (instance, error) {
+func (c *cloud) join(ctx context.Context, at place, id string) (instance, error) {
 	l := &c.lookups
 	l.mu.Lock()
-	b := l.gather[region]
+	b := l.gather[at]
 	if b != nil && len(b.ids) < maxBatch {
 		b.ids[id] = true
 		l.mu.Unlock()
@@ -143,11 +165,11 @@ func (c *cloud) join(ctx context.Context, region, id string) (instance, error) {
 		return b.of(id)
 	}
 	b = &batch{ids: map[string]bool{id: true}, done: make(chan token)}
-	l.gather[region] = b
-	turn := l.turn[region]
+	l.gather[at] = b
+	turn := l.turn[at]
 	if turn == nil {
 		turn = make(chan token, 1)
-		l.turn[region] = turn
+		l.turn[at] = turn
 	}
 	l.mu.Unlock()
 
@@ -158,12 +180,12 @@ func (c *cloud) join(ctx context.Context, region, id string) (instance, error) {
 	case <-ctx.Done():
 	}
 	l.mu.Lock()
-	if l.gather[region] == b {
-		delete(l.gather, region) // nobody joins from here on
+	if l.gather[at] == b {
+		delete(l.gather, at) // nobody joins from here on
 	}
 	l.mu.Unlock()
 	if b.err = ctx.Err(); b.err == nil {
-		b.found, b.err = c.describeAll(ctx, region, slices.Sorted(maps.Keys(b.ids)))
+		b.found, b.err = c.describeAll(ctx, at, slices.Sorted(maps.Keys(b.ids)))
 	}
 	if ctx.Err() != nil {
 		b.err = errLeft
@@ -189,14 +211,14 @@ func (b *batch) of(id string) (instance, error) {
 
 // describeAll looks up to maxBatch instances of a region up. It asks by filter, which leaves out what it
 // does not find; a list of IDs is refused as a whole if one of them is gone.
-func (c *cloud) describeAll(ctx context.Context, region string, ids []string) (map[string]instance, error) {
+func (c *cloud) describeAll(ctx context.Context, at place, ids []string) (map[string]instance, error) {
 	form := url.Values{"Filter.1.Name": {"instance-id"}}
 	for i, id := range ids {
 		form.Set("Filter.1.Value."+strconv.Itoa(i+1), id)
 	}
 	all := map[string]instance{}
 	for range maxPages {
-		next, err := c.page(ctx, region, form, all)
+		next, err := c.page(ctx, at, form, all)
 		if err != nil || next == "" {
 			return all, err
 		}
@@ -206,8 +228,8 @@ func (c *cloud) describeAll(ctx context.Context, region string, ids []string) (m
 }
 
 // isGone asks for one instance by its ID, about which EC2 says so if there is none.
-func (c *cloud) isGone(ctx context.Context, region, id string) (bool, error) {
-	_, err := c.page(ctx, region, url.Values{"InstanceId.1": {id}}, map[string]instance{})
+func (c *cloud) isGone(ctx context.Context, at place, id string) (bool, error) {
+	_, err := c.page(ctx, at, url.Values{"InstanceId.1": {id}}, map[string]instance{})
 	if errors.Is(err, awsapi.ErrNoInstance) {
 		return true, nil
 	}
@@ -215,7 +237,7 @@ func (c *cloud) isGone(ctx context.Context, region, id string) (bool, error) {
 }
 
 // page asks for one page of instances, adds them to all, and returns where the next begins.
-func (c *cloud) page(ctx context.Context, region string, form url.Values, all map[string]instance) (next string, err error) {
+func (c *cloud) page(ctx context.Context, at place, form url.Values, all map[string]instance) (next string, err error) {
 	var said struct {
 		Reservations []struct {
 			Owner     string     `xml:"ownerId"`
@@ -225,7 +247,7 @@ func (c *cloud) page(ctx context.Context, region string, form url.Values, all ma
 	}
 	form.Set("Action", "DescribeInstances")
 	form.Set("Version", "2016-11-15")
-	if err := c.Query(ctx, c.config.EC2Endpoint, "ec2."+region+"."+awsapi.Suffix(region), "ec2", region, form, &said); err != nil {
+	if err := c.client(at).Query(ctx, c.config.EC2Endpoint, "ec2."+at.region+"."+awsapi.Suffix(at.region), "ec2", at.region, form, &said); err != nil {
 		return "", err
 	}
 	for _, r := range said.Reservations {
@@ -241,7 +263,7 @@ func (c *cloud) page(ctx context.Context, region string, form url.Values, all ma
 }
 
 // roles returns the ARNs of the roles of an instance profile.
-func (c *cloud) roles(ctx context.Context, region, arn string) ([]string, error) {
+func (c *cloud) roles(ctx context.Context, at place, arn string) ([]string, error) {
 	l := &c.lookups
 	l.mu.Lock()
 	known, ok := l.profiles[arn]
@@ -253,12 +275,12 @@ func (c *cloud) roles(ctx context.Context, region, arn string) ([]string, error)
 		Roles []string `xml:"GetInstanceProfileResult>InstanceProfile>Roles>member>Arn"`
 	}
 	host, signing := "iam.amazonaws.com", "us-east-1"
-	if strings.HasPrefix(region, "cn-") {
+	if strings.HasPrefix(at.region, "cn-") {
 		host, signing = "iam.cn-north-1.amazonaws.com.cn", "cn-north-1"
-	} else if strings.HasPrefix(region, "us-gov-") {
+	} else if strings.HasPrefix(at.region, "us-gov-") {
 		host, signing = "iam.us-gov.amazonaws.com", "us-gov-west-1"
 	}
-	err := c.Query(ctx, c.config.IAMEndpoint, host, "iam", signing, url.Values{
+	err := c.client(at).Query(ctx, c.config.IAMEndpoint, host, "iam", signing, url.Values{
 		"Action": {"GetInstanceProfile"}, "Version": {"2010-05-08"}, "InstanceProfileName": {path.Base(arn)},
 	}, &said)
 	if err != nil {

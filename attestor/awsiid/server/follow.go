@@ -41,27 +41,27 @@ func (j *judge) Follow(ctx context.Context, agents attestor.Admitted) error {
 		<-ctx.Done()
 		return nil
 	}
-	regions := map[string]*followed{}
+	places := map[place]*followed{}
 	// The first round is soon: who knows how long the server was away.
 	for pause := min(j.refresh, minRefresh); awsapi.Rest(ctx, pause); pause = j.refresh {
 		now := j.now()
-		for region, nodes := range j.admitted(agents) {
-			f := regions[region]
+		for at, nodes := range j.admitted(agents) {
+			f := places[at]
 			if f == nil {
 				f = new(followed)
-				regions[region] = f
+				places[at] = f
 			}
 			if now.Before(f.next) {
 				continue
 			}
-			err := j.refreshRegion(ctx, region, nodes, agents)
+			err := j.refreshPlace(ctx, at, nodes, agents)
 			if ctx.Err() != nil {
 				break
 			}
 			f.pause = f.after(err, j.refresh)
 			f.next = now.Add(f.pause - j.refresh/2) // due at the round that is nearest
 			if err != nil {
-				j.log.WithError(err).WithField("region", region).WithField("pause", f.pause).
+				j.log.WithError(err).WithField("region", at.region).WithField("account", at.account).WithField("pause", f.pause).
 					Warn("instances of the region cannot be looked up again; selectors of their agents stay as they are until they can")
 			}
 		}
@@ -69,7 +69,7 @@ func (j *judge) Follow(ctx context.Context, agents attestor.Admitted) error {
 	return nil
 }
 
-// followed is how asking about a region goes.
+// followed is how asking about a place goes.
 type followed struct {
 	pause time.Duration
 	next  time.Time
@@ -90,9 +90,9 @@ type member struct {
 	selectors attestor.Set
 }
 
-// admitted are the agents by region, those of accounts that are followed.
-func (j *judge) admitted(agents attestor.Admitted) map[string][]member {
-	found := map[string][]member{}
+// admitted are the agents by where they are looked up, those of accounts that are followed.
+func (j *judge) admitted(agents attestor.Admitted) map[place][]member {
+	found := map[place][]member{}
 	for path, selectors := range agents.Each() {
 		var d awsiid.Document
 		for _, s := range selectors.All() {
@@ -103,14 +103,15 @@ func (j *judge) admitted(agents attestor.Admitted) map[string][]member {
 			}
 		}
 		if awsapi.IsAccount(d.AccountID) && awsapi.IsRegion(d.Region) && d.InstanceID != "" {
-			found[d.Region] = append(found[d.Region], member{d, path, selectors})
+			at := j.cloud.at(d.AccountID, d.Region)
+			found[at] = append(found[at], member{d, path, selectors})
 		}
 	}
 	return found
 }
 
-// refreshRegion asks about the instances of one region.
-func (j *judge) refreshRegion(ctx context.Context, region string, all []member, agents attestor.Admitted) error {
+// refreshPlace asks about the instances of one place.
+func (j *judge) refreshPlace(ctx context.Context, at place, all []member, agents attestor.Admitted) error {
 	slices.SortFunc(all, func(a, b member) int { return strings.Compare(a.path, b.path) })
 	var missing []member
 	first := true
@@ -123,7 +124,7 @@ func (j *judge) refreshRegion(ctx context.Context, region string, all []member, 
 		for i, m := range some {
 			ids[i] = m.document.InstanceID
 		}
-		found, err := j.cloud.describeAll(ctx, region, ids)
+		found, err := j.cloud.describeAll(ctx, at, ids)
 		if err != nil {
 			return fmt.Errorf("look instances up: %w", err)
 		}
@@ -136,16 +137,16 @@ func (j *judge) refreshRegion(ctx context.Context, region string, all []member, 
 			}
 		}
 	}
-	return j.refreshMissing(ctx, region, missing, agents)
+	return j.refreshMissing(ctx, at, missing, agents)
 }
 
 // refreshMissing finds out about instances that EC2 did not name. To the credentials of another account
 // every instance is missing, so it matters whose the server's are.
-func (j *judge) refreshMissing(ctx context.Context, region string, missing []member, agents attestor.Admitted) error {
+func (j *judge) refreshMissing(ctx context.Context, at place, missing []member, agents attestor.Admitted) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	own, err := j.cloud.Account(ctx, region)
+	own, err := j.cloud.client(at).Account(ctx, at.region)
 	if err != nil {
 		return err
 	}
@@ -153,7 +154,7 @@ func (j *judge) refreshMissing(ctx context.Context, region string, missing []mem
 		if m.document.AccountID != own {
 			continue
 		}
-		gone, err := j.cloud.isGone(ctx, region, m.document.InstanceID)
+		gone, err := j.cloud.isGone(ctx, at, m.document.InstanceID)
 		if err != nil {
 			return fmt.Errorf("look instance up: %w", err)
 		}
@@ -175,7 +176,7 @@ func (j *judge) refreshOne(ctx context.Context, m member, found instance, agents
 	if found.State == "terminated" || found.State == "shutting-down" {
 		return agents.Evict(ctx, m.path)
 	}
-	values, _, err := j.facts(ctx, m.document.Region, found)
+	values, _, err := j.facts(ctx, m.document, found)
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,9 @@ const (
 	theInstance = "i-0123456789abcdef0"
 )
 
+// here is where instances are, of the server's own account.
+var here = place{region: "us-east-1"}
+
 // nodes are agents that were admitted, as the server would keep them.
 type nodes struct {
 	mu      sync.Mutex
@@ -275,7 +278,7 @@ func TestFollow(t *testing.T) {
 		c.Page = 60
 		n := newNodes(ids...)
 		j := newJudge(t, c)
-		if err := j.refreshRegion(t.Context(), "us-east-1", j.admitted(n)["us-east-1"], n); err != nil {
+		if err := j.refreshPlace(t.Context(), here, j.admitted(n)[here], n); err != nil {
 			t.Fatal(err)
 		}
 		for _, id := range ids {
@@ -364,7 +367,7 @@ func TestInstancesThatAttestTogetherAreLookedUpTogether(t *testing.T) {
 	}
 	for gathered := 0; gathered < many-1 && t.Context().Err() == nil; <-time.After(time.Millisecond) {
 		j.cloud.lookups.mu.Lock()
-		if b := j.cloud.lookups.gather["us-east-1"]; b != nil {
+		if b := j.cloud.lookups.gather[here]; b != nil {
 			gathered = len(b.ids)
 		}
 		j.cloud.lookups.mu.Unlock()

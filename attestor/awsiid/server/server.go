@@ -23,7 +23,6 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/agentpath"
-	"github.com/assay-id/assay/attestor/awsapi"
 	"github.com/assay-id/assay/attestor/awsiid"
 )
 
@@ -43,6 +42,7 @@ type judge struct {
 	refresh      time.Duration
 	trustDomain  string
 	cloud        *cloud
+	organization *organization // nil: accounts are accepted by name
 	log          logrus.FieldLogger
 	now          func() time.Time
 }
@@ -52,33 +52,19 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	if !ok {
 		return nil, fmt.Errorf("aws_iid configuration is a %T", config)
 	}
-	j := &judge{config: *c, certificates: map[string]*x509.Certificate{}, trustDomain: needs.TrustDomain.Name(), log: needs.Log, now: needs.Now, refresh: defaultRefresh}
+	j := &judge{config: *c, trustDomain: needs.TrustDomain.Name(), log: needs.Log, now: needs.Now, refresh: defaultRefresh}
 	if j.now == nil {
 		j.now = time.Now
 	}
 	if j.log == nil {
 		j.log = logrus.StandardLogger()
 	}
-	if len(c.AccountIDs) == 0 {
-		return nil, errors.New("account_ids is empty: name the AWS accounts whose instances are accepted")
+	if err := checkAccounts(c); err != nil {
+		return nil, err
 	}
-	for _, id := range c.AccountIDs {
-		if !awsapi.IsAccount(id) {
-			return nil, fmt.Errorf("account_ids: %q is no account, which is a number of twelve digits", id)
-		}
-	}
-	if len(c.RegionCertificates) == 0 {
-		return nil, errors.New("region_certificates is empty: name the certificate of each region whose instances are accepted")
-	}
-	for region, path := range c.RegionCertificates {
-		if !awsapi.IsRegion(region) {
-			return nil, fmt.Errorf("region_certificates: %q is no region", region)
-		}
-		cert, err := readCertificate(path)
-		if err != nil {
-			return nil, fmt.Errorf("region_certificates: %s: %w", region, err)
-		}
-		j.certificates[region] = cert
+	var err error
+	if j.certificates, err = certificates(c, j.now()); err != nil {
+		return nil, err
 	}
 	if c.MaxInstanceAge != "" {
 		age, err := time.ParseDuration(c.MaxInstanceAge)
@@ -109,7 +95,10 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	if c.RequireProof && len(c.InstanceRoles) == 0 {
 		return nil, errors.New("require_proof needs instance_roles, the roles by which instances prove themselves")
 	}
-	j.cloud, err = newCloud(*c, j.now)
+	if j.cloud, err = newCloud(*c, j.trustDomain, j.now); err != nil {
+		return nil, err
+	}
+	j.organization, err = newOrganization(c.Organization, j.cloud)
 	return j, err
 }
 
@@ -129,8 +118,8 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 	if err != nil {
 		return attestor.Proof{}, attestor.Refusef("verify identity document: %w", err)
 	}
-	if !slices.Contains(j.config.AccountIDs, document.AccountID) {
-		return attestor.Proof{}, attestor.Refusef("instance is of an account that is not accepted")
+	if err := j.accept(ctx, document.AccountID); err != nil {
+		return attestor.Proof{}, err
 	}
 	path, err := j.path.Path(map[string]any{
 		"PluginName": awsiid.Type, "AccountID": document.AccountID, "Region": document.Region, "InstanceID": document.InstanceID,
@@ -195,26 +184,26 @@ func (j *judge) lookUp(ctx context.Context, d awsiid.Document, role string) ([]s
 	if found.State != "running" && found.State != "pending" {
 		return nil, attestor.Refusef("instance does not run")
 	}
-	values, roles, err := j.facts(ctx, d.Region, found)
+	values, roles, err := j.facts(ctx, d, found)
 	if err != nil {
 		return nil, err
 	}
-	if role != "" && !slices.ContainsFunc(roles, func(arn string) bool { return strings.HasSuffix(arn, "/"+role) }) {
+	if role != "" && !j.config.WithoutRoles && !slices.ContainsFunc(roles, func(arn string) bool { return strings.HasSuffix(arn, "/"+role) }) {
 		return nil, attestor.Refusef("verify proof: it is by another role than the instance has")
 	}
 	return values, nil
 }
 
 // facts are the selectors out of what EC2 says of an instance, and its roles.
-func (j *judge) facts(ctx context.Context, region string, found instance) (values, roles []string, err error) {
+func (j *judge) facts(ctx context.Context, d awsiid.Document, found instance) (values, roles []string, err error) {
 	for _, tag := range found.Tags[:min(len(found.Tags), maxTags)] {
 		values = append(values, "tag:"+tag.Key+":"+tag.Value)
 	}
 	for _, group := range found.Groups[:min(len(found.Groups), maxTags)] {
 		values = append(values, "sg:id:"+group.ID, "sg:name:"+group.Name)
 	}
-	if found.Profile != "" {
-		if roles, err = j.cloud.roles(ctx, region, found.Profile); err != nil {
+	if found.Profile != "" && !j.config.WithoutRoles {
+		if roles, err = j.cloud.roles(ctx, j.cloud.at(d.AccountID, d.Region), found.Profile); err != nil {
 			return nil, nil, err
 		}
 		for _, arn := range roles {

@@ -25,6 +25,9 @@ const (
 	betweenBatches = 200 * time.Millisecond
 )
 
+// place is a cluster of an account's; the account is empty where the server's own credentials are used.
+type place struct{ account, region, cluster string }
+
 // task is what ECS says of one.
 type task struct {
 	ARN        string `json:"taskArn"`
@@ -41,7 +44,7 @@ func (t task) ended() bool {
 
 // describe asks ECS about tasks of one cluster: what it knows of them, and of which it says that they are not
 // there.
-func (j *judge) describe(ctx context.Context, region, cluster string, arns []string) (found map[string]task, gone map[string]bool, err error) {
+func (j *judge) describe(ctx context.Context, at place, arns []string) (found map[string]task, gone map[string]bool, err error) {
 	var said struct {
 		Tasks    []task `json:"tasks"`
 		Failures []struct {
@@ -49,8 +52,8 @@ func (j *judge) describe(ctx context.Context, region, cluster string, arns []str
 			Reason string `json:"reason"`
 		} `json:"failures"`
 	}
-	err = j.client.Call(ctx, j.config.ECSEndpoint, "ecs."+region+"."+awsapi.Suffix(region), "ecs", region,
-		"AmazonEC2ContainerServiceV20141113.DescribeTasks", map[string]any{"cluster": cluster, "tasks": arns}, &said)
+	err = j.accounts.Client(at.account, at.region).Call(ctx, j.config.ECSEndpoint, "ecs."+at.region+"."+awsapi.Suffix(at.region), "ecs", at.region,
+		"AmazonEC2ContainerServiceV20141113.DescribeTasks", map[string]any{"cluster": at.cluster, "tasks": arns}, &said)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -94,7 +97,6 @@ func (j *judge) Follow(ctx context.Context, agents attestor.Admitted) error {
 
 // round asks once about all admitted tasks. Trouble with one cluster is not that of the others.
 func (j *judge) round(ctx context.Context, agents attestor.Admitted) error {
-	type place struct{ region, cluster string }
 	members := map[place][]string{}
 	paths := map[string]string{}
 	for path, selectors := range agents.Each() {
@@ -104,7 +106,7 @@ func (j *judge) round(ctx context.Context, agents attestor.Admitted) error {
 				continue
 			}
 			if t, err := ecs.ParseTask(arn); err == nil && t.Cluster != "" {
-				at := place{t.Region, t.Cluster}
+				at := place{j.accounts.Whose(t.Account), t.Region, t.Cluster}
 				members[at] = append(members[at], arn)
 				paths[arn] = path
 			}
@@ -119,7 +121,7 @@ func (j *judge) round(ctx context.Context, agents attestor.Admitted) error {
 				return ctx.Err()
 			}
 			first = false
-			if err := j.evict(ctx, agents, at.region, at.cluster, some, paths); err != nil {
+			if err := j.evict(ctx, agents, at, some, paths); err != nil {
 				errs = append(errs, fmt.Errorf("cluster %s in %s: %w", at.cluster, at.region, err))
 				break
 			}
@@ -130,14 +132,14 @@ func (j *judge) round(ctx context.Context, agents attestor.Admitted) error {
 
 // evict evicts the agents of those of the tasks that ended. To the credentials of another account every task
 // is missing, so it matters whose the server's are.
-func (j *judge) evict(ctx context.Context, agents attestor.Admitted, region, cluster string, arns []string, paths map[string]string) error {
-	found, gone, err := j.describe(ctx, region, cluster, arns)
+func (j *judge) evict(ctx context.Context, agents attestor.Admitted, at place, arns []string, paths map[string]string) error {
+	found, gone, err := j.describe(ctx, at, arns)
 	if err != nil {
 		return err
 	}
 	own := ""
 	if len(gone) > 0 {
-		if own, err = j.client.Account(ctx, region); err != nil {
+		if own, err = j.accounts.Client(at.account, at.region).Account(ctx, at.region); err != nil {
 			return err
 		}
 	}

@@ -64,6 +64,12 @@ func start(t *testing.T, c *aws.Cloud, a *agents) {
 	}
 	j := opened.(*judge) //nolint:forcetypeassert // it is this package's
 	j.refresh = 10 * time.Millisecond
+	followed(t, j, a)
+}
+
+// followed follows until the test ends.
+func followed(t *testing.T, j *judge, a *agents) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- j.Follow(ctx, a) }()

@@ -32,6 +32,7 @@ func Kind() attestor.JudgeKind {
 type judge struct {
 	config      ecs.ServerConfig
 	client      *awsapi.Client
+	accounts    *awsapi.Accounts
 	refresh     time.Duration
 	trustDomain string
 	log         logrus.FieldLogger
@@ -80,12 +81,18 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 		}
 		j.refresh = every
 	}
+	if !c.LookupTask && (c.AssumeRole != "" || c.ExternalID != "" || len(c.Accounts) > 0) {
+		return nil, errors.New("assume_role, external_id and account need lookup_task, which is what they are for")
+	}
 	err := awsapi.CheckEndpoint("ecs_endpoint", c.ECSEndpoint)
 	if err == nil {
 		j.client, err = awsapi.NewClient(awsapi.Config{
 			AccessKeyID: c.AccessKeyID, SecretAccessKey: c.SecretAccessKey,
 			MetadataEndpoint: c.MetadataEndpoint, STSEndpoint: c.STSEndpoint, Now: j.now,
 		})
+	}
+	if err == nil {
+		j.accounts, err = awsapi.NewAccounts(j.client, awsapi.Account{AssumeRole: c.AssumeRole, ExternalID: c.ExternalID}, c.Accounts, "assay-server@"+j.trustDomain)
 	}
 	return j, err
 }
@@ -146,14 +153,16 @@ func (j *judge) lookUp(ctx context.Context, task ecs.Task) ([]string, error) {
 	if task.Cluster == "" {
 		return nil, attestor.Refusef("task has an ARN of the old form, which does not name its cluster")
 	}
-	found, gone, err := j.describe(ctx, task.Region, task.Cluster, []string{task.ARN})
+	found, gone, err := j.describe(ctx, place{task.Account, task.Region, task.Cluster}, []string{task.ARN})
 	if err != nil {
 		return nil, fmt.Errorf("look task up: %w", err)
 	}
 	is, ok := found[task.ARN]
 	switch {
+	case (gone[task.ARN] || !ok) && j.accounts.Whose(task.Account) == "":
+		return nil, attestor.Refusef("look task up: ECS knows no such task in the account of the server's credentials; if account %s is another one, set assume_role", task.Account)
 	case gone[task.ARN], !ok:
-		return nil, attestor.Refusef("look task up: ECS knows no such task")
+		return nil, attestor.Refusef("look task up: ECS knows no such task in account %s", task.Account)
 	case is.ended() || is.Last == "DEACTIVATING" || is.Last == "STOPPING":
 		return nil, attestor.Refusef("task does not run")
 	case len(j.config.Clusters) > 0 && !slices.Contains(j.config.Clusters, task.Cluster):

@@ -62,6 +62,8 @@ type side struct {
 	advice  map[string]string // what to say about keys that have no counterpart, by path
 	changes map[string]change // keys whose value may need another form or a word of warning
 	missing []missing
+	// turnedOn are keys of plugins, by path, that are off unless they are set, and that SPIRE has always on.
+	turnedOn map[string]string
 }
 
 // change returns another value for a key, and what to say about it, if anything.
@@ -227,6 +229,10 @@ func (m *migration) plugin(out *hclwrite.Body, role string, n *node) {
 				m.drop(kid, path+"."+kid.key)
 			}
 		}
+	}
+	if on := m.turnedOn[path]; on != "" && !external {
+		body.SetAttributeValue(on, cty.True)
+		m.say(n.at, path+"."+on, false, "SPIRE always does that, so it is turned on.")
 	}
 	out.AppendNewline()
 	if advice := m.advice["+"+path]; advice != "" {

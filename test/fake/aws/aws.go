@@ -23,7 +23,11 @@ import (
 )
 
 // Key is an access key and who it belongs to.
-type Key struct{ ID, Secret, Token, Account, ARN string }
+type Key struct {
+	ID, Secret, Token, Account, ARN string
+	// Until is when it ends; zero is never.
+	Until time.Time
+}
 
 // Instance is what EC2 knows of one.
 type Instance struct {
@@ -44,6 +48,13 @@ type Cloud struct {
 	Tasks map[string]Task
 	// Role is the key that a task's credentials service hands out.
 	Role Key
+	// Roles are those that may be assumed, by ARN, and Accounts those of the organization, with their state;
+	// whoever has a role in the account Management may list them.
+	Roles      map[string]Role
+	Accounts   map[string]string
+	Management string
+	// Now is the clock that requests are dated and keys end by; time.Now if nil.
+	Now func() time.Time
 	// Page is how many instances EC2 shows at a time; 0 is all.
 	Page int
 	// Trouble answers in place of the service if it returns true.
@@ -58,7 +69,7 @@ type Cloud struct {
 
 // New starts the services; Close ends them.
 func New() *Cloud {
-	c := &Cloud{Metadata: map[string]string{}, Keys: map[string]Key{}, Instances: map[string]Instance{}, Tasks: map[string]Task{}, Asked: map[string]int{}, tokens: map[string]time.Time{}}
+	c := &Cloud{Metadata: map[string]string{}, Keys: map[string]Key{}, Instances: map[string]Instance{}, Tasks: map[string]Task{}, Roles: map[string]Role{}, Accounts: map[string]string{}, Asked: map[string]int{}, tokens: map[string]time.Time{}}
 	c.server = httptest.NewServer(c)
 	return c
 }
@@ -109,8 +120,12 @@ func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, "<ErrorResponse><Error><Code>SignatureDoesNotMatch</Code><Message>%s</Message></Error></ErrorResponse>", err)
 		return
 	}
-	if service == "ecs" {
+	switch service {
+	case "ecs":
 		c.ecs(w, r.Header.Get("X-Amz-Target"), body, key)
+		return
+	case "organizations":
+		c.organizations(w, r.Header.Get("X-Amz-Target"), body, key)
 		return
 	}
 	form, err := url.ParseQuery(string(body))
@@ -122,10 +137,12 @@ func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch service + " " + form.Get("Action") {
 	case "sts GetCallerIdentity":
 		fmt.Fprintf(w, `<GetCallerIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><GetCallerIdentityResult><Arn>%s</Arn><UserId>AROA:x</UserId><Account>%s</Account></GetCallerIdentityResult></GetCallerIdentityResponse>`, key.ARN, key.Account)
+	case "sts AssumeRole":
+		c.assume(w, form, key)
 	case "ec2 DescribeInstances":
 		c.describe(w, form, key.Account)
 	case "iam GetInstanceProfile":
-		c.profile(w, form.Get("InstanceProfileName"))
+		c.profile(w, form.Get("InstanceProfileName"), key.Account)
 	default:
 		w.WriteHeader(http.StatusBadRequest)
 	}
@@ -223,9 +240,9 @@ func reservation(i Instance) string {
 		i.Account, i.ID, i.State, profile, groups, tags)
 }
 
-func (c *Cloud) profile(w http.ResponseWriter, name string) {
+func (c *Cloud) profile(w http.ResponseWriter, name, account string) {
 	for _, i := range c.Instances {
-		if strings.HasSuffix(i.Profile, "/"+name) {
+		if strings.HasSuffix(i.Profile, "/"+name) && i.Account == account {
 			fmt.Fprintf(w, `<GetInstanceProfileResponse xmlns="https://iam.amazonaws.com/doc/2010-05-08/"><GetInstanceProfileResult><InstanceProfile><Roles><member><Arn>arn:aws:iam::%s:role/%s</Arn></member></Roles></InstanceProfile></GetInstanceProfileResult></GetInstanceProfileResponse>`, i.Account, i.Role)
 			return
 		}
@@ -249,8 +266,11 @@ func (c *Cloud) verify(r *http.Request, body string) (Key, string, error) {
 	if !ok || key.Token != r.Header.Get("X-Amz-Security-Token") {
 		return Key{}, "", fmt.Errorf("unknown key or token")
 	}
+	if !key.Until.IsZero() && c.now().After(key.Until) {
+		return Key{}, "", fmt.Errorf("token has expired")
+	}
 	at, err := time.Parse("20060102T150405Z", r.Header.Get("X-Amz-Date"))
-	if err != nil || time.Since(at).Abs() > 15*time.Minute || at.Format("20060102") != scope[1] {
+	if err != nil || c.now().Sub(at).Abs() > 15*time.Minute || at.Format("20060102") != scope[1] {
 		return Key{}, "", fmt.Errorf("date is not now")
 	}
 	if want := scope[3] + "." + scope[2] + "."; scope[3] != "iam" && !strings.HasPrefix(r.Host, want) {
