@@ -133,6 +133,7 @@ func open(cfg Config, attest *workloadapi.Attestation, socket *peer.Socket) (*ag
 			Authorities: cfg.TrustBundle,
 			Path:        cfg.TrustBundlePath,
 			URL:         cfg.TrustBundleURL,
+			ConfigMap:   cfg.TrustBundleConfigMap,
 			SPIFFE:      cfg.TrustBundleFormat == BundleSPIFFE,
 			Insecure:    cfg.InsecureBootstrap,
 			Again:       cfg.Rebootstrap,

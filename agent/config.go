@@ -91,7 +91,7 @@ type Config struct {
 	Broker Broker
 
 	// The bootstrap trust: how the agent knows the server before it has a bundle of its own. Exactly
-	// one of the four is set. Once attested, the agent trusts the bundle it was sent.
+	// one of the five is set. Once attested, the agent trusts the bundle it was sent.
 	//
 	// TrustBundle is used as it is.
 	TrustBundle []*x509.Certificate
@@ -100,12 +100,14 @@ type Config struct {
 	// TrustBundleURL is an https URL, asked again at each attestation; the host's certificate is
 	// verified with the system's roots.
 	TrustBundleURL string
+	// TrustBundleConfigMap names a ConfigMap of the cluster that the agent is a pod of, which is waited for.
+	TrustBundleConfigMap string
 	// InsecureBootstrap trusts whoever answers first with the server's SPIFFE ID. It is for trials.
 	InsecureBootstrap bool
 	// Rebootstrap is how long the server must have been unknown to the bundle that it gave before the source
 	// above is believed again; 0 means 10 minutes, negative is never.
 	Rebootstrap time.Duration
-	// TrustBundleFormat is BundlePEM (the default) or BundleSPIFFE, for path and URL.
+	// TrustBundleFormat is BundlePEM (the default) or BundleSPIFFE, for path, URL and ConfigMap.
 	TrustBundleFormat string
 
 	// NodeAttestor proves to the server where the agent runs.
@@ -297,13 +299,13 @@ func (c Config) Check() error {
 			c.WorkloadKeyType, KeyTypeECP256, KeyTypeECP384, KeyTypeRSA2048)
 	}
 	sources := 0
-	for _, set := range []bool{len(c.TrustBundle) > 0, c.TrustBundlePath != "", c.TrustBundleURL != "", c.InsecureBootstrap} {
+	for _, set := range []bool{len(c.TrustBundle) > 0, c.TrustBundlePath != "", c.TrustBundleURL != "", c.TrustBundleConfigMap != "", c.InsecureBootstrap} {
 		if set {
 			sources++
 		}
 	}
 	if sources != 1 {
-		wrong("set exactly one of trust bundle path, trust bundle URL and insecure bootstrap; %d are set", sources)
+		wrong("set exactly one of trust bundle path, trust bundle URL, trust bundle ConfigMap and insecure bootstrap; %d are set", sources)
 	}
 	if c.NodeAttestor.Node == nil || c.NodeAttestor.Type == "" {
 		wrong("node attestor is missing")

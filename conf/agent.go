@@ -5,6 +5,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -35,10 +36,12 @@ type Agent struct {
 	AuthorizedDelegates []spiffeid.ID
 
 	// Exactly one of the next three is set.
-	TrustBundlePath   string
-	TrustBundleURL    string
-	InsecureBootstrap bool
-	TrustBundleFormat string // "pem" or "spiffe"
+	TrustBundlePath string
+	TrustBundleURL  string
+	// TrustBundleConfigMap is "name" or "namespace/name".
+	TrustBundleConfigMap string
+	InsecureBootstrap    bool
+	TrustBundleFormat    string // "pem" or "spiffe"
 	// Rebootstrap is how long the server must be unknown to the bundle before the source above is believed
 	// again; negative is never.
 	Rebootstrap time.Duration
@@ -109,12 +112,13 @@ type agentBlock struct {
 	LogFile   string `hcl:"log_file,optional"`
 	LogSource bool   `hcl:"log_source_location,optional"`
 
-	TrustBundlePath   string `hcl:"trust_bundle_path,optional"`
-	TrustBundleURL    string `hcl:"trust_bundle_url,optional"`
-	TrustBundleFormat string `hcl:"trust_bundle_format,optional"`
-	InsecureBootstrap bool   `hcl:"insecure_bootstrap,optional"`
-	RebootstrapMode   string `hcl:"rebootstrap_mode,optional"`
-	RebootstrapDelay  string `hcl:"rebootstrap_delay,optional"`
+	TrustBundlePath      string `hcl:"trust_bundle_path,optional"`
+	TrustBundleURL       string `hcl:"trust_bundle_url,optional"`
+	TrustBundleConfigMap string `hcl:"trust_bundle_config_map,optional"`
+	TrustBundleFormat    string `hcl:"trust_bundle_format,optional"`
+	InsecureBootstrap    bool   `hcl:"insecure_bootstrap,optional"`
+	RebootstrapMode      string `hcl:"rebootstrap_mode,optional"`
+	RebootstrapDelay     string `hcl:"rebootstrap_delay,optional"`
 
 	JoinToken     string `hcl:"join_token,optional"`
 	JoinTokenFile string `hcl:"join_token_file,optional"`
@@ -313,12 +317,17 @@ func (l *loader) host(key, text string) string {
 	return text
 }
 
+// configMapName is a name as Kubernetes has them, with that of a namespace before it or without.
+var configMapName = regexp.MustCompile(`^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/)?[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?$`)
+
 // bootstrap checks how the agent comes to trust the server at first.
 func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 	// A flag takes the place of whichever source the file names.
-	if l.flags["agent.trust_bundle_path"] != "" || l.flags["agent.trust_bundle_url"] != "" || l.flags["agent.insecure_bootstrap"] != "" {
+	if l.flags["agent.trust_bundle_path"] != "" || l.flags["agent.trust_bundle_url"] != "" || l.flags["agent.trust_bundle_config_map"] != "" ||
+		l.flags["agent.insecure_bootstrap"] != "" {
 		l.unlessFlag("agent.trust_bundle_path", func() { b.TrustBundlePath = "" })
 		l.unlessFlag("agent.trust_bundle_url", func() { b.TrustBundleURL = "" })
+		l.unlessFlag("agent.trust_bundle_config_map", func() { b.TrustBundleConfigMap = "" })
 		l.unlessFlag("agent.insecure_bootstrap", func() { b.InsecureBootstrap = false })
 	}
 	a.TrustBundleFormat = l.oneOf("agent.trust_bundle_format", b.TrustBundleFormat, "pem", "spiffe")
@@ -340,6 +349,9 @@ func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 			l.say("agent.trust_bundle_url", "Invalid URL", "%q is no https URL; without https anybody on the way could take the server's place.", b.TrustBundleURL)
 		}
 	}
+	if a.TrustBundleConfigMap = b.TrustBundleConfigMap; a.TrustBundleConfigMap != "" && !configMapName.MatchString(a.TrustBundleConfigMap) {
+		l.say("agent.trust_bundle_config_map", "Invalid name", "%q is no name of a ConfigMap; write NAME, for one in the agent's own namespace, or NAMESPACE/NAME.", a.TrustBundleConfigMap)
+	}
 	var set []string
 	for _, source := range []struct {
 		key string
@@ -347,6 +359,7 @@ func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 	}{
 		{"trust_bundle_path", b.TrustBundlePath != ""},
 		{"trust_bundle_url", b.TrustBundleURL != ""},
+		{"trust_bundle_config_map", b.TrustBundleConfigMap != ""},
 		{"insecure_bootstrap", b.InsecureBootstrap},
 	} {
 		if source.on {
@@ -356,10 +369,10 @@ func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 	switch len(set) {
 	case 0:
 		l.say("agent.trust_bundle_path", "Missing bootstrap trust",
-			"One of trust_bundle_path, trust_bundle_url and insecure_bootstrap is required: it is how the agent knows the server at first.")
+			"One of trust_bundle_path, trust_bundle_url, trust_bundle_config_map and insecure_bootstrap is required: it is how the agent knows the server at first.")
 	case 1:
 	default:
-		l.say("agent."+set[1], "Conflicting bootstrap trust", "Only one of trust_bundle_path, trust_bundle_url and insecure_bootstrap can be set; there are %s.", quoted(set))
+		l.say("agent."+set[1], "Conflicting bootstrap trust", "Only one of trust_bundle_path, trust_bundle_url, trust_bundle_config_map and insecure_bootstrap can be set; there are %s.", quoted(set))
 	}
 }
 

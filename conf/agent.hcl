@@ -22,12 +22,14 @@ agent {
   # node is served. It is for updates that start the next agent before the last one ends, as in deploy/k8s.
   #standby = false
 
-  # How the agent knows the server before it has a bundle of its own: a file, an https URL, or, for
-  # trials only, trust in whoever answers first. Exactly one of the three.
+  # How the agent knows the server before it has a bundle of its own: a file, an https URL, for an agent that is a
+  # pod a ConfigMap (NAME or NAMESPACE/NAME, with the key bundle.pem, which the agent waits for), or, for
+  # trials only, trust in whoever answers first. Exactly one of the four.
   # "assay-server bundle show > /etc/assay/bundle.pem" makes the file; "-format spiffe" there and
   # trust_bundle_format = "spiffe" here is the other format.
   trust_bundle_path = "/etc/assay/bundle.pem"
   #trust_bundle_url    = "https://bundle.example.org/bundle.pem"
+  #trust_bundle_config_map = "assay-bundle"
   #insecure_bootstrap  = false
   #trust_bundle_format = "pem"
 

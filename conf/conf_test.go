@@ -382,9 +382,9 @@ func TestAgentMistakes(t *testing.T) {
 	empty := write(t, "empty", " \n")
 	for _, c := range []struct{ name, text, want string }{
 		{"two ways to trust", replace(goodAgent, "}\nnode", "  trust_bundle_url = \"https://x.example\"\n}\nnode"),
-			`F:5,24-28: Conflicting bootstrap trust; Only one of trust_bundle_path, trust_bundle_url and insecure_bootstrap can be set; there are "trust_bundle_url" and "insecure_bootstrap".`},
+			`F:5,24-28: Conflicting bootstrap trust; Only one of trust_bundle_path, trust_bundle_url, trust_bundle_config_map and insecure_bootstrap can be set; there are "trust_bundle_url" and "insecure_bootstrap".`},
 		{"no way to trust", replace(goodAgent, "insecure_bootstrap = true", ""),
-			`F:1,1-6: Missing bootstrap trust; One of trust_bundle_path, trust_bundle_url and insecure_bootstrap is required: it is how the agent knows the server at first.`},
+			`F:1,1-6: Missing bootstrap trust; One of trust_bundle_path, trust_bundle_url, trust_bundle_config_map and insecure_bootstrap is required: it is how the agent knows the server at first.`},
 		{"a bundle that is not there", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_path = "/nowhere/bundle.pem"`),
 			`F:5,23-44: Unreadable file; /nowhere/bundle.pem: no such file or directory; "assay-server bundle show" prints what belongs into it.`},
 		{"a bundle that is a directory", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_path = "/proc"`),
@@ -399,6 +399,10 @@ func TestAgentMistakes(t *testing.T) {
 			`F:7,32-40: Conflicting names; "ROOTCA" is what default_bundle_name is asked for by; choose another name for one of them.`},
 		{"a bundle by http", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_url = "http://x.example"`),
 			`F:5,22-40: Invalid URL; "http://x.example" is no https URL; without https anybody on the way could take the server's place.`},
+		{"a ConfigMap that cannot be", replace(goodAgent, "insecure_bootstrap = true", `trust_bundle_config_map = "assay/Bundle"`),
+			`F:5,29-43: Invalid name; "assay/Bundle" is no name of a ConfigMap; write NAME, for one in the agent's own namespace, or NAMESPACE/NAME.`},
+		{"a ConfigMap and another way to trust", replace(goodAgent, "}\nnode", "  trust_bundle_config_map = \"assay-bundle\"\n}\nnode"),
+			`F:5,24-28: Conflicting bootstrap trust; Only one of trust_bundle_path, trust_bundle_url, trust_bundle_config_map and insecure_bootstrap can be set; there are "trust_bundle_config_map" and "insecure_bootstrap".`},
 		{"a token file that is not there", replace(goodAgent, "}\nnode", "  join_token_file = \"/nowhere/t\"\n}\nnode"),
 			`F:6,21-33: Unreadable file; /nowhere/t: no such file or directory; "assay-server token generate" prints what belongs into it.`},
 		{"an empty token file", replace(goodAgent, "}\nnode", "  join_token_file = \""+empty+"\"\n}\nnode"),

@@ -26,14 +26,19 @@ const (
 )
 
 // Bootstrap says how the agent knows the server before it has a bundle of its own. At most one of
-// Authorities, Path, URL and Insecure is set.
+// Authorities, Path, URL, ConfigMap and Insecure is set.
 type Bootstrap struct {
 	// Authorities are trusted as they are.
 	Authorities []*x509.Certificate
 	// Path names a file and URL an https URL with the authorities; both are read again whenever they
 	// are needed.
 	Path, URL string
-	// SPIFFE says that Path or URL gives a SPIFFE bundle document; otherwise it is PEM.
+	// ConfigMap names one of the cluster that the agent is a pod of, as "name" in the pod's own namespace or
+	// "namespace/name"; its key bundle.pem is waited for.
+	ConfigMap string
+	// Cluster is where ConfigMap is.
+	Cluster Cluster
+	// SPIFFE says that Path, URL or ConfigMap gives a SPIFFE bundle document; otherwise it is PEM.
 	SPIFFE bool
 	// Insecure trusts whoever answers with the server's SPIFFE ID.
 	Insecure bool
@@ -70,6 +75,16 @@ func (b Bootstrap) load(ctx context.Context, td spiffeid.TrustDomain) ([]*x509.C
 		certs, err := b.parse(td, raw)
 		if err != nil {
 			return nil, fmt.Errorf("fetch trust bundle %s: %w", b.URL, err)
+		}
+		return certs, nil
+	case b.ConfigMap != "":
+		raw, err := b.configMap(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("get trust bundle: %w", err)
+		}
+		certs, err := b.parse(td, raw)
+		if err != nil {
+			return nil, fmt.Errorf("get trust bundle from ConfigMap %s: %w", b.ConfigMap, err)
 		}
 		return certs, nil
 	}

@@ -431,6 +431,9 @@ func (j *Joiner) failed(how action, err error, failures int) time.Duration {
 	if j.Banned() {
 		return jitter(bannedRetry)
 	}
+	if errors.Is(err, errAwaited) {
+		return jitter(firstRetry) // the attempt was a wait
+	}
 	limit := maxRetry
 	if isRefusal(err) {
 		limit = maxRefused

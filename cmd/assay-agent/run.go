@@ -36,6 +36,7 @@ func settings(c *cobra.Command) *cli.Settings {
 	s.Key(c, "joinTokenFile", "agent.join_token_file", "File with the join token")
 	s.Key(c, "trustBundle", "agent.trust_bundle_path", "File with the server's bundle")
 	s.Key(c, "trustBundleUrl", "agent.trust_bundle_url", "URL of the server's bundle")
+	s.Key(c, "trustBundleConfigMap", "agent.trust_bundle_config_map", "ConfigMap with the server's bundle, for an agent that is a pod")
 	s.Key(c, "trustBundleFormat", "agent.trust_bundle_format", "pem or spiffe")
 	s.Switch(c, "insecureBootstrap", "agent.insecure_bootstrap", "Trust whoever answers first as the server")
 	s.Key(c, "rebootstrapMode", "agent.rebootstrap_mode", "When the bootstrap source is believed again: auto, always or never")
@@ -134,6 +135,7 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 		c.Broker.Grants = append(c.Broker.Grants, broker.Grant{ID: g.ID, Types: g.Types})
 	}
 	c.TrustBundlePath, c.TrustBundleURL, c.TrustBundleFormat = from.TrustBundlePath, from.TrustBundleURL, from.TrustBundleFormat
+	c.TrustBundleConfigMap = from.TrustBundleConfigMap
 	c.InsecureBootstrap, c.Rebootstrap = from.InsecureBootstrap, from.Rebootstrap
 	c.DisableWorkloadAPI, c.DisableSDSAPI = from.DisableWorkloadAPI, from.DisableSDSAPI
 	c.WorkloadKeyType = from.WorkloadKeyType

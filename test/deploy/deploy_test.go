@@ -178,7 +178,7 @@ func TestManifests(t *testing.T) {
 				check(r.Name, r.Rules)
 			}
 		}
-		if n != 3 {
+		if n != 4 {
 			t.Errorf("%d roles", n)
 		}
 	})

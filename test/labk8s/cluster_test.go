@@ -43,6 +43,7 @@ type world struct {
 	appImage  string // digest of the configuration of the image that pods run
 	socket    string // the server's, for its commands
 	installed time.Duration
+	applied   time.Time // when the quickstart was
 }
 
 func start(t *testing.T) *world {
@@ -152,6 +153,7 @@ func (w *world) quickstart(t *testing.T) {
 	_, block, _ := strings.Cut(string(text), "```\n")
 	block, _, _ = strings.Cut(block, "```\n")
 	began, n := time.Now(), 0
+	w.applied = began
 	for line := range strings.Lines(block) {
 		line, _, _ = strings.Cut(line, "#")
 		line, ours := strings.CutPrefix(line, "kubectl ")

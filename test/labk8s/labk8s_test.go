@@ -60,7 +60,8 @@ func TestKubernetes(t *testing.T) {
 		w.quickstart(t)
 		r.note("the quickstart's commands -> pods may come", w.installed.Round(time.Millisecond).String())
 		p, began := w.create(t, w.workload("first", nil))
-		w.until(t, p, began, "svid", "spiffe://example.org/ns/shop/sa/default")
+		got := w.until(t, p, began, "svid", "spiffe://example.org/ns/shop/sa/default")
+		r.note("kubectl apply of the quickstart -> the first SVID", got.At.Sub(w.applied).Round(time.Millisecond).String())
 		if out := w.kubectl(t, "-n", space, "exec", "assay-server-0", "--", "assay-server", "entry", "show"); !strings.Contains(out, string(p.UID)) {
 			t.Errorf("the server's command says %s", out)
 		}

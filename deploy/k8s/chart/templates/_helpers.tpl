@@ -124,7 +124,7 @@ agent {
   admin_socket_path = "/run/assay/agent/private/admin.sock"
   server_address    = {{ include "assay.hcl" (printf "%s-server" .Values.name) }}
   server_port       = {{ .Values.server.service.port }}
-  trust_bundle_path = "/run/assay/bundle/bundle.pem"
+  trust_bundle_config_map = {{ include "assay.hcl" (printf "%s-bundle" .Values.name) }} # the server writes it; the agent waits for it
   log_format        = "json"
   {{- if ne .Values.agent.logLevel "info" }}
   log_level         = {{ include "assay.hcl" .Values.agent.logLevel }}

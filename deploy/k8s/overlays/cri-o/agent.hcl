@@ -6,7 +6,7 @@ agent {
   admin_socket_path = "/run/assay/agent/private/admin.sock"
   server_address    = "assay-server"
   server_port       = 8081
-  trust_bundle_path = "/run/assay/bundle/bundle.pem"
+  trust_bundle_config_map = "assay-bundle" # the server writes it; the agent waits for it
   log_format        = "json"
 }
 
