@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"strings"
 	"testing"
@@ -67,7 +68,10 @@ func shopEntry(name string, change func(e *types.Entry)) *types.Entry {
 }
 
 func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
-	w := start(t, func(c *Config) { c.Roles = &grants{svid: []*caller.Role{shopRole}, token: []*caller.Role{shopRole}} })
+	w := start(t, func(c *Config) {
+		c.Roles = &grants{svid: []*caller.Role{shopRole}, token: []*caller.Role{shopRole}}
+		c.CA.WIT = true
+	})
 	bank := w.create(&types.Entry{SpiffeId: id("/bank"), ParentId: id("/node"), Selectors: selectors("k8s:ns:bank")})
 	conn := w.minted("/team/shop")
 	entries := entryv1.NewEntryClient(conn)
@@ -152,6 +156,18 @@ func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
 		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
 		_, err = svids.MintJWTSVID(w.context(), &svidv1.MintJWTSVIDRequest{Id: id("/bank"), Audience: []string{"a"}})
 		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+		key, err := x509.MarshalPKIXPublicKey(newKey(t).Public())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := svids.MintWITSVID(w.context(), &svidv1.MintWITSVIDRequest{Id: id("/shop/a"), PublicKey: key, SigningAlgorithm: "ES256"}); err != nil {
+			t.Error(err)
+		}
+		_, err = svids.MintWITSVID(w.context(), &svidv1.MintWITSVIDRequest{Id: id("/bank"), PublicKey: key, SigningAlgorithm: "ES256"})
+		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+		if line := w.denied(t, "svid.wit.mint"); line["spiffe_id"] != "spiffe://example.org/bank" {
+			t.Errorf("audit line %v", line)
+		}
 		agents := agentv1.NewAgentClient(conn)
 		if _, err := agents.CreateJoinToken(w.context(), &agentv1.CreateJoinTokenRequest{Ttl: 60, AgentId: id("/shop/node")}); err != nil {
 			t.Error(err)

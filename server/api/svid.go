@@ -48,41 +48,24 @@ var errNotAuthorized = refusal(codes.NotFound, "entry not found or not authorize
 // takes the public key and nothing else: what is signed comes from the entry.
 func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
 	n := len(req.GetParams())
-	if n == 0 {
-		return nil, refusal(codes.InvalidArgument, "missing parameters")
-	}
-	if n > maxBatch {
-		return nil, refusal(codes.ResourceExhausted, fmt.Sprintf("batch of %d requests, the limit is %d", n, maxBatch))
-	}
-	who := caller.FromContext(ctx)
-	if err := s.api.sign.wait(ctx, who.Share(), n); err != nil {
+	b, err := s.batch(ctx, n)
+	if err != nil {
 		return nil, err
 	}
-	by, err := terms.Of(ctx, n)
-	if err != nil {
-		return nil, malformed("invalid request", err)
-	}
-	picture := s.api.View.Agent(who.ID)
-	l := ledgerOf(ctx)
-	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
 	results := make([]*svidv1.BatchNewX509SVIDResponse_Result, n)
 	lines, errs := make([]audit.Line, n), make([]error, n)
 	items, serials := make([]*permitted, n), make([]records.Serial, n)
-	rank := turn.Usual
-	if n > small {
-		rank = turn.Bulk
-	}
 	inParallel(runtime.GOMAXPROCS(0), n, func(i int) {
 		p := req.GetParams()[i]
 		lines[i] = audit.Line{EntryID: p.GetEntryId()}
 		var item *permitted
 		var chain []*x509.Certificate
-		err := s.api.inTurn(ctx, rank, who, func() (err error) {
-			item, chain, err = s.newX509(ctx, picture, p, termsAt(by, i))
+		err := s.api.inTurn(ctx, b.rank, b.who, func() (err error) {
+			item, chain, err = s.newX509(ctx, b.picture, p, b.terms(i))
 			return err
 		})
 		if items[i] = item; item != nil {
-			lines[i] = entryLine(item.entry, picture.Rev)
+			lines[i] = entryLine(item.entry, b.picture.Rev)
 			lines[i].Verdicts = item.grant.Names()
 		}
 		if errs[i] = err; err != nil {
@@ -90,12 +73,12 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 			return
 		}
 		lines[i].Serial, lines[i].ExpiresAt = chain[0].SerialNumber.String(), chain[0].NotAfter
-		serials[i] = item.serial(who.ID, chain[0], s.api.cfg.Now())
+		serials[i] = item.serial(b.who.ID, chain[0], s.api.cfg.Now())
 		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, item.entry)}
 	})
 	// Before it is looked whether the verdicts still stand: what is revoked from here on is found.
 	noted := s.noteSerials(ctx, serials)
-	now := s.api.View.Agent(who.ID)
+	now := s.api.View.Agent(b.who.ID)
 	signed := 0
 	for i, line := range lines {
 		if errs[i] == nil && noted != nil && len(items[i].grant.By) > 0 {
@@ -103,17 +86,58 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(noted)}
 		}
 		if errs[i] == nil {
-			if errs[i] = s.still(picture, now, items[i]); errs[i] != nil {
+			if errs[i] = s.still(b.picture, now, items[i]); errs[i] != nil {
 				results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(errs[i])}
 			}
 		}
-		l.item(line, errs[i])
+		b.ledger.item(line, errs[i])
 		if errs[i] == nil {
 			signed++
 		}
 	}
 	s.api.issued.WithLabelValues("x509").Add(float64(signed))
 	return &svidv1.BatchNewX509SVIDResponse{Results: results}, nil
+}
+
+// batch is a call of an agent for SVIDs: who asks for them, and what it is decided by.
+type batch struct {
+	who     *caller.Caller
+	by      []terms.Item // nil: the agent does not say
+	picture *view.AgentPicture
+	rank    turn.Rank
+	ledger  *ledger
+}
+
+// batch lets a call for n SVIDs in, when it is its caller's turn.
+func (s *svidService) batch(ctx context.Context, n int) (*batch, error) {
+	switch {
+	case n == 0:
+		return nil, refusal(codes.InvalidArgument, "missing parameters")
+	case n > maxBatch:
+		return nil, refusal(codes.ResourceExhausted, fmt.Sprintf("batch of %d requests, the limit is %d", n, maxBatch))
+	}
+	b := &batch{who: caller.FromContext(ctx), rank: turn.Usual, ledger: ledgerOf(ctx)}
+	if n > small {
+		b.rank = turn.Bulk
+	}
+	if err := s.api.sign.wait(ctx, b.who.Share(), n); err != nil {
+		return nil, err
+	}
+	var err error
+	if b.by, err = terms.Of(ctx, n); err != nil {
+		return nil, malformed("invalid request", err)
+	}
+	b.picture = s.api.View.Agent(b.who.ID)
+	b.ledger.note(func(line *audit.Line) { line.Rev = b.picture.Rev })
+	return b, nil
+}
+
+// terms are those that SVID number i is asked for by; nil: the agent does not say.
+func (b *batch) terms(i int) *terms.Item {
+	if b.by == nil {
+		return nil
+	}
+	return &b.by[i]
 }
 
 // inParallel calls f(0) to f(n-1) on at most width goroutines, the caller's own among them: a goroutine
@@ -237,13 +261,6 @@ func (s *svidService) permit(picture *view.AgentPicture, id string) (*permitted,
 	return &permitted{entry: e}, refusal(codes.FailedPrecondition, err.Error())
 }
 
-func termsAt(by []terms.Item, n int) *terms.Item {
-	if by == nil {
-		return nil
-	}
-	return &by[n]
-}
-
 // agrees refuses what an agent asks for by an entry, or by a verdict on an image, that is another one by now:
 // the agent has decided who is to have it by what was, and is about to hear what is. An agent that does not say
 // what it goes by is SPIRE's own, and holds no entry that demands a verdict.
@@ -295,6 +312,7 @@ func (s *svidService) authorized(picture *view.AgentPicture, id string) (*identi
 	return e, true
 }
 
+// NewJWTSVID signs for an entry that the calling agent may hold at this moment, and for the audience that it asks for.
 func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
 	if err := s.jwtOn(); err != nil {
 		return nil, err
@@ -308,17 +326,11 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	if err != nil {
 		return nil, err
 	}
-	who := caller.FromContext(ctx)
-	if err := s.api.sign.wait(ctx, who.Share(), 1); err != nil {
+	b, err := s.batch(ctx, 1)
+	if err != nil {
 		return nil, err
 	}
-	by, err := terms.Of(ctx, 1)
-	if err != nil {
-		return nil, malformed("invalid request", err)
-	}
-	picture := s.api.View.Agent(who.ID)
-	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
-	item, err := s.permit(picture, req.GetEntryId())
+	item, err := s.permit(b.picture, req.GetEntryId())
 	if item != nil {
 		l.note(func(line *audit.Line) {
 			line.SPIFFEID, line.Facts = item.entry.SPIFFEID.String(), item.entry.Selectors.Strings()
@@ -326,21 +338,21 @@ func (s *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 		})
 	}
 	if err == nil {
-		err = item.agrees(picture, termsAt(by, 0))
+		err = item.agrees(b.picture, b.terms(0))
 	}
 	if err != nil {
 		return nil, err
 	}
 	e := item.entry
 	var svid *identity.JWTSVID
-	err = s.api.inTurn(ctx, turn.Usual, who, func() (err error) {
+	err = s.api.inTurn(ctx, b.rank, b.who, func() (err error) {
 		svid, err = s.api.CA.SignJWT(ctx, ca.JWTParams{ID: e.SPIFFEID, Audience: audience, TTL: e.JWTSVIDTTL, MaxTTL: item.most(item.grant.JWT, s.api.cfg.Now()), JTI: e.JTI})
 		return err
 	})
 	if err != nil {
 		return nil, fail("failed to sign JWT-SVID", err)
 	}
-	if err := s.still(picture, s.api.View.Agent(who.ID), item); err != nil {
+	if err := s.still(b.picture, s.api.View.Agent(b.who.ID), item); err != nil {
 		return nil, err
 	}
 	l.note(func(line *audit.Line) { line.ExpiresAt = svid.ExpiresAt })

@@ -14,8 +14,6 @@ import (
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/ca"
-	"github.com/assay-id/assay/server/turn"
-	"github.com/assay-id/assay/server/wire/terms"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -66,6 +64,9 @@ func (s *svidService) MintWITSVID(ctx context.Context, req *svidv1.MintWITSVIDRe
 	if err != nil {
 		return nil, err
 	}
+	if !reachesID(ctx, id, nil) {
+		return nil, errScope
+	}
 	svid, err := s.api.CA.SignWIT(ctx, ca.WITParams{ID: id, PublicKey: key, Algorithm: req.GetSigningAlgorithm(), TTL: ttl})
 	if err != nil {
 		return nil, fail("failed to sign WIT-SVID", err)
@@ -81,27 +82,9 @@ func (s *svidService) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewW
 	if err := s.witOn(); err != nil {
 		return nil, err
 	}
-	n := len(req.GetParams())
-	if n == 0 {
-		return nil, refusal(codes.InvalidArgument, "missing parameters")
-	}
-	if n > maxBatch {
-		return nil, refusal(codes.ResourceExhausted, fmt.Sprintf("batch of %d requests, the limit is %d", n, maxBatch))
-	}
-	who := caller.FromContext(ctx)
-	if err := s.api.sign.wait(ctx, who.Share(), n); err != nil {
-		return nil, err
-	}
-	by, err := terms.Of(ctx, n)
+	b, err := s.batch(ctx, len(req.GetParams()))
 	if err != nil {
-		return nil, malformed("invalid request", err)
-	}
-	picture := s.api.View.Agent(who.ID)
-	l := ledgerOf(ctx)
-	l.note(func(line *audit.Line) { line.Rev = picture.Rev })
-	rank := turn.Usual
-	if n > small {
-		rank = turn.Bulk
+		return nil, err
 	}
 	resp := &svidv1.BatchNewWITSVIDResponse{}
 	for i, p := range req.GetParams() {
@@ -109,14 +92,14 @@ func (s *svidService) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewW
 		result := &svidv1.BatchNewWITSVIDResponse_Result{Status: itemOK()}
 		var item *permitted
 		var svid *identity.WITSVID
-		err := s.api.inTurn(ctx, rank, who, func() (err error) {
+		err := s.api.inTurn(ctx, b.rank, b.who, func() (err error) {
 			if p.GetEntryId() == "" {
 				return refusal(codes.InvalidArgument, "missing entry ID")
 			}
-			if item, err = s.permit(picture, p.GetEntryId()); err != nil {
+			if item, err = s.permit(b.picture, p.GetEntryId()); err != nil {
 				return err
 			}
-			if err := item.agrees(picture, termsAt(by, i)); err != nil {
+			if err := item.agrees(b.picture, b.terms(i)); err != nil {
 				return err
 			}
 			key, err := witKey(p.GetPublicKey())
@@ -130,10 +113,10 @@ func (s *svidService) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewW
 			if err != nil {
 				return fail("failed to sign WIT-SVID", err)
 			}
-			return s.still(picture, s.api.View.Agent(who.ID), item)
+			return s.still(b.picture, s.api.View.Agent(b.who.ID), item)
 		})
 		if item != nil {
-			line = entryLine(item.entry, picture.Rev)
+			line = entryLine(item.entry, b.picture.Rev)
 			line.Verdicts = item.grant.Names()
 		}
 		if err != nil {
@@ -143,7 +126,7 @@ func (s *svidService) BatchNewWITSVID(ctx context.Context, req *svidv1.BatchNewW
 			result.Svid = witWire(svid, item.entry.Hint)
 			s.api.issued.WithLabelValues("wit").Inc()
 		}
-		l.item(line, err)
+		b.ledger.item(line, err)
 		resp.Results = append(resp.Results, result)
 	}
 	return resp, nil
