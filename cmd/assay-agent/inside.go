@@ -9,46 +9,25 @@ import (
 	"github.com/spf13/cobra"
 	debugv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/debug/v1"
 	loggerv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/agent/logger/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 
 	"github.com/assay-id/assay/cmd/cli"
+	"github.com/assay-id/assay/conf"
 )
 
-func loggerGet() *cobra.Command {
-	return newAdmin("get", "Shows the level of the log", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
-		l, err := loggerv1.NewLoggerClient(conn).GetLogger(ctx, &loggerv1.GetLoggerRequest{})
-		if err != nil {
-			return fmt.Errorf("error fetching logger: %w", err)
-		}
-		return r.output.Print(r.Command, func(w io.Writer) error { return cli.PrintLogger(w, l) }, l)
-	}).Command
-}
-
-func loggerSet() *cobra.Command {
-	var level string
-	r := newAdmin("set", "Sets the level of the log until the agent ends", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
-		wanted, err := cli.ParseLogLevel(level)
-		if err != nil {
-			return err
-		}
-		l, err := loggerv1.NewLoggerClient(conn).SetLogLevel(ctx, &loggerv1.SetLogLevelRequest{NewLevel: wanted})
-		if err != nil {
-			return fmt.Errorf("failed to set log level: %w", err)
-		}
-		return r.output.Print(r.Command, func(w io.Writer) error { return cli.PrintLogger(w, l) }, l)
-	}).checked(func() error { _, err := cli.ParseLogLevel(level); return err })
-	r.Flags().StringVar(&level, "level", "", "The level: trace, debug, info, warn, error, fatal or panic")
-	return r.Command
-}
-
-func loggerReset() *cobra.Command {
-	return newAdmin("reset", "Sets the level of the log to what it was at the start", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
-		l, err := loggerv1.NewLoggerClient(conn).ResetLogLevel(ctx, &loggerv1.ResetLogLevelRequest{})
-		if err != nil {
-			return fmt.Errorf("failed to reset logger: %w", err)
-		}
-		return r.output.Print(r.Command, func(w io.Writer) error { return cli.PrintLogger(w, l) }, l)
-	}).Command
+func loggerCommands() *cobra.Command {
+	return cli.LoggerCommands("agent", func() *cli.Socket { return cli.AdminSocket(conf.DefaultAdminSocket) }, cli.LoggerCalls{
+		Get: func(ctx context.Context, conn *grpc.ClientConn) (*types.Logger, error) {
+			return loggerv1.NewLoggerClient(conn).GetLogger(ctx, &loggerv1.GetLoggerRequest{})
+		},
+		Set: func(ctx context.Context, conn *grpc.ClientConn, level types.LogLevel) (*types.Logger, error) {
+			return loggerv1.NewLoggerClient(conn).SetLogLevel(ctx, &loggerv1.SetLogLevelRequest{NewLevel: level})
+		},
+		Reset: func(ctx context.Context, conn *grpc.ClientConn) (*types.Logger, error) {
+			return loggerv1.NewLoggerClient(conn).ResetLogLevel(ctx, &loggerv1.ResetLogLevelRequest{})
+		},
+	})
 }
 
 func debugGetInfo() *cobra.Command {

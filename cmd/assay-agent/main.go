@@ -29,7 +29,7 @@ func root() *cobra.Command {
 		explain(), filesCommand(),
 		cli.Group("tpm", "Looks into the machine's TPM", tpmEK()),
 		cli.HealthCommand("agent", cli.AgentSocket(conf.DefaultAgentSocket)),
-		cli.Group("logger", "Reads and sets the level of the agent's log", loggerGet(), loggerSet(), loggerReset()),
+		loggerCommands(),
 		cli.Group("debug", "Looks into the running agent", debugGetInfo()),
 		cli.VersionCommand(),
 	)

@@ -31,7 +31,7 @@ func root() *cobra.Command {
 		localAuthorityCommands(), upstreamAuthorityCommands(),
 		evidenceCommands(), auditCommands(),
 		healthcheck(),
-		cli.Group("logger", "Reads and sets the level of the server's log", loggerGet(), loggerSet(), loggerReset()),
+		loggerCommands(),
 		cli.Group("debug", "Looks into the running server", debugGetInfo()),
 		check(), backupCommand(), restore(),
 		cli.Group("snapshot", "Shows and makes snapshots of the store", snapshotList(), snapshotTake()),

@@ -11,9 +11,7 @@ import (
 	"runtime/debug"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
-	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 )
 
 // Version is what the commands and the agent say they are. The build sets it with
@@ -45,39 +43,6 @@ func VersionCommand() *cobra.Command {
 	}
 	output.AddTo(c)
 	return c
-}
-
-var logLevels = map[logrus.Level]types.LogLevel{
-	logrus.PanicLevel: types.LogLevel_PANIC, logrus.FatalLevel: types.LogLevel_FATAL, logrus.ErrorLevel: types.LogLevel_ERROR,
-	logrus.WarnLevel: types.LogLevel_WARN, logrus.InfoLevel: types.LogLevel_INFO, logrus.DebugLevel: types.LogLevel_DEBUG,
-	logrus.TraceLevel: types.LogLevel_TRACE,
-}
-
-// ParseLogLevel reads the level that "logger set -level" names.
-func ParseLogLevel(text string) (types.LogLevel, error) {
-	if text == "" {
-		return 0, errors.New("a value (-level) must be set")
-	}
-	level, err := logrus.ParseLevel(text)
-	if err != nil {
-		return 0, fmt.Errorf("the value %q is not a valid setting", text)
-	}
-	return logLevels[level], nil
-}
-
-// PrintLogger shows what level a daemon's log has.
-func PrintLogger(w io.Writer, l *types.Logger) error {
-	_, err := fmt.Fprintf(w, "Logger Level : %s\nLaunch Level : %s\n\n", levelName(l.GetCurrentLevel()), levelName(l.GetLaunchLevel()))
-	return err
-}
-
-func levelName(wanted types.LogLevel) string {
-	for level, wire := range logLevels {
-		if wire == wanted {
-			return level.String()
-		}
-	}
-	return "unknown"
 }
 
 // PrintDebugCertificate shows certificate number i of a daemon's own SVID.

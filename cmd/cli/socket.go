@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/status"
 )
 
 // Socket is the -socketPath and -instance flags, and the environment that stands in for them. The
@@ -159,8 +158,7 @@ func (s *Socket) unreachable(path string, err error) error {
 	return fmt.Errorf("connect to %s: %w", path, errors.Unwrap(err))
 }
 
-// With dials, calls do and hangs up. A wait of more than a second is explained on standard error, and
-// a call whose other end went away is told as such.
+// With dials, calls do and hangs up. A wait of more than a second is explained on standard error.
 func (s *Socket) With(c *cobra.Command, do func(ctx context.Context, conn *grpc.ClientConn) error) error {
 	conn, err := s.Dial()
 	if err != nil {
@@ -196,6 +194,3 @@ func Patience(w io.Writer, what string) (done func()) {
 // StatusText returns the name that the status code of one item in a batch has in the texts scripts
 // look for, as in "AlreadyExists".
 func StatusText(code int32) string { return codes.Code(uint32(code)).String() } //nolint:gosec // codes are small
-
-// Unavailable reports whether a call failed because the other end is not there.
-func Unavailable(err error) bool { return status.Code(err) == codes.Unavailable }
