@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"crypto/x509"
 	"errors"
+	"slices"
 
 	"github.com/sirupsen/logrus"
 
@@ -82,9 +84,28 @@ func (a *agent) status() admin.Status {
 		}
 	}
 	if own, _ := a.join.Own(); own != nil {
-		s.Chain = own.Chain
+		s.Chain = a.toRoot(own.Chain)
 	}
 	s.AgentID = a.join.ID()
 	s.X509Held, s.JWTHeld = a.issue.Counts()
 	return s
+}
+
+// toRoot returns the chain with the root that it hangs on, if the picture has it.
+func (a *agent) toRoot(chain []*x509.Certificate) []*x509.Certificate {
+	if len(chain) == 0 {
+		return chain
+	}
+	last := chain[len(chain)-1]
+	for _, b := range a.view.Picture().BundleList() {
+		if b.TrustDomain != a.cfg.TrustDomain {
+			continue
+		}
+		for _, root := range b.X509 {
+			if last.CheckSignatureFrom(root.Certificate) == nil {
+				return append(slices.Clone(chain), root.Certificate)
+			}
+		}
+	}
+	return chain
 }

@@ -175,7 +175,7 @@ func (s *Server) verify(token, audience string, bundles []*identity.Bundle) (*wo
 	}
 	svid, err := jwtsvid.ParseAndValidate(token, bundleList(bundles), []string{audience})
 	if err != nil {
-		return nil, invalid(err.Error())
+		return nil, invalid(strings.TrimPrefix(err.Error(), "jwtsvid: ")) // the caller knows what it asked about
 	}
 	if err := identity.CheckID(svid.ID); err != nil {
 		return nil, invalid("token has an invalid subject claim: " + err.Error())

@@ -40,7 +40,7 @@ func debugGetInfo() *cobra.Command {
 			fmt.Fprintln(w, "Agent Debug Info:")
 			line := func(name string, value any) { fmt.Fprintf(w, "  %-33s%v\n", name+":", value) }
 			line("Uptime", time.Duration(d.GetUptime())*time.Second)
-			synced := "never"
+			synced := "(never)"
 			if at := d.GetLastSyncSuccess(); at != 0 {
 				synced = time.Unix(at, 0).UTC().Format(time.RFC3339)
 			}
@@ -52,7 +52,7 @@ func debugGetInfo() *cobra.Command {
 				if i == 0 {
 					fmt.Fprintln(w, "  SVID Chain:")
 				}
-				id := ""
+				id := "(none)"
 				if cert.GetId() != nil {
 					id = "spiffe://" + cert.GetId().GetTrustDomain() + cert.GetId().GetPath()
 				}

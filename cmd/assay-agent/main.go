@@ -49,8 +49,8 @@ func newRemote(socket *cli.Socket, use, short string, do func(ctx context.Contex
 	r.Command = &cobra.Command{
 		Use: use, Short: short, Args: cli.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if c.Flags().Changed("timeout") && r.timeout <= 0 {
-				return errors.New("-timeout must be positive")
+			if r.timeout < 0 {
+				return errors.New("-timeout must not be negative; 0 waits without end")
 			}
 			return r.socket.With(c, func(ctx context.Context, conn *grpc.ClientConn) error {
 				if r.timeout > 0 {
@@ -72,7 +72,7 @@ func newWorkload(use, short string, do func(ctx context.Context, r *remote, conn
 	r := newRemote(cli.AgentSocket(conf.DefaultAgentSocket), use, short, func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		return do(metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"), r, conn)
 	})
-	r.Flags().DurationVar(&r.timeout, "timeout", 5*time.Second, "How long to wait for an answer")
+	r.Flags().DurationVar(&r.timeout, "timeout", 5*time.Second, "How long to wait for an answer; 0 waits without end")
 	return r
 }
 

@@ -35,6 +35,8 @@ func Main(root *cobra.Command) int {
 // Execute runs a command line and returns the command that it was, and what was wrong.
 func Execute(root *cobra.Command, args []string) (*cobra.Command, error) {
 	root.SilenceUsage, root.SilenceErrors = true, true
+	root.Version = VersionText() // for -version, beside the command of that name
+	root.SetVersionTemplate("{{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
 	root.SetArgs(DoubleDashes(root, args))
 	return root.ExecuteC()

@@ -202,7 +202,7 @@ func TestHealthCommand(t *testing.T) {
 	t.Run("one that does not serve is not", func(t *testing.T) {
 		status.SetServingStatus("", grpc_health_v1.HealthCheckResponse_NOT_SERVING)
 		code, out, errOut := execute(t, HealthCommand("agent", AgentSocket("/")), "-socketPath", path)
-		if code != 1 || out != "" || !strings.HasPrefix(errOut, "Error: agent is unhealthy: agent returned status \"NOT_SERVING\": it was not admitted by its server yet") {
+		if code != 1 || out != "" || !strings.HasPrefix(errOut, "Agent is unhealthy: agent returned status \"NOT_SERVING\": it was not admitted by its server yet") {
 			t.Errorf("status %d, output %q, %q", code, out, errOut)
 		}
 	})

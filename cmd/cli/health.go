@@ -46,6 +46,10 @@ func HealthCommand(name string, socket *Socket) *cobra.Command {
 				}
 				return &Exit{Status: 1}
 			}
+			if name == "agent" { // as SPIRE's agent says it, unlike its server
+				fmt.Fprintf(c.ErrOrStderr(), "Agent is unhealthy: %v\n", err)
+				return &Exit{Status: 1}
+			}
 			return fmt.Errorf("%s is unhealthy: %w", name, err)
 		},
 	}

@@ -293,7 +293,11 @@ func (w *words) walk(key string, v any) any {
 	case map[string]any:
 		delete(v, "uptime") // in seconds, of which there may be none
 		for _, k := range slices.Sorted(maps.Keys(v)) {
-			v[k] = w.walk(k, v[k])
+			name := k
+			if strings.HasPrefix(k, "spiffe://") { // of a map by trust domain
+				name = key
+			}
+			v[k] = w.walk(name, v[k])
 		}
 		return v
 	case []any:
@@ -308,6 +312,8 @@ func (w *words) walk(key string, v any) any {
 		switch key {
 		case "code":
 			return codeName(v)
+		case "exp", "iat":
+			return "NUMBER"
 		}
 	case string:
 		return w.value(key, v)
@@ -328,7 +334,7 @@ func (w *words) value(key, v string) string {
 	switch key {
 	case "private_key":
 		return "KEY"
-	case "expires_at", "created_at", "issued_at", "x509svid_expires_at":
+	case "expires_at", "created_at", "issued_at", "last_sync_success", "x509svid_expires_at":
 		if n, err := strconv.ParseInt(v, 10, 64); err == nil && time.Until(time.Unix(n, 0)).Abs() < 72*time.Hour {
 			return "TIME"
 		}
@@ -342,7 +348,7 @@ func (w *words) value(key, v string) string {
 		if len(v) >= 32 {
 			return w.name("key", v)
 		}
-	case "asn1", "cert_chain", "ca_cert_chain", "x509_authorities", "x509_svid", "root_cas":
+	case "asn1", "cert_chain", "ca_cert_chain", "x509_authorities", "x509_svid", "root_cas", "bundle", "federated_bundles":
 		if der, err := base64.StdEncoding.DecodeString(v); err == nil {
 			return certificate(der)
 		}
@@ -351,8 +357,14 @@ func (w *words) value(key, v string) string {
 			key, err := x509.ParsePKIXPublicKey(der)
 			return fmt.Sprintf("%T %v", key, err)
 		}
-	case "token":
+	case "token", "svid":
 		return w.plain(token(v))
+	case "x509_svid_key":
+		return "KEY"
+	case "jti":
+		return "ID"
+	case "bundles":
+		return keySet(v)
 	case "subject":
 		return serialNumber.ReplaceAllString(v, "SERIALNUMBER=NUMBER")
 	}
@@ -413,4 +425,25 @@ func token(text string) string {
 		claims["jti"] = "ID"
 	}
 	return fmt.Sprintf("%v %v", header, claims)
+}
+
+// keySet says which keys are in a JWKS in base64, but for what is another each time.
+func keySet(text string) string {
+	raw, err := base64.StdEncoding.DecodeString(text)
+	var set struct {
+		Keys []map[string]any `json:"keys"`
+	}
+	if err != nil || json.Unmarshal(raw, &set) != nil {
+		return text
+	}
+	out := make([]string, 0, len(set.Keys))
+	for _, key := range set.Keys {
+		for _, name := range []string{"kid", "x", "y"} {
+			if key[name] != nil {
+				key[name] = "…"
+			}
+		}
+		out = append(out, fmt.Sprint(key))
+	}
+	return fmt.Sprintf("%d keys %s", len(out), strings.Join(out, " "))
 }
