@@ -56,7 +56,18 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer turn.End()
-	a, err := open(cfg, attest, socket)
+	keys, err := openKeys(cfg)
+	if err == nil {
+		defer func() {
+			if err := keys.Close(); err != nil {
+				cfg.Log.WithError(err).Warn("agent key store cannot be closed")
+			}
+		}()
+	}
+	var a *agent
+	if err == nil {
+		a, err = open(cfg, attest, keys, socket)
+	}
 	if err != nil {
 		if socket != nil {
 			socket.Withdraw()
@@ -103,13 +114,14 @@ type agent struct {
 }
 
 // open builds the parts and takes over what is kept from before.
-func open(cfg Config, attest *workloadapi.Attestation, socket *peer.Socket) (*agent, error) {
+func open(cfg Config, attest *workloadapi.Attestation, keys *keep.Keys, socket *peer.Socket) (*agent, error) {
 	a := &agent{
 		cfg: cfg, attest: attest, log: cfg.Log.WithField("component", "agent"), view: view.New(cfg.Now),
 		started: cfg.Now(), listens: make(chan struct{}), serves: make(chan struct{}),
 	}
-	if err := a.openKeep(); err != nil {
-		return nil, err
+	var err error
+	if a.keep, err = keep.Open(cfg.DataDir, keys, cfg.Log.WithField("component", "keep")); err != nil {
+		return nil, fmt.Errorf("open data directory: %w%s", err, mayNot(err))
 	}
 	a.lease = &lease{
 		length: cfg.VerdictLease, view: a.view, now: cfg.Now, log: a.log,
@@ -123,7 +135,6 @@ func open(cfg Config, attest *workloadapi.Attestation, socket *peer.Socket) (*ag
 		}
 		a.log.WithFields(logrus.Fields{"rev": p.Rev, "entries": len(p.Entries)}).Info("serving the picture from before the restart")
 	}
-	var err error
 	a.join, err = join.New(a.keep, join.Config{
 		TrustDomain: cfg.TrustDomain,
 		Target:      cfg.serverTarget(),
@@ -191,24 +202,27 @@ func (a *agent) holding() (uplink.Holding, <-chan struct{}) {
 	return out, changed
 }
 
-func (a *agent) openKeep() error {
+// openKeys opens the agent's key store.
+func openKeys(cfg Config) (*keep.Keys, error) {
 	keys := keep.MemoryKeys()
 	var err error
-	switch a.cfg.KeyManager {
+	switch cfg.KeyManager {
 	case KeysDisk:
-		keys, err = keep.DiskKeys(a.cfg.KeyDir)
+		keys, err = keep.DiskKeys(cfg.KeyDir)
 	case KeysTPM:
-		keys, err = keep.TPMKeys(a.cfg.KeyDir, a.cfg.TPM)
+		keys, err = keep.TPMKeys(cfg.KeyDir, cfg.TPM)
+	case KeysExternal:
+		var elsewhere keep.Elsewhere
+		if elsewhere, err = cfg.Elsewhere(); err == nil {
+			keys, err = keep.ElsewhereKeys(cfg.KeyDir, elsewhere)
+		}
 	default:
-		a.log.Warn("agent keys are held in memory only: nothing survives a restart, and a spent join token will have to be replaced")
+		cfg.Log.WithField("component", "agent").Warn("agent keys are held in memory only: nothing survives a restart, and a spent join token will have to be replaced")
 	}
 	if err != nil {
-		return fmt.Errorf("open agent key store: %w%s", err, mayNot(err))
+		return nil, fmt.Errorf("open agent key store: %w%s", err, mayNot(err))
 	}
-	if a.keep, err = keep.Open(a.cfg.DataDir, keys, a.cfg.Log.WithField("component", "keep")); err != nil {
-		return fmt.Errorf("open data directory: %w%s", err, mayNot(err))
-	}
-	return nil
+	return keys, nil
 }
 
 // mayNot says what to do about a directory that this user may not use.

@@ -37,6 +37,8 @@ const (
 	KeysMemory = "memory"
 	KeysDisk   = "disk"
 	KeysTPM    = "tpm"
+	// KeysExternal: the agent's own key is in a program of its own.
+	KeysExternal = "external"
 )
 
 // Kinds of workload key for Config.WorkloadKeyType.
@@ -70,10 +72,14 @@ type Config struct {
 	// KeyManager says where the agent's own key and the key that seals DataDir live: KeysDisk (the
 	// default) or KeysMemory, with which nothing survives a restart.
 	KeyManager string
-	// KeyDir is where KeysDisk keeps its keys, and KeysTPM what its TPM sealed; empty means DataDir.
+	// KeyDir is where KeysDisk keeps its keys, KeysTPM what its TPM sealed, and KeysExternal the key that DataDir is
+	// sealed under; empty means DataDir.
 	KeyDir string
 	// TPM is where KeysTPM has its keys.
 	TPM *keep.TPM
+	// Elsewhere opens what KeysExternal has the agent's own key in, once the node is this agent's. One that is
+	// an io.Closer is closed when the agent ends.
+	Elsewhere func() (keep.Elsewhere, error)
 
 	// SocketPath is the Workload API's Unix socket, made with mode 0777; empty means
 	// DefaultSocketPath.
@@ -284,8 +290,10 @@ func (c Config) Check() error {
 		wrong("data directory is missing")
 	}
 	switch {
-	case c.KeyManager != KeysDisk && c.KeyManager != KeysMemory && c.KeyManager != KeysTPM:
-		wrong("key manager %q is unknown; there are %q, %q and %q", c.KeyManager, KeysDisk, KeysMemory, KeysTPM)
+	case c.KeyManager != KeysDisk && c.KeyManager != KeysMemory && c.KeyManager != KeysTPM && c.KeyManager != KeysExternal:
+		wrong("key manager %q is unknown; there are %q, %q, %q and %q", c.KeyManager, KeysDisk, KeysMemory, KeysTPM, KeysExternal)
+	case c.KeyManager == KeysExternal && c.Elsewhere == nil:
+		wrong("key manager %q needs a program", KeysExternal)
 	case c.KeyManager == KeysTPM && c.TPM == nil:
 		wrong("key manager %q needs a TPM", KeysTPM)
 	}

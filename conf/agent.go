@@ -12,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/external"
 )
 
 // Where workloads and administrators find the agent unless told otherwise. They are in different
@@ -64,8 +65,9 @@ type Agent struct {
 	DisableWorkloadAPI, DisableSDSAPI bool
 	SDS                               SDS
 
-	KeyManager string // "disk", "memory" or "tpm"
-	KeysDir    string // of "disk" and "tpm"; empty: DataDir
+	KeyManager string           // "disk", "memory", "tpm" or "external"
+	KeysDir    string           // of "disk" and "tpm"; empty: DataDir
+	KeysPlugin *external.Config // of "external"
 	// TPMPath, the one in /dev if it is empty, and TPMOwnerPassword are those of "tpm".
 	TPMPath, TPMOwnerPassword string
 	Node                      Node
@@ -196,6 +198,8 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 			l.say("key_manager.tpm.tpm_path", "Invalid path", "%q is no absolute path of a device.", c.Path)
 		}
 		a.TPMPath, a.TPMOwnerPassword = c.Path, c.OwnerPassword
+	case *external.Config:
+		a.KeysPlugin = c
 	}
 	a.Files = l.filesBlocks(f.Files)
 	a.Health = l.health(f.Health, agentHealthPort)

@@ -351,6 +351,18 @@ key_manager "disk" {
   #directory                = "/var/lib/assay/agent"
 #}
 
+# In place of it: the agent's own key is in a key manager that is a plugin of SPIRE, as that of SPIRE's agent, in
+# the places "agent-svid-A" and "agent-svid-B". A plugin signs and keeps nothing else: what is kept in data_dir is
+# sealed as with "disk". The keys are those of node_attestor "external".
+#key_manager "external" {
+  #name            = "our_hsm"
+  #plugin_cmd      = "/usr/libexec/assay/our_hsm"
+  #plugin_args     = []
+  #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+  #plugin_env      = []
+  #plugin_data     = ""
+#}
+
 # GET /live and /ready, for probes. A liveness probe belongs to /live: an agent whose server is away or that was banned is
 # alive, and restarting it would help nobody. "assay-agent healthcheck" asks the socket: it is content once there has been
 # something to serve, and from then on. Nobody is asked who they are: keep it on loopback or behind

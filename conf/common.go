@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/assay-id/assay/attestor/external"
 )
 
 // Log is where a daemon's log goes and how much of it.
@@ -115,7 +117,7 @@ func (l *loader) log(block, level, format, file string, source bool) Log {
 func AgentKeyManagers() map[string]func() any {
 	return map[string]func() any{
 		"disk": func() any { return new(diskDirectory) }, "memory": func() any { return new(struct{}) },
-		"tpm": func() any { return new(tpmKeys) },
+		"tpm": func() any { return new(tpmKeys) }, external.Type: func() any { return new(external.Config) },
 	}
 }
 

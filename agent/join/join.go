@@ -125,6 +125,7 @@ func New(store Store, cfg Config) (*Joiner, error) {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
+	t.keyGone = j.keyGone
 	if b := store.Bundle(); b != nil {
 		if b.TrustDomain != cfg.TrustDomain {
 			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q", b.TrustDomain, cfg.TrustDomain)
@@ -235,6 +236,18 @@ func (j *Joiner) Denied(own *keep.Own, err error) {
 			j.log.WithError(err).WithField("reason", reason.String()).Warn("server no longer takes the agent's SVID; attesting again")
 			j.poke()
 		}
+	}
+}
+
+// keyGone takes it that nobody can use own any more.
+func (j *Joiner) keyGone(own *keep.Own, err error) {
+	j.mu.Lock()
+	known := own != j.own || j.refused
+	j.refused = j.refused || own == j.own
+	j.mu.Unlock()
+	if !known {
+		j.log.WithError(err).Error("the key of the agent's SVID is lost; attesting again")
+		j.poke()
 	}
 }
 

@@ -1,10 +1,12 @@
 package join
 
 import (
+	"crypto"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"time"
@@ -28,6 +30,8 @@ type trust struct {
 	serverID spiffeid.ID
 	now      func() time.Time
 	log      logrus.FieldLogger
+	// keyGone is told when the key of an SVID turns out to be lost.
+	keyGone func(*keep.Own, error)
 
 	// mu guards what follows.
 	mu sync.Mutex
@@ -168,13 +172,28 @@ func (t *trust) tls(own *keep.Own) *tls.Config {
 		VerifyConnection:   t.verify,
 	}
 	if own != nil {
-		cert := tls.Certificate{PrivateKey: own.Key, Leaf: own.Chain[0]}
+		cert := tls.Certificate{PrivateKey: watched{own.Key, func(err error) { t.keyGone(own, err) }}, Leaf: own.Chain[0]}
 		for _, c := range own.Chain {
 			cert.Certificate = append(cert.Certificate, c.Raw)
 		}
 		cfg.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
 	}
 	return cfg
+}
+
+// watched is a key that may be in a program of its own, which may lose it. Only a handshake notices.
+type watched struct {
+	crypto.Signer
+	gone func(error)
+}
+
+// Sign signs.
+func (w watched) Sign(random io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	signature, err := w.Signer.Sign(random, digest, opts)
+	if errors.Is(err, keep.ErrKeyGone) {
+		w.gone(err)
+	}
+	return signature, err
 }
 
 func tlsForRoots(roots *x509.CertPool) *tls.Config {

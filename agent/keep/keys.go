@@ -23,7 +23,8 @@ const (
 type Keys struct {
 	seal       []byte
 	persistent bool
-	tpm        *TPM  // where the agent's own key lives; nil: with the rest
+	tpm        *TPM // where the agent's own key lives; nil: with the rest, or
+	elsewhere  *elsewhere
 	lost       error // why the key from before could not be used; nil: it could, or there was none
 }
 
@@ -97,8 +98,11 @@ func newDiskKeys(path string) (*Keys, error) {
 
 // NewKey makes a key for the agent itself, where the key store has them.
 func (k *Keep) NewKey() (crypto.Signer, error) {
-	if k.keys.tpm != nil {
+	switch {
+	case k.keys.tpm != nil:
 		return k.keys.tpm.newKey()
+	case k.keys.elsewhere != nil:
+		return k.keys.elsewhere.newKey()
 	}
 	return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 }

@@ -38,8 +38,9 @@ func (o *Own) ID() (spiffeid.ID, error) {
 type ownJSON struct {
 	Version      int      `json:"version"`
 	Chain        [][]byte `json:"chain"`
-	Key          []byte   `json:"key,omitempty"` // PKCS #8
-	TPM          *blob    `json:"tpm,omitempty"` // in place of Key: it lives in the TPM
+	Key          []byte   `json:"key,omitempty"`       // PKCS #8
+	TPM          *blob    `json:"tpm,omitempty"`       // in place of Key: it lives in the TPM
+	Elsewhere    *placed  `json:"elsewhere,omitempty"` // likewise: in a plugin
 	Reattestable bool     `json:"reattestable"`
 }
 
@@ -49,7 +50,7 @@ func (k *Keep) Own() *Own {
 	if !k.load(ownFile, &stored) {
 		return nil
 	}
-	own, err := stored.parse(k.keys.tpm)
+	own, err := stored.parse(k.keys)
 	if err != nil {
 		k.spoilt(ownFile, err)
 		return nil
@@ -57,7 +58,7 @@ func (k *Keep) Own() *Own {
 	return own
 }
 
-func (s *ownJSON) parse(t *TPM) (*Own, error) {
+func (s *ownJSON) parse(keys *Keys) (*Own, error) {
 	if s.Version != jsonVersion {
 		return nil, fmt.Errorf("version %d: %w", s.Version, errVersion)
 	}
@@ -71,10 +72,14 @@ func (s *ownJSON) parse(t *TPM) (*Own, error) {
 	}
 	var err error
 	switch {
-	case s.TPM != nil && t == nil:
+	case len(own.Chain) == 0:
+		return nil, errors.New("there is no certificate")
+	case s.TPM != nil && keys.tpm == nil:
 		return nil, errors.New("its key is in the TPM, and the key manager is another")
 	case s.TPM != nil:
-		own.Key, err = t.key(s.TPM)
+		own.Key, err = keys.tpm.key(s.TPM)
+	case s.Elsewhere != nil:
+		own.Key, err = keys.elsewhere.open(*s.Elsewhere, own.Chain[0].PublicKey)
 	default:
 		own.Key, err = parseKey(s.Key)
 	}
@@ -93,9 +98,12 @@ func (s *ownJSON) parse(t *TPM) (*Own, error) {
 // SaveOwn keeps the agent's SVID and returns when it is on disk.
 func (k *Keep) SaveOwn(own *Own) error {
 	stored := ownJSON{Version: jsonVersion, Reattestable: own.Reattestable}
-	if key, ok := own.Key.(*tpmKey); ok {
+	switch key := own.Key.(type) {
+	case *tpmKey:
 		stored.TPM = key.blob
-	} else {
+	case *placedKey:
+		stored.Elsewhere = &key.placed
+	default:
 		var err error
 		if stored.Key, err = x509.MarshalPKCS8PrivateKey(own.Key); err != nil {
 			return fmt.Errorf("marshal agent key: %w", err)
@@ -103,6 +111,9 @@ func (k *Keep) SaveOwn(own *Own) error {
 	}
 	for _, cert := range own.Chain {
 		stored.Chain = append(stored.Chain, cert.Raw)
+	}
+	if stored.Elsewhere != nil && k.keys.elsewhere != nil {
+		k.keys.elsewhere.use(stored.Elsewhere.Place) // it will be in use, also if it cannot be kept
 	}
 	return k.save(ownFile, stored)
 }

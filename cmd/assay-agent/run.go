@@ -13,6 +13,7 @@ import (
 	"github.com/assay-id/assay/agent/broker"
 	"github.com/assay-id/assay/agent/join"
 	"github.com/assay-id/assay/agent/keep"
+	externalkeys "github.com/assay-id/assay/agent/keep/external"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/tpmchip"
 	"github.com/assay-id/assay/cmd/cli"
@@ -161,7 +162,22 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 		d.OnReload("audit log", file.Reopen)
 		c.Audit = workloadapi.AuditTo(file, d.Log.WithField("component", "audit"))
 	}
-	if err := openAttestors(&c, from, d); err != nil {
+	needs := func(component string) attestor.Needs {
+		return attestor.Needs{
+			TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", component), Now: time.Now, JoinToken: from.JoinToken,
+			Audit: func(event, about string, err error) {
+				if c.Audit != nil {
+					c.Audit.Audit(workloadapi.OwnLine(event, about, err))
+				}
+			},
+		}
+	}
+	if from.KeysPlugin != nil {
+		c.Elsewhere = func() (keep.Elsewhere, error) {
+			return externalkeys.Open(from.KeysPlugin, needs("keys/"+from.KeysPlugin.Name))
+		}
+	}
+	if err := openAttestors(&c, from, needs); err != nil {
 		return c, err
 	}
 	c.Log, c.Metrics, c.Version = d.Log, d.Registry, cli.VersionText()
@@ -172,26 +188,16 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 }
 
 // openAttestors opens what the file configures.
-func openAttestors(c *agent.Config, from *conf.Agent, d *daemon.Daemon) error {
-	needs := func(kind string) attestor.Needs {
-		return attestor.Needs{
-			TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", "attestor/"+kind), Now: time.Now, JoinToken: from.JoinToken,
-			Audit: func(event, about string, err error) {
-				if c.Audit != nil {
-					c.Audit.Audit(workloadapi.OwnLine(event, about, err))
-				}
-			},
-		}
-	}
+func openAttestors(c *agent.Config, from *conf.Agent, needs func(component string) attestor.Needs) error {
 	kind := attestor.TypeOf(from.Node.Kind.Type, from.Node.Config)
-	node, err := from.Node.Kind.Open(from.Node.Config, needs(kind))
+	node, err := from.Node.Kind.Open(from.Node.Config, needs("attestor/"+kind))
 	if err != nil {
 		return fmt.Errorf("open node attestor %q: %w", kind, err)
 	}
 	c.NodeAttestor = agent.NodeAttestor{Type: kind, Node: node}
 	for _, w := range from.Workloads {
 		kind := attestor.TypeOf(w.Kind.Type, w.Config)
-		opened, err := w.Kind.Open(w.Config, needs(kind))
+		opened, err := w.Kind.Open(w.Config, needs("attestor/"+kind))
 		if err != nil {
 			return fmt.Errorf("open workload attestor %q: %w", kind, err)
 		}

@@ -54,6 +54,7 @@ var rules = []rule{
 	{pattern: "server/audit", floor: tools},
 	{pattern: "server/turn", floor: tools},
 	{pattern: "agent/keep", floor: tools},
+	{pattern: "agent/keep/external", floor: tools, also: []string{"agent/keep"}, why: "keeps the agent's key as keep says, in a plugin of SPIRE"},
 	{pattern: "server/verdict/image", floor: tools, why: "what a digest is proved to lead to, which nothing else of verdict needs"},
 	{pattern: "server/verdict/report", floor: tools, why: "parsers of reports, which nothing else of verdict needs"},
 	{pattern: "server/verdict/policy", floor: tools, also: []string{"server/verdict/report"}, why: "a policy is about reports"},
@@ -139,7 +140,7 @@ var homes = []struct {
 	{"github.com/google/go-containerregistry", []string{"server/verdict/...", "deploy/images", "test/..."}},
 	{"github.com/hashicorp/hcl", []string{"conf", "server/verdict/rules", "server/api/roles", "attestor/attestortest", "attestor/all/...", "cmd/...", "test/..."}},
 	{"github.com/hashicorp/go-plugin", []string{"test/..."}},
-	{"github.com/spiffe/spire-plugin-sdk", []string{"attestor/plugin", "attestor/external/...", "server/ca/keys/external", "server/ca/upstream/external", "test/..."}},
+	{"github.com/spiffe/spire-plugin-sdk", []string{"attestor/plugin", "attestor/external/...", "agent/keep/external", "server/ca/keys/external", "server/ca/upstream/external", "test/..."}},
 	{"github.com/spf13/cobra", []string{"cmd/...", "test/..."}},
 }
 

@@ -1,6 +1,9 @@
 package compat
 
 import (
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,8 +13,10 @@ import (
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/agent/keep/external"
 	"github.com/assay-id/assay/attestor"
-	"github.com/assay-id/assay/attestor/external"
+	block "github.com/assay-id/assay/attestor/external"
 	"github.com/assay-id/assay/attestor/external/workload"
 )
 
@@ -26,15 +31,16 @@ func TestPlugin(t *testing.T) {
 	if text, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("build the plugin: %v\n%s", err, text)
 	}
-	sum, err := external.Checksum(path)
+	sum, err := block.Checksum(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	log := logrus.New()
 	log.SetOutput(t.Output())
-	opened, err := workload.Kind().Open(&external.Config{
+	needs := attestor.Needs{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Log: log}
+	opened, err := workload.Kind().Open(&block.Config{
 		Name: "executable", Cmd: path, Checksum: fmt.Sprintf("%x", sum), Data: `selector = "ours:yes"`,
-	}, attestor.Needs{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Log: log})
+	}, needs)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,4 +58,24 @@ func TestPlugin(t *testing.T) {
 	if err != nil || !attestor.NewSet(got...).Equal(want) {
 		t.Errorf("got %v, %v, want %v", got, err, want)
 	}
+	t.Run("the agent's own key is in one", func(t *testing.T) {
+		keys, err := external.Open(&block.Config{Name: "memory_of_others", Cmd: path, Args: []string{"keys"}, Checksum: fmt.Sprintf("%x", sum)}, needs)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = keys.Close() }()
+		key, err := keys.Generate(t.Context(), "agent-svid-A")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key); err != nil {
+			t.Error(err)
+		}
+		if err := keys.Has(t.Context(), "agent-svid-A", key.Public()); err != nil {
+			t.Error(err)
+		}
+		if err := keys.Has(t.Context(), "agent-svid-B", key.Public()); !errors.Is(err, keep.ErrKeyGone) {
+			t.Errorf("a key that was never made: %v", err)
+		}
+	})
 }

@@ -45,6 +45,9 @@ func (h *heldKey) public(id string) *keymanagerv1.PublicKey {
 }
 
 func (k *keys) get(config *Config, id string) *heldKey {
+	if config.Mode == "lost" {
+		return nil
+	}
 	if h := k.held[id]; h != nil || config.Directory == "" {
 		return h
 	}

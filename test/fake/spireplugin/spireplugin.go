@@ -42,6 +42,7 @@ const (
 	NodeServer = "node-server"
 	Workload   = "workload"
 	Keys       = "keys"
+	AgentKeys  = "agent-keys"
 	Upstream   = "upstream"
 )
 
@@ -133,8 +134,8 @@ func Run(kind string) {
 		pluginmain.Serve(upstreamauthorityv1.UpstreamAuthorityPluginServer(&authority{Plugin: p}), config)
 	case "unconfigurable":
 		pluginmain.Serve(workloadattestorv1.WorkloadAttestorPluginServer(&workload{Plugin: p}))
-	case "agent-keys": // a plugin of another kind than it is taken for
-		pluginmain.Serve(agentkeymanagerv1.KeyManagerPluginServer(agentkeymanagerv1.UnimplementedKeyManagerServer{}), config)
+	case AgentKeys: // also a plugin of another kind than it is taken for
+		pluginmain.Serve(agentkeymanagerv1.KeyManagerPluginServer(&agentKeys{of: &keys{Plugin: p, held: map[string]*heldKey{}}}), config)
 	default:
 		panic("unknown kind " + kind)
 	}
@@ -142,7 +143,7 @@ func Run(kind string) {
 
 // Config is the plugin_data.
 type Config struct {
-	// Mode is what is wrong; empty: nothing.
+	// Mode is what is wrong; empty: nothing. What is in the file "mode" of the directory goes before it.
 	Mode string `hcl:"mode"`
 	// Directory is where what must survive a restart is kept, and where Seen is written to.
 	Directory string `hcl:"directory"`
@@ -256,6 +257,13 @@ func (p *Plugin) mode(ctx context.Context) (*Config, error) {
 	p.mu.Unlock()
 	if config == nil {
 		return nil, status.Error(codes.FailedPrecondition, "not configured")
+	}
+	if config.Directory != "" {
+		if text, err := os.ReadFile(config.Directory + "/mode"); err == nil {
+			changed := *config
+			changed.Mode = string(text)
+			config = &changed
+		}
 	}
 	switch config.Mode {
 	case "hang":

@@ -1,9 +1,11 @@
-// Command plugin is a workload attestor of SPIRE as others build theirs: a program of its own, made of the template in
-// SPIRE's plugin SDK, with the versions of go-plugin and gRPC that the SDK asks for.
+// Command plugin is a workload attestor of SPIRE, or with the argument "keys" a key manager of its agent, as others build
+// theirs: a program of its own, made of the templates in SPIRE's plugin SDK, with the versions of go-plugin and gRPC
+// that the SDK asks for.
 package main
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"fmt"
 	"os"
 	"sync"
@@ -13,6 +15,7 @@ import (
 	"github.com/spiffe/spire-plugin-sdk/pluginmain"
 	"github.com/spiffe/spire-plugin-sdk/pluginsdk"
 	metricsv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/hostservice/common/metrics/v1"
+	keymanagerv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/plugin/agent/keymanager/v1"
 	workloadattestorv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/plugin/agent/workloadattestor/v1"
 	configv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/service/common/config/v1"
 	"google.golang.org/grpc/codes"
@@ -73,6 +76,10 @@ func (a *attestor) Attest(_ context.Context, req *workloadattestorv1.AttestReque
 }
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "keys" {
+		pluginmain.Serve(keymanagerv1.KeyManagerPluginServer(&keys{keys: map[string]*ecdsa.PrivateKey{}}))
+		return
+	}
 	plugin := new(attestor)
 	pluginmain.Serve(workloadattestorv1.WorkloadAttestorPluginServer(plugin), configv1.ConfigServiceServer(plugin))
 }
