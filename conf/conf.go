@@ -21,6 +21,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/gohcl"
@@ -105,8 +106,11 @@ func open(path string, options Options) (*loader, error) {
 	source, err := readFile(path)
 	if err != nil {
 		next := "name the file with -config"
-		if errors.Is(err, fs.ErrPermission) {
+		switch {
+		case errors.Is(err, fs.ErrPermission):
 			next = "give this user the right to read it"
+		case errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE):
+			next = "raise the number of files that this process may have open (ulimit -n, LimitNOFILE in its unit)"
 		}
 		return nil, Mistakes{{Where: path, Summary: "Unreadable configuration file", Detail: fmt.Sprintf("%s; %s.", reason(err), next)}}
 	}
@@ -273,7 +277,7 @@ func absolute(path string) string {
 
 // nextStep says what to do about names that SPIRE's files have and ours do not.
 var nextStep = map[string]string{
-	"plugins":                     `Each attestor has a block of its own at the top level: node_attestor "join_token" { … }, workload_attestor "unix" { … }, key_manager "disk" { … }.`,
+	"plugins":                     `Each attestor has a block of its own at the top level: node_attestor "join_token" { … }, workload_attestor "unix" { … }, key_manager "disk" { … }. The command "migrate" makes such a file of one of SPIRE's.`,
 	"plugin_data":                 "Its keys go directly into the attestor's block.",
 	"plugin_cmd":                  `A plugin of its own goes into a block of type "external", with its name as name.`,
 	"plugin_checksum":             `A plugin of its own goes into a block of type "external", with its name as name.`,

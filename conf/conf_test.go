@@ -311,7 +311,7 @@ func TestServerMistakes(t *testing.T) {
 		{"a syntax error", "server {\n  trust_domain = \n}\n",
 			`F:2,18-3,1: Invalid expression; Expected the start of an expression, but found an invalid expression token.`},
 		{"SPIRE's plugin blocks", goodServer + "plugins {\n  DataStore \"sql\" {}\n}",
-			`F:6,1-8: Unsupported block type; Blocks of type "plugins" are not expected here. Each attestor has a block of its own at the top level: node_attestor "join_token" { … }, workload_attestor "unix" { … }, key_manager "disk" { … }.`},
+			`F:6,1-8: Unsupported block type; Blocks of type "plugins" are not expected here. Each attestor has a block of its own at the top level: node_attestor "join_token" { … }, workload_attestor "unix" { … }, key_manager "disk" { … }. The command "migrate" makes such a file of one of SPIRE's.`},
 		{"an expression", replace(goodServer, `"example.org"`, `"${TD}"`),
 			`F:2,21-23: Variables not allowed; Variables may not be used here. With -expandEnv, $NAME and ${NAME} are replaced by environment variables.`},
 	} {

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc/credentials"
@@ -45,12 +46,27 @@ type gate struct {
 	strange map[*guest]struct{} // whose handshake is not done
 }
 
+// hearing is a listener that says so when there is no file descriptor for a connection.
+type hearing struct {
+	net.Listener
+	refusals *refusals
+}
+
+// Accept returns the next connection.
+func (h hearing) Accept() (net.Conn, error) {
+	conn, err := h.Listener.Accept()
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		h.refusals.starved(err)
+	}
+	return conn, err
+}
+
 // crowd counts the connections of one source address.
 type crowd struct{ all, halfOpen, nobody int }
 
 func newGate(l net.Listener, limits Limits, refusals *refusals) *gate {
 	return &gate{
-		Listener: l, limits: limits, refusals: refusals, sources: map[string]*crowd{}, strange: map[*guest]struct{}{},
+		Listener: hearing{l, refusals}, limits: limits, refusals: refusals, sources: map[string]*crowd{}, strange: map[*guest]struct{}{},
 		handshakes: turn.New(runtime.GOMAXPROCS(0), limits.MaxConnections),
 	}
 }
@@ -307,7 +323,7 @@ func listenUnix(path string) (net.Listener, error) {
 	case err != nil:
 		return nil, fmt.Errorf("look at socket: %w", err)
 	case info.Mode()&fs.ModeSocket == 0:
-		return nil, fmt.Errorf("listen at %s: there is a file that is no socket", path)
+		return nil, fmt.Errorf("listen at %s: there is a file that is no socket; remove it, or name another path as socket_path", path)
 	default:
 		if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
 			_ = conn.Close()

@@ -21,9 +21,10 @@ type refusals struct {
 	log   logrus.FieldLogger
 	count *prometheus.CounterVec
 
-	mu     sync.Mutex // guards the two below
+	mu     sync.Mutex // guards the three below
 	limits budgetOfLines
 	certs  budgetOfLines
+	starve budgetOfLines
 }
 
 // What a connection was refused for.
@@ -31,6 +32,7 @@ const (
 	refusedLimit       = "limit"       // there are too many
 	refusedCertificate = "certificate" // its certificate does not verify
 	refusedHandshake   = "handshake"   // it speaks no TLS, or none that we do
+	refusedDescriptors = "descriptors" // this process has no file descriptor for it; it waits
 )
 
 func newRefusals(log *audit.Log, logger logrus.FieldLogger, reg prometheus.Registerer) (*refusals, error) {
@@ -38,12 +40,13 @@ func newRefusals(log *audit.Log, logger logrus.FieldLogger, reg prometheus.Regis
 		audit: log, log: logger,
 		count: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "assay_server_connections_refused_total",
-			Help: "TCP connections that were closed before their first call, by reason: limit, certificate or handshake.",
+			Help: "TCP connections that were closed before their first call, by reason: limit, certificate or handshake; and descriptors, for want of which one waited.",
 		}, []string{"reason"}),
 		limits: budgetOfLines{every: 10 * time.Second, most: 1},
 		certs:  budgetOfLines{every: time.Second, most: 30},
+		starve: budgetOfLines{every: time.Minute, most: 1},
 	}
-	for _, reason := range []string{refusedLimit, refusedCertificate, refusedHandshake} {
+	for _, reason := range []string{refusedLimit, refusedCertificate, refusedHandshake, refusedDescriptors} {
 		r.count.WithLabelValues(reason)
 	}
 	if err := reg.Register(r.count); err != nil {
@@ -60,6 +63,19 @@ func (r *refusals) limit(source, limit string) {
 	r.mu.Unlock()
 	if may {
 		r.log.WithFields(logrus.Fields{"addr": source, "limit": limit, "unsaid": unsaid}).Warn("connection closed: over a limit")
+	}
+}
+
+// starved tells of one that could not be taken because this process, or the machine, has as many files open
+// as it may. gRPC tries again without a word, and the caller sees a server that does not answer.
+func (r *refusals) starved(err error) {
+	r.count.WithLabelValues(refusedDescriptors).Inc()
+	r.mu.Lock()
+	unsaid, may := r.starve.take(time.Now())
+	r.mu.Unlock()
+	if may {
+		r.log.WithError(err).WithField("unsaid", unsaid).Error("callers wait: there is no file descriptor for another connection; " +
+			"raise LimitNOFILE of the server's unit (ulimit -n), or see who holds so many connections")
 	}
 }
 

@@ -460,7 +460,7 @@ func listen(cfg *Config, refusals *refusals) (*open, error) {
 	address := net.JoinHostPort(cfg.BindAddress, strconv.Itoa(cfg.BindPort))
 	tcp, err := net.Listen("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("listen at %s: %w", address, err)
+		return nil, fmt.Errorf("listen at bind_address and bind_port, %s: %w", address, err)
 	}
 	o := &open{tcp: newGate(tcp, cfg.Limits, refusals)}
 	if cfg.SocketPath != "" {
@@ -469,6 +469,7 @@ func listen(cfg *Config, refusals *refusals) (*open, error) {
 			o.close()
 			return nil, err
 		}
+		o.unix = hearing{o.unix, refusals}
 	}
 	return o, nil
 }

@@ -128,7 +128,7 @@ func New(store Store, cfg Config) (*Joiner, error) {
 	t.keyGone = j.keyGone
 	if b := store.Bundle(); b != nil {
 		if b.TrustDomain != cfg.TrustDomain {
-			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q", b.TrustDomain, cfg.TrustDomain)
+			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q: name another data_dir, or set trust_domain back", b.TrustDomain, cfg.TrustDomain)
 		}
 		t.set(b)
 	}
@@ -138,7 +138,7 @@ func New(store Store, cfg Config) (*Joiner, error) {
 			return nil, err
 		}
 		if id.TrustDomain() != cfg.TrustDomain {
-			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q", id.TrustDomain(), cfg.TrustDomain)
+			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q: name another data_dir, or set trust_domain back", id.TrustDomain(), cfg.TrustDomain)
 		}
 		j.take(own, rotationTime(own.Chain[0].NotBefore, own.Chain[0].NotAfter))
 	}

@@ -13,6 +13,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -28,8 +29,29 @@ func Main(root *cobra.Command) int {
 	if silent, ok := errors.AsType[*Exit](err); ok {
 		return silent.Status
 	}
-	fmt.Fprintln(command.ErrOrStderr(), "Error: "+err.Error())
+	fmt.Fprintln(command.ErrOrStderr(), "Error: "+err.Error()+advice(err))
 	return 1
+}
+
+// advice is what to do about what the system refuses to any program, whoever of us asked for it.
+func advice(err error) string {
+	for _, known := range []struct {
+		errno syscall.Errno
+		do    string
+	}{
+		{syscall.EMFILE, "raise the number of files that this process may have open: ulimit -n, or LimitNOFILE in its unit"},
+		{syscall.ENFILE, "the whole machine has as many files open as it may: see fs.file-max, and who holds them"},
+		{syscall.ENOSPC, "the disk is full, of bytes or of files (df -h, df -i): make room on it"},
+		{syscall.EDQUOT, "this user's share of the disk is full: make room, or enlarge it"},
+		{syscall.EROFS, "mount it writable, or name a place that is"},
+		{syscall.EADDRINUSE, "end the process that listens there (ss -ltnp shows it), or choose another address or port"},
+		{syscall.EADDRNOTAVAIL, "no interface of this machine has that address (ip address shows those that have)"},
+	} {
+		if errors.Is(err, known.errno) && !strings.Contains(err.Error(), known.do) {
+			return "; " + known.do
+		}
+	}
+	return ""
 }
 
 // Execute runs a command line and returns the command that it was, and what was wrong.

@@ -225,7 +225,7 @@ func (r *Records) claim(ctx context.Context) error {
 			return fmt.Errorf("the store has schema version %d, written by a newer assay-server; this one knows versions up to %d", m.GetVersion(), schemaVersion)
 		}
 		if m.GetTrustDomain() != r.td.Name() {
-			return fmt.Errorf("the store belongs to trust domain %q, this server is configured for %q", m.GetTrustDomain(), r.td.Name())
+			return fmt.Errorf("the store belongs to trust domain %q, this server is configured for %q: name another data_dir for it, or set trust_domain back", m.GetTrustDomain(), r.td.Name())
 		}
 		return r.upgrade(ctx, m.GetVersion(), item.Rev)
 	}

@@ -119,7 +119,7 @@ func TestOpen(t *testing.T) {
 	})
 	t.Run("another trust domain is refused in one sentence", func(t *testing.T) {
 		_, err := Open(t.Context(), store, other, Config{})
-		want := `open records: the store belongs to trust domain "example.org", this server is configured for "other.test"`
+		want := `open records: the store belongs to trust domain "example.org", this server is configured for "other.test": name another data_dir for it, or set trust_domain back`
 		if err == nil || err.Error() != want {
 			t.Errorf("error %v", err)
 		}

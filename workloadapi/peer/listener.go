@@ -6,6 +6,7 @@ import (
 	"net"
 	"sync"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
 
 	"github.com/assay-id/assay/attestor"
@@ -32,6 +33,9 @@ type listener struct {
 func (l *listener) Accept() (net.Conn, error) {
 	for {
 		raw, err := l.AcceptUnix()
+		if starved(err) {
+			l.tracker.refuse("descriptors", err)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -41,6 +45,8 @@ func (l *listener) Accept() (net.Conn, error) {
 		}
 		reason := "limit"
 		switch {
+		case starved(err):
+			reason = "descriptors"
 		case errors.Is(err, ErrDead):
 			reason = "dead"
 		case errors.Is(err, ErrInvisible):
@@ -55,6 +61,9 @@ func (l *listener) Accept() (net.Conn, error) {
 		_ = raw.Close()
 	}
 }
+
+// starved reports whether it is for want of a file descriptor, of which each connection takes two.
+func starved(err error) bool { return errors.Is(err, unix.EMFILE) || errors.Is(err, unix.ENFILE) }
 
 // pin returns the pinned connection. With both a connection and an error, admit refused it.
 func (l *listener) pin(raw *net.UnixConn) (*conn, error) {

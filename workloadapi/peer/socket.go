@@ -138,7 +138,7 @@ func vacant(path string) error {
 		return fmt.Errorf("listen on %s: %w", path, err)
 	}
 	if st.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("listen on %s: there is a file which is not a socket", path)
+		return fmt.Errorf("listen on %s: there is a file which is not a socket; remove it, or name another path in the configuration", path)
 	}
 	c, err := net.DialTimeout("unix", path, time.Second) //nolint:gosec // the path is the operator's
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {

@@ -61,7 +61,7 @@ func Open(cfg Config) (*Tracker, error) {
 	}
 	t.refused = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "assay_peer_refused_connections_total",
-		Help: "Connections closed because their process could not be identified or had too many.",
+		Help: "Connections closed because their process was dead, of a pid_namespace out of sight or unidentified, or over a limit; and descriptors, for want of which one waited.",
 	}, []string{"reason"})
 	metrics := cfg.Metrics
 	if metrics == nil {
@@ -75,6 +75,9 @@ func Open(cfg Config) (*Tracker, error) {
 		if known, ok := again.ExistingCollector.(*prometheus.CounterVec); ok {
 			t.refused = known // a second socket of the same agent
 		}
+	}
+	for _, reason := range []string{"dead", "pid_namespace", "unidentified", "limit", "descriptors"} {
+		t.refused.WithLabelValues(reason)
 	}
 	var err error
 	if t.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
@@ -286,6 +289,8 @@ func (t *Tracker) identify(c *net.UnixConn, closer func()) (*Peer, error) {
 		if pinned, err = t.identifyByNumber(cred); err != nil {
 			return nil, err
 		}
+	case starved(pinErr):
+		return nil, fmt.Errorf("open pidfd: %w", pinErr)
 	default: // kernels before 6.16 have no pidfd for a process that was reaped
 		return nil, fmt.Errorf("%w: %w", ErrDead, pinErr)
 	}
@@ -353,6 +358,9 @@ func (t *Tracker) refuse(reason string, err error) {
 		t.quiet++
 	}
 	t.mu.Unlock()
+	if starved(err) {
+		err = fmt.Errorf("%w; raise LimitNOFILE of the agent's unit (ulimit -n), or see who holds so many connections", err)
+	}
 	if due {
 		t.log.WithError(err).WithFields(logrus.Fields{"reason": reason, "unlogged": quiet}).Warn("connection refused")
 	}

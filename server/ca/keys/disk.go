@@ -180,7 +180,7 @@ func (d *OnDisk) load() error {
 		return nil
 	}
 	if prevErr != nil {
-		return fmt.Errorf("%w; %s.prev cannot stand in for it: %w", err, d.path, prevErr)
+		return fmt.Errorf("%w; %s.prev cannot stand in for it: %w; put a copy of the key file back, or move both away and set new_authority_on_lost_key once to start with a new authority", err, d.path, prevErr)
 	}
 	log := d.log.WithError(err).WithFields(logrus.Fields{"path": d.path, "keys": len(previous)})
 	if !gone {
