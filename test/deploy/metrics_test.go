@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net"
 	"net/http"
@@ -73,25 +74,47 @@ func TestMonitoring(t *testing.T) {
 			}
 		}
 	})
-	t.Run("annotations speak of labels that the rule leaves, and of commands that there are", func(t *testing.T) {
-		bin, err := binaries()
-		if err != nil {
-			t.Fatal(err)
-		}
-		commands := func(where, text string) {
-			for _, m := range regexp.MustCompile("[\"`](assay-(?:server|agent)(?: [a-z0-9]+| \\{\\{ \\$labels\\.kind \\}\\})+)").FindAllStringSubmatch(text, -1) {
-				words := strings.Fields(strings.ReplaceAll(m[1], "{{ $labels.kind }}", "jwt"))
-				out, err := site.Run(t.Context(), nil, filepath.Join(bin, words[0]), append(words[1:], "--help")...)
-				if err != nil || !strings.Contains(out, strings.Join(words, " ")) {
-					t.Errorf("%s: there is no %s (%v)", where, strings.Join(words, " "), err)
+	t.Run("METRICS.md has a row for every metric, with its labels, and for no other", func(t *testing.T) {
+		rows, text := table(t)
+		made := inSource(t)
+		for _, name := range slices.Sorted(maps.Keys(rows)) {
+			if !made[name] {
+				t.Errorf("nothing exports %s", name)
+			}
+			labels, exported := all[name]
+			if !exported {
+				continue // none of its kind has happened
+			}
+			for l := range labels {
+				if !slices.Contains(rows[name], l) {
+					t.Errorf("%s has a label %s that its row leaves out", name, l)
+				}
+			}
+			for _, l := range rows[name] {
+				if len(labels) > 0 && labels[l] == nil {
+					t.Errorf("%s has no label %s", name, l)
 				}
 			}
 		}
+		for _, name := range slices.Sorted(maps.Keys(made)) {
+			if _, ok := rows[name]; !ok {
+				t.Errorf("%s has no row", name)
+			}
+		}
+		for name := range all {
+			base := regexp.MustCompile("_(bucket|sum|count)$").ReplaceAllString(name, "")
+			if strings.HasPrefix(name, "assay_") && rows[name] == nil && rows[base] == nil {
+				t.Errorf("%s is exported and has no row", name)
+			}
+		}
+		commands(t, "METRICS.md", text)
+	})
+	t.Run("annotations speak of labels that the rule leaves, and of commands that there are", func(t *testing.T) {
 		upgrade, err := os.ReadFile("../../deploy/UPGRADE.md")
 		if err != nil {
 			t.Fatal(err)
 		}
-		commands("UPGRADE.md", string(upgrade))
+		commands(t, "UPGRADE.md", string(upgrade))
 		for _, r := range rulesOf(t) {
 			text := r.Annotations["summary"] + " " + r.Annotations["description"]
 			for _, m := range regexp.MustCompile(`\$labels\.(\w+)`).FindAllStringSubmatch(text, -1) {
@@ -99,9 +122,75 @@ func TestMonitoring(t *testing.T) {
 					t.Errorf("%s speaks of the label %s, which it does not have", r.Alert, m[1])
 				}
 			}
-			commands(r.Alert, text)
+			commands(t, r.Alert, text)
 		}
 	})
+}
+
+// commands refuses a text that names a command which the built binaries do not have.
+func commands(t *testing.T, where, text string) {
+	t.Helper()
+	bin, err := binaries()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile("[\"`](assay-(?:server|agent)(?: [a-z0-9]+| \\{\\{ \\$labels\\.kind \\}\\})+)").FindAllStringSubmatch(text, -1) {
+		words := strings.Fields(strings.ReplaceAll(m[1], "{{ $labels.kind }}", "jwt"))
+		out, err := site.Run(t.Context(), nil, filepath.Join(bin, words[0]), append(words[1:], "--help")...)
+		if err != nil || !strings.Contains(out, strings.Join(words, " ")) {
+			t.Errorf("%s: there is no %s (%v)", where, strings.Join(words, " "), err)
+		}
+	}
+}
+
+// table returns the metrics of METRICS.md with their labels, and its text.
+func table(t *testing.T) (rows map[string][]string, text string) {
+	t.Helper()
+	file, err := os.ReadFile("../../deploy/monitoring/METRICS.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows = map[string][]string{}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(\\w+)(?:\\{([^}]*)\\})?` \\| ([^|]+) \\|$").FindAllStringSubmatch(string(file), -1) {
+		if rows[m[1]] != nil {
+			t.Errorf("%s has two rows", m[1])
+		}
+		rows[m[1]] = []string{}
+		if m[2] != "" {
+			rows[m[1]] = strings.Split(m[2], ", ")
+		}
+	}
+	return rows, string(file)
+}
+
+// inSource returns the metrics that the code makes.
+func inSource(t *testing.T) map[string]bool {
+	t.Helper()
+	// These two are put together from the program's name.
+	made := map[string]bool{"assay_server_build_info": true, "assay_agent_build_info": true}
+	named := regexp.MustCompile(`(?:Name:\s*|counter\(|gauge\(|[^/\s"]\()"(assay_[a-z0-9_]+_[a-z0-9_]+)"`)
+	for _, dir := range []string{"server", "agent", "workloadapi", "attestor", "cmd"} {
+		err := filepath.WalkDir(filepath.Join("../..", dir), func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+				return err
+			}
+			text, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			for _, m := range named.FindAllStringSubmatch(string(text), -1) {
+				made[m[1]] = true
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(made) < 80 {
+		t.Errorf("only %d metrics are found in the code", len(made))
+	}
+	return made
 }
 
 // dashboard returns the queries of the dashboard by panel, as Prometheus gets them.
