@@ -11,6 +11,7 @@ import (
 
 	"github.com/assay-id/assay/agent/admin/wire"
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // advise says in sentences what to do next, the most useful first.
@@ -32,7 +33,7 @@ func advise(x explanation, p *wire.Process, st Status, held uint64, entries int,
 	}
 	switch {
 	case len(x.matches) > 0:
-		out = append(out, adviseMatched(x)...)
+		out = append(out, adviseMatched(x, now)...)
 	case neverHeard, st.Banned:
 	case entries == 0:
 		say("The server has given this agent no entries at all. Entries reach it when their parent is %s, or an alias that this node's selectors match; look at those with: assay-server agent show -spiffeID %s",
@@ -49,7 +50,7 @@ func advise(x explanation, p *wire.Process, st Status, held uint64, entries int,
 	default:
 		say("The agent last heard from its server %s%s ago%s: entries made or changed since then are not known here. %s", at(st), age(now.Sub(st.Heard)), why(st), cureUplink(st, x))
 	}
-	if len(x.matches) > 0 && !slices.ContainsFunc(x.matches, func(m match) bool { return m.err != nil }) {
+	if slices.ContainsFunc(x.matches, func(m match) bool { return m.withheld() == "" }) && !slices.ContainsFunc(x.matches, func(m match) bool { return m.err != nil || m.over(now) }) {
 		say("%s", itsSide)
 	}
 	if st.Connected && st.ServerRev > held {
@@ -108,6 +109,9 @@ func cureUplink(st Status, x explanation) string {
 		return bundle
 	case has("fetch trust bundle"):
 		return "Is trust_bundle_url in agent.hcl right? Whoever answers there has to show a certificate that this machine's own authorities vouch for, as for any https page."
+	case has("certificate has expired or is not yet valid"):
+		return "Is this machine's clock right? Compare \"date -u\" here and on the server. If both agree, the bundle that the agent knows the server by is too old: " +
+			strings.ToLower(bundle[:1]) + bundle[1:]
 	case has("x509: ", "certificate signed by unknown authority", "server cannot be verified"):
 		return "Whoever answers there does not show what this agent's bundle vouches for: another server, or one whose authorities were replaced while the agent was away. If it is the right one: " +
 			strings.ToLower(bundle[:1]) + bundle[1:]
@@ -140,21 +144,28 @@ func cure(f attestor.Finding) string {
 	return "The agent's log has more."
 }
 
-func adviseMatched(x explanation) []string {
+func adviseMatched(x explanation, now time.Time) []string {
 	var out []string
-	given := 0
+	var given []match
 	for _, m := range x.matches {
-		if m.err != nil && !m.shadowed {
+		if m.err != nil && m.withheld() == "" {
 			out = append(out, fmt.Sprintf("The SVID of entry %s could not be signed or renewed (%s); the agent goes on trying.", m.entry.ID, plain(m.err)))
+		}
+		if m.over(now) && m.err == nil && m.withheld() == "" {
+			out = append(out, fmt.Sprintf("The SVID of entry %s expired %s ago, and no workload is given one that is over: the agent has another signed as soon as its server answers.", m.entry.ID, age(now.Sub(m.until))))
 		}
 		if m.shadowed {
 			out = append(out, fmt.Sprintf("Entry %s matches but is not handed out: an older entry has the same hint %q.", m.entry.ID, m.entry.Hint))
 			continue
 		}
-		given++
+		if m.entry.StoreSVID {
+			out = append(out, fmt.Sprintf("Entry %s matches but was made with -storeSVID, which is for plugins that put SVIDs into a store of secrets: no workload gets it. If this one should: %s", m.entry.ID, forWorkloads(m.entry)))
+			continue
+		}
+		given = append(given, m)
 	}
-	if given > 1 {
-		out = append(out, fmt.Sprintf("The process gets %d identities. A client that takes only one takes the first, %s, because its entry is the oldest.", given, x.matches[0].entry.SPIFFEID))
+	if len(given) > 1 {
+		out = append(out, fmt.Sprintf("The process gets %d identities. A client that takes only one takes the first, %s, because its entry is the oldest.", len(given), given[0].entry.SPIFFEID))
 	}
 	return out
 }
@@ -223,6 +234,13 @@ func names(wrong []string) []string {
 		out = append(out, name)
 	}
 	return out
+}
+
+// forWorkloads is the command that makes an entry for a store one for workloads.
+func forWorkloads(e *identity.Entry) string {
+	served := *e
+	served.StoreSVID = false
+	return update(near{entry: &served})
 }
 
 // update is the command that makes the nearest entry match.

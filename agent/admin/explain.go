@@ -116,7 +116,7 @@ func respond(
 	}
 	for _, m := range x.matches {
 		e := entryWire(m.entry)
-		e.Shadowed, e.SvidExpiresAt = m.shadowed, millis(m.until)
+		e.Shadowed, e.Withheld, e.SvidExpiresAt = m.shadowed, m.withheld(), millis(m.until)
 		if m.err != nil {
 			e.SvidError = plain(m.err)
 		}
@@ -183,6 +183,20 @@ type match struct {
 	err   error
 }
 
+// withheld says why the entry is not handed out, or nothing if it is.
+func (m match) withheld() string {
+	switch {
+	case m.entry.StoreSVID:
+		return "it is for a store of secrets, not for workloads"
+	case m.shadowed:
+		return "an older entry has its hint"
+	}
+	return ""
+}
+
+// over reports whether the SVID that is held for it has expired.
+func (m match) over(now time.Time) bool { return !m.until.IsZero() && !m.until.After(now) }
+
 // near is an entry with selectors that are not there.
 type near struct {
 	entry   *identity.Entry
@@ -225,8 +239,9 @@ func weigh(findings []attestor.Finding, picture *view.Picture, entries []*identi
 			x.near = append(x.near, n)
 			continue
 		}
-		x.matches = append(x.matches, match{entry: e, shadowed: e.Hint != "" && hints[e.Hint]})
-		hints[e.Hint] = true
+		m := match{entry: e, shadowed: !e.StoreSVID && e.Hint != "" && hints[e.Hint]}
+		x.matches = append(x.matches, m)
+		hints[e.Hint] = hints[e.Hint] || !e.StoreSVID
 	}
 	// Fewest missing first; then those of which more is there, because one of one missing says
 	// less than one of three; then those where something close is there.

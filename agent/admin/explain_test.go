@@ -153,6 +153,9 @@ type unable map[string]string
 func (unable) Attest(context.Context, attestor.Process) []attestor.Finding { return nil }
 func (u unable) Abstains(want attestor.Selector) string                    { return u[want.String()] }
 
+// errExpired stands for an SVID that is held and over.
+var errExpired = errors.New("expired")
+
 // situation is what Explain finds.
 type situation struct {
 	findings []attestor.Finding
@@ -177,7 +180,10 @@ func (c situation) answer(t *testing.T, now time.Time) *wire.ExplainResponse {
 	if c.svids != nil {
 		s.cfg.SVID = func(entry string) (time.Time, error) {
 			err, tried := c.svids[entry]
-			if !tried || err != nil {
+			switch {
+			case errors.Is(err, errExpired):
+				return now.Add(-3 * time.Minute), nil
+			case !tried || err != nil:
 				return time.Time{}, err
 			}
 			return now.Add(42 * time.Minute), nil
@@ -211,6 +217,9 @@ func TestPages(t *testing.T) {
 	hostile := &wire.Process{Pid: 7, Exe: "/tmp/\x1b[2Jevil", Name: "evil\x1b]0;x\a"}
 	dockerDown := attestor.Finding{Attestor: "docker", Err: errors.New("dial unix /var/run/docker.sock: connect: no such file or directory"), Took: time.Millisecond}
 	all, second := entry("all", 1, "unix:uid:1000"), entry("second", 2, "unix:gid:1000")
+	stored := entry("stored", 1, "unix:uid:1000")
+	stored.StoreSVID, stored.Hint = true, "db"
+	second.Hint = "db"
 	alias := entry("node", 1, "spiffe_id:"+agent.AgentID.String())
 	fresh := Status{Server: agent.Server, Uplink: "disconnected", ErrAt: now.Add(-time.Second)}
 	with := func(st Status, err string) Status {
@@ -248,6 +257,11 @@ func TestPages(t *testing.T) {
 		{"unsigned", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, agent, 812, nil,
 			map[string]error{"all": errors.New("sign: rpc error: code = Internal desc = the disk is full")}}},
 		{"unsigned-away", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, gone, 812, nil, map[string]error{}}},
+		{"for-a-store", situation{[]attestor.Finding{unix}, []*identity.Entry{stored, entry("pod", 1, "k8s:ns:shop")}, nil, agent, 812, nil, nil}},
+		{"for-a-store-beside-another", situation{[]attestor.Finding{unix}, []*identity.Entry{stored, second}, nil, agent, 812, nil, map[string]error{"second": nil}}},
+		{"wrong-clock", situation{[]attestor.Finding{unix}, nil, nil, with(fresh,
+			`attest with join_token: rpc error: code = Unavailable desc = connection error: desc = "transport: authentication handshake failed: x509svid: could not verify leaf certificate: x509: certificate has expired or is not yet valid: current time 2026-11-30T02:00:00Z is after 2026-11-29T22:00:00Z"`), 0, nil, nil}},
+		{"expired-away", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, gone, 812, nil, map[string]error{"all": errExpired}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var b strings.Builder

@@ -40,7 +40,7 @@ func (p *page) title(format string, args ...any) {
 
 func render(w io.Writer, r *wire.ExplainResponse, now time.Time) error {
 	p := &page{}
-	p.line("%s", verdict(r))
+	p.line("%s", verdict(r, now))
 	p.title("Process")
 	p.process(r.GetProcess(), now)
 	p.title("Proved about it")
@@ -50,12 +50,13 @@ func render(w io.Writer, r *wire.ExplainResponse, now time.Time) error {
 		p.images(r)
 	}
 	p.title("Entries that match: %d of %d", len(r.GetMatches()), r.GetEntries())
+	first := slices.IndexFunc(r.GetMatches(), handed)
 	for i, e := range r.GetMatches() {
 		note := ""
 		switch {
-		case e.GetShadowed():
-			note = "  (not handed out: an older entry has its hint)"
-		case i == 0 && len(r.GetMatches()) > 1:
+		case e.GetWithheld() != "":
+			note = "  (not handed out: " + e.GetWithheld() + ")"
+		case i == first && slices.ContainsFunc(r.GetMatches()[i+1:], handed):
 			note = "  (the default)"
 		}
 		p.line("  %s%s", e.GetSpiffeId(), note)
@@ -83,8 +84,11 @@ func render(w io.Writer, r *wire.ExplainResponse, now time.Time) error {
 	return err
 }
 
+// handed reports whether an entry that matches is handed out.
+func handed(e *wire.Entry) bool { return e.GetWithheld() == "" }
+
 // verdict is the answer in one line.
-func verdict(r *wire.ExplainResponse) string {
+func verdict(r *wire.ExplainResponse, now time.Time) string {
 	who := fmt.Sprintf("Process %d", r.GetProcess().GetPid())
 	if name := r.GetProcess().GetName(); name != "" {
 		who += " (" + name + ")"
@@ -93,21 +97,28 @@ func verdict(r *wire.ExplainResponse) string {
 		return who + " exited while it was looked at."
 	}
 	var given []string
+	var first *wire.Entry
 	for _, e := range r.GetMatches() {
-		if !e.GetShadowed() {
+		if handed(e) {
 			given = append(given, e.GetSpiffeId())
+			if first == nil {
+				first = e
+			}
 		}
 	}
-	first := r.GetMatches()
 	switch {
-	case len(given) > 0 && first[0].GetSvidExpiresAt() == 0 && first[0].GetSvidError() != "":
-		return who + " matches " + given[0] + ", but its SVID could not be signed: " + first[0].GetSvidError() + "."
-	case len(given) > 0 && first[0].GetSvidExpiresAt() == 0 && !r.GetAgent().GetConnected():
+	case len(given) > 0 && first.GetSvidExpiresAt() != 0 && first.GetSvidExpiresAt() <= now.UnixMilli():
+		return who + " matches " + given[0] + ", but the SVID that is held for it has expired and has no successor yet."
+	case len(given) > 0 && first.GetSvidExpiresAt() == 0 && first.GetSvidError() != "":
+		return who + " matches " + given[0] + ", but its SVID could not be signed: " + first.GetSvidError() + "."
+	case len(given) > 0 && first.GetSvidExpiresAt() == 0 && !r.GetAgent().GetConnected():
 		return who + " matches " + given[0] + ", but no SVID is held for it and the server cannot be asked at the moment."
 	case len(given) == 1:
 		return who + " gets " + given[0] + "."
 	case len(given) > 1:
 		return fmt.Sprintf("%s gets %s and %d more.", who, given[0], len(given)-1)
+	case len(r.GetMatches()) > 0:
+		return who + " gets no identity: " + r.GetMatches()[0].GetSpiffeId() + " matches and is not handed out: " + r.GetMatches()[0].GetWithheld() + "."
 	case r.GetAgent().GetBanned():
 		return who + " gets no identity: the server has banned this agent."
 	case r.GetEntries() == 0 && r.GetAgent().GetHeldRev() == 0:
@@ -188,7 +199,7 @@ func (p *page) entry(e *wire.Entry) {
 
 // svid says what is held for an entry that matches.
 func (p *page) svid(e *wire.Entry, a *wire.Agent, now time.Time) {
-	if e.GetShadowed() {
+	if !handed(e) {
 		return
 	}
 	var state string

@@ -632,7 +632,9 @@ type Entry struct {
 	// Until when the X509-SVID is valid that the agent holds for it; 0 if it holds none.
 	SvidExpiresAt int64 `protobuf:"varint,8,opt,name=svid_expires_at,json=svidExpiresAt,proto3" json:"svid_expires_at,omitempty"`
 	// Why the last attempt to have one signed failed; empty if it did not, or none was made.
-	SvidError     string `protobuf:"bytes,9,opt,name=svid_error,json=svidError,proto3" json:"svid_error,omitempty"`
+	SvidError string `protobuf:"bytes,9,opt,name=svid_error,json=svidError,proto3" json:"svid_error,omitempty"`
+	// Why this entry matches and is not handed out; empty if it is.
+	Withheld      string `protobuf:"bytes,10,opt,name=withheld,proto3" json:"withheld,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -726,6 +728,13 @@ func (x *Entry) GetSvidExpiresAt() int64 {
 func (x *Entry) GetSvidError() string {
 	if x != nil {
 		return x.SvidError
+	}
+	return ""
+}
+
+func (x *Entry) GetWithheld() string {
+	if x != nil {
+		return x.Withheld
 	}
 	return ""
 }
@@ -1047,7 +1056,7 @@ const file_agent_admin_wire_admin_proto_rawDesc = "" +
 	"\battestor\x18\x01 \x01(\tR\battestor\x12;\n" +
 	"\tselectors\x18\x02 \x03(\v2\x1d.assay.agentadmin.v1.SelectorR\tselectors\x12\x14\n" +
 	"\x05error\x18\x03 \x01(\tR\x05error\x12\x17\n" +
-	"\atook_us\x18\x04 \x01(\x03R\x06tookUs\"\xa6\x02\n" +
+	"\atook_us\x18\x04 \x01(\x03R\x06tookUs\"\xc2\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x12\n" +
@@ -1060,7 +1069,9 @@ const file_agent_admin_wire_admin_proto_rawDesc = "" +
 	"\bshadowed\x18\a \x01(\bR\bshadowed\x12&\n" +
 	"\x0fsvid_expires_at\x18\b \x01(\x03R\rsvidExpiresAt\x12\x1d\n" +
 	"\n" +
-	"svid_error\x18\t \x01(\tR\tsvidError\"p\n" +
+	"svid_error\x18\t \x01(\tR\tsvidError\x12\x1a\n" +
+	"\bwithheld\x18\n" +
+	" \x01(\tR\bwithheld\"p\n" +
 	"\x04Near\x120\n" +
 	"\x05entry\x18\x01 \x01(\v2\x1a.assay.agentadmin.v1.EntryR\x05entry\x126\n" +
 	"\amissing\x18\x02 \x03(\v2\x1c.assay.agentadmin.v1.MissingR\amissing\"\x95\x01\n" +
