@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -70,9 +71,11 @@ type Agent struct {
 	KeysPlugin *external.Config // of "external"
 	// TPMPath, the one in /dev if it is empty, and TPMOwnerPassword are those of "tpm".
 	TPMPath, TPMOwnerPassword string
-	Node                      Node
-	Workloads                 []Workload
-	Files                     []Files
+	// TPMPCRs are the registers that "tpm" seals to, in order.
+	TPMPCRs   []int
+	Node      Node
+	Workloads []Workload
+	Files     []Files
 
 	Log     Log
 	Health  Health
@@ -162,6 +165,20 @@ type tpmKeys struct {
 	Path          string `hcl:"tpm_path,optional"`
 	OwnerPassword string `hcl:"owner_hierarchy_password,optional"`
 	Directory     string `hcl:"directory,optional"`
+	PCRs          []int  `hcl:"pcrs,optional"`
+}
+
+// pcrs are the registers to seal to. Two of them any program may set back, so they bind nothing.
+func (l *loader) pcrs(named []int) []int {
+	for _, n := range named {
+		switch {
+		case n < 0 || n > 23:
+			l.say("key_manager.tpm.pcrs", "Invalid register", "%d is no register of a TPM, which are 0 to 23.", n)
+		case n == 16 || n == 23:
+			l.say("key_manager.tpm.pcrs", "Invalid register", "Any program can set register %d back; seal to others, as 0, 2, 4 and 7.", n)
+		}
+	}
+	return slices.Compact(slices.Sorted(slices.Values(named)))
 }
 
 // LoadAgent reads an agent's file and checks all of it. nodes and workloads are the attestors that
@@ -197,7 +214,7 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 		if c.Path != "" && !filepath.IsAbs(c.Path) {
 			l.say("key_manager.tpm.tpm_path", "Invalid path", "%q is no absolute path of a device.", c.Path)
 		}
-		a.TPMPath, a.TPMOwnerPassword = c.Path, c.OwnerPassword
+		a.TPMPath, a.TPMOwnerPassword, a.TPMPCRs = c.Path, c.OwnerPassword, l.pcrs(c.PCRs)
 	case *external.Config:
 		a.KeysPlugin = c
 	}

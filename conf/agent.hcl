@@ -349,6 +349,10 @@ key_manager "disk" {
   #tpm_path                 = "/dev/tpmrm0"
   #owner_hierarchy_password = ""
   #directory                = "/var/lib/assay/agent"
+  # Seal to what was booted, too: with one of these registers (of the SHA-256 bank) changed the TPM does not open
+  # what is kept, and the agent does not start before an operator has said so. Before an update of firmware or boot
+  # loader set pcrs = [] and restart the agent; set it again after the update.
+  #pcrs                     = [0, 2, 4, 7]
 #}
 
 # In place of it: the agent's own key is in a key manager that is a plugin of SPIRE, as that of SPIRE's agent, in

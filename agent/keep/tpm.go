@@ -30,6 +30,8 @@ type TPM struct {
 	Path string
 	// OwnerPassword is that of the TPM's owner hierarchy, if it has one.
 	OwnerPassword string
+	// PCRs are the registers that must be what they were, in order, for what is sealed to open.
+	PCRs []int
 
 	mu sync.Mutex // one use at a time: some TPMs are shared by nobody
 }
@@ -38,6 +40,8 @@ type TPM struct {
 type blob struct {
 	Public  []byte `json:"public"`  // TPMT_PUBLIC
 	Private []byte `json:"private"` // TPM2B_PRIVATE, without its size
+	// PCRs are the registers that it opens with; none: it opens whatever they are.
+	PCRs []register `json:"pcrs,omitempty"`
 }
 
 // sealTemplate is what holds the seal key, keyTemplate the agent's own key. Both are fixed in their TPM.
@@ -79,19 +83,28 @@ func (t *TPM) under(use func(dev *tpmchip.Device, root tpm2.AuthHandle) error) e
 	return use(dev, tpm2.AuthHandle{Handle: root.ObjectHandle, Name: root.Name, Auth: tpm2.PasswordAuth(nil)})
 }
 
-// create makes an object; secret is what it holds, if it is not the TPM's to make.
-func (t *TPM) create(template tpm2.TPMTPublic, secret []byte) (*blob, error) {
+// create makes an object; secret is what it holds, if it is not the TPM's to make, and with registers it opens
+// only while they are what they are now.
+func (t *TPM) create(template tpm2.TPMTPublic, secret []byte, pcrs []int) (*blob, error) {
 	var out *blob
 	err := t.under(func(dev *tpmchip.Device, root tpm2.AuthHandle) error {
 		sensitive := &tpm2.TPMSSensitiveCreate{}
 		if secret != nil {
 			sensitive.Data = tpm2.NewTPMUSensitiveCreate(&tpm2.TPM2BSensitiveData{Buffer: secret})
 		}
+		var registers []register
+		if len(pcrs) > 0 {
+			digest, values, err := policy(dev, pcrs)
+			if err != nil {
+				return err
+			}
+			template.AuthPolicy, template.ObjectAttributes.UserWithAuth, registers = tpm2.TPM2BDigest{Buffer: digest}, false, values
+		}
 		made, err := tpm2.Create{ParentHandle: root, InSensitive: tpm2.TPM2BSensitiveCreate{Sensitive: sensitive}, InPublic: tpm2.New2B(template)}.Execute(dev)
 		if err != nil {
 			return err
 		}
-		out = &blob{Public: made.OutPublic.Bytes(), Private: made.OutPrivate.Buffer}
+		out = &blob{Public: made.OutPublic.Bytes(), Private: made.OutPrivate.Buffer, PCRs: registers}
 		return nil
 	})
 	if err != nil {
@@ -119,7 +132,11 @@ func (t *TPM) loaded(b *blob, use func(dev *tpmchip.Device, key tpm2.AuthHandle)
 			return fmt.Errorf("load key into TPM: %w", err)
 		}
 		defer tpmchip.Flush(dev, key.ObjectHandle)
-		return use(dev, tpm2.AuthHandle{Handle: key.ObjectHandle, Name: key.Name, Auth: tpm2.PasswordAuth(nil)})
+		auth := tpm2.PasswordAuth(nil)
+		if len(b.PCRs) > 0 {
+			auth = tpm2.Policy(tpm2.TPMAlgSHA256, nonceSize, inPolicy(numbers(b.PCRs)))
+		}
+		return use(dev, tpm2.AuthHandle{Handle: key.ObjectHandle, Name: key.Name, Auth: auth})
 	})
 }
 
@@ -127,6 +144,9 @@ func (t *TPM) unseal(b *blob) ([]byte, error) {
 	var secret []byte
 	err := t.loaded(b, func(dev *tpmchip.Device, key tpm2.AuthHandle) error {
 		out, err := tpm2.Unseal{ItemHandle: key}.Execute(dev)
+		if errors.Is(err, tpm2.TPMRCPolicyFail) {
+			return fmt.Errorf("%w: %s", ErrRegisters, changed(dev, b.PCRs))
+		}
 		if err != nil {
 			return fmt.Errorf("unseal in TPM: %w", err)
 		}
@@ -138,7 +158,9 @@ func (t *TPM) unseal(b *blob) ([]byte, error) {
 
 // TPMKeys opens the key store in dir whose key is in a TPM, or makes one: what is sealed on disk can be read
 // with this TPM only, and the agent's own key is made in it and stays there. A store that DiskKeys made is
-// taken over; one of another TPM is put aside as a damaged one is. A TPM that cannot be used is an error.
+// taken over; one of another TPM is put aside as a damaged one is. A TPM that cannot be used is an error, and so is
+// one whose registers are not what they were. A store that is sealed to other registers than are wanted now, and
+// opens, is sealed anew.
 func TPMKeys(dir string, t *TPM) (*Keys, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make key directory: %w", err)
@@ -161,7 +183,13 @@ func TPMKeys(dir string, t *TPM) (*Keys, error) {
 	case stored.TPM != nil:
 		var seal []byte
 		if seal, err = t.unseal(stored.TPM); err == nil && len(seal) == sealKeySize {
+			if !t.asConfigured(stored.TPM) {
+				return newTPMKeys(path, t, seal)
+			}
 			return &Keys{seal: seal, persistent: true, tpm: t}, nil
+		}
+		if errors.Is(err, ErrRegisters) {
+			return nil, fmt.Errorf("open agent keys %s: %w; if that is as it should be, remove this file: the agent attests anew then, and what it kept is lost", path, err)
 		}
 		if err == nil {
 			err = fmt.Errorf("key of %d bytes, want %d", len(seal), sealKeySize)
@@ -191,7 +219,7 @@ func newTPMKeys(path string, t *TPM, seal []byte) (*Keys, error) {
 	if seal != nil {
 		k.seal = seal
 	}
-	sealed, err := t.create(sealTemplate, k.seal)
+	sealed, err := t.create(sealTemplate, k.seal, t.PCRs)
 	if err != nil {
 		return nil, fmt.Errorf("seal agent keys: %w", err)
 	}
@@ -213,7 +241,7 @@ type tpmKey struct {
 }
 
 func (t *TPM) newKey() (*tpmKey, error) {
-	b, err := t.create(keyTemplate, nil)
+	b, err := t.create(keyTemplate, nil, nil)
 	if err != nil {
 		return nil, err
 	}

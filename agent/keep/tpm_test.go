@@ -8,16 +8,21 @@ import (
 	"crypto/sha256"
 	"crypto/sha512"
 	"crypto/x509"
+	"errors"
+	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/google/go-tpm/tpm2"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/assay-id/assay/agent/keep"
+	"github.com/assay-id/assay/attestor/tpmchip"
 	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/swtpm"
 )
@@ -169,6 +174,157 @@ func TestKeysInTheTPM(t *testing.T) {
 			if _, err := key.Sign(rand.Reader, digest[:], crypto.SHA256); err != nil {
 				t.Fatal(err)
 			}
+		}
+	})
+}
+
+// extend changes a register of a TPM as booting something does.
+func extend(t *testing.T, socket string, register uint32) {
+	t.Helper()
+	dev, err := tpmchip.Open(t.Context(), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	digest := sha256.Sum256([]byte("another kernel"))
+	_, err = tpm2.PCRExtend{
+		PCRHandle: tpm2.AuthHandle{Handle: tpm2.TPMHandle(register), Auth: tpm2.PasswordAuth(nil)},
+		Digests:   tpm2.TPMLDigestValues{Digests: []tpm2.TPMTHA{{HashAlg: tpm2.TPMAlgSHA256, Digest: digest[:]}}},
+	}.Execute(dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestStateSealedToWhatWasBooted(t *testing.T) {
+	if err := swtpm.Available(); err != nil {
+		lab.Missing(t, "a software TPM", err)
+	}
+	maker, err := swtpm.New()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = maker.Close() })
+	socket, err := maker.Make(t.Context(), "one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := func(pcrs ...int) *keep.TPM { return &keep.TPM{Path: socket, PCRs: pcrs} }
+	sealed := func(t *testing.T, pcrs ...int) string {
+		t.Helper()
+		dir := t.TempDir()
+		k, _ := openTPM(t, dir, to(pcrs...))
+		key, err := k.NewKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := k.SaveOwn(certified(t, key)); err != nil {
+			t.Fatal(err)
+		}
+		return dir
+	}
+	opens := func(t *testing.T, dir string, pcrs ...int) {
+		t.Helper()
+		if k, _ := openTPM(t, dir, to(pcrs...)); k.Own() == nil {
+			t.Errorf("own SVID is gone, lost %v", k.Lost())
+		}
+	}
+	// stays checks that nothing of a folder is other than before, and returns the check.
+	stays := func(t *testing.T, dir string) func() {
+		t.Helper()
+		read := func() map[string]string {
+			all := map[string]string{}
+			files, err := os.ReadDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range files {
+				text, err := os.ReadFile(filepath.Join(dir, f.Name()))
+				if err != nil {
+					t.Fatal(err)
+				}
+				all[f.Name()] = string(text)
+			}
+			return all
+		}
+		before := read()
+		return func() {
+			t.Helper()
+			if !maps.Equal(read(), before) {
+				t.Error("something was changed on disk")
+			}
+		}
+	}
+	t.Run("it opens as long as nothing changed, in the registers that were chosen", func(t *testing.T) {
+		dir := sealed(t, 0, 7)
+		opens(t, dir, 0, 7)
+		extend(t, socket, 9)
+		opens(t, dir, 0, 7)
+	})
+	t.Run("a changed register is an error that says which and what to do, and no new identity", func(t *testing.T) {
+		dir := sealed(t, 0, 2, 8)
+		check := stays(t, dir)
+		extend(t, socket, 8)
+		for range 2 {
+			_, err := keep.TPMKeys(dir, to(0, 2, 8))
+			if !errors.Is(err, keep.ErrRegisters) || !strings.Contains(err.Error(), "register 8 was 0") || strings.Contains(err.Error(), "register 2") ||
+				!strings.Contains(err.Error(), "remove this file") || !strings.Contains(err.Error(), dir) {
+				t.Errorf("error is %v", err)
+			}
+			check()
+		}
+		if err := os.Remove(filepath.Join(dir, "agent-keys.json")); err != nil {
+			t.Fatal(err)
+		}
+		k, _ := openTPM(t, dir, to(0, 2, 8))
+		if own := k.Own(); own != nil || k.Lost() == nil {
+			t.Errorf("own SVID is %+v, lost %v", own, k.Lost())
+		}
+	})
+	t.Run("nor does it open when the configuration forgets the registers", func(t *testing.T) {
+		dir := sealed(t, 10)
+		check := stays(t, dir)
+		extend(t, socket, 10)
+		if _, err := keep.TPMKeys(dir, to()); !errors.Is(err, keep.ErrRegisters) {
+			t.Errorf("error is %v", err)
+		}
+		check()
+	})
+	t.Run("nor when the file does", func(t *testing.T) {
+		dir := sealed(t, 11)
+		extend(t, socket, 11)
+		path := filepath.Join(dir, "agent-keys.json")
+		text, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for why, change := range map[string]func(string) string{
+			"without registers":   func(s string) string { return regexp.MustCompile(`,"pcrs":\[.*\]`).ReplaceAllString(s, "") },
+			"with another number": func(s string) string { return strings.Replace(s, `"number":11`, `"number":12`, 1) },
+		} {
+			forged := change(string(text))
+			if forged == string(text) {
+				t.Fatalf("%s: nothing is changed in %s", why, text)
+			}
+			if err := os.WriteFile(path, []byte(forged), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			check := stays(t, dir)
+			if _, err := keep.TPMKeys(dir, to(11)); err == nil {
+				t.Errorf("%s: it opens", why)
+			}
+			check()
+		}
+	})
+	t.Run("other registers are sealed to from the next start on, so that an update can be told before", func(t *testing.T) {
+		dir := sealed(t, 12)
+		opens(t, dir) // pcrs = []
+		extend(t, socket, 12)
+		opens(t, dir)
+		opens(t, dir, 12)
+		extend(t, socket, 12)
+		if _, err := keep.TPMKeys(dir, to(12)); !errors.Is(err, keep.ErrRegisters) {
+			t.Errorf("error is %v", err)
 		}
 	})
 }

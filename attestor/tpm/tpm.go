@@ -9,7 +9,6 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
-	"fmt"
 
 	"github.com/assay-id/assay/attestor"
 )
@@ -20,8 +19,6 @@ const Type = "tpm"
 const (
 	// SecretSize and NonceSize are the sizes in bytes of what the server makes.
 	SecretSize, NonceSize = 32, 32
-	// PCRs is how many platform configuration registers a bank has.
-	PCRs = 24
 	// DigestSize is the size in bytes of a register of the SHA-256 bank.
 	DigestSize = sha256.Size
 )
@@ -88,16 +85,4 @@ func QualifyingData(nonce []byte, trustDomain string, own attestor.KeyHash) []by
 	digest.Write(own[:])
 	digest.Write(nonce)
 	return digest.Sum(nil)
-}
-
-// CheckPCRs says what is wrong with a list of registers, or nil: it must be in order, without repetition.
-func CheckPCRs(pcrs []int) error {
-	last := -1
-	for _, n := range pcrs {
-		if n <= last || n >= PCRs {
-			return fmt.Errorf("register %d: registers are numbers from 0 to %d, in order and each once", n, PCRs-1)
-		}
-		last = n
-	}
-	return nil
 }

@@ -127,7 +127,7 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 				return c, fmt.Errorf("open key manager \"tpm\": %w (set tpm_path)", err)
 			}
 		}
-		c.TPM = &keep.TPM{Path: path, OwnerPassword: from.TPMOwnerPassword}
+		c.TPM = &keep.TPM{Path: path, OwnerPassword: from.TPMOwnerPassword, PCRs: from.TPMPCRs}
 	}
 	c.SocketPath, c.AdminSocketPath = from.SocketPath, from.AdminSocketPath
 	c.AuthorizedDelegates = from.AuthorizedDelegates

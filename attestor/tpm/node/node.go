@@ -6,10 +6,12 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/google/go-tpm/tpm2"
 
@@ -135,7 +137,7 @@ func (n *node) answer(ctx context.Context, own attestor.KeyHash, challenge []byt
 	if len(c.Nonce) != tpm.NonceSize || len(c.Credential) == 0 || len(c.Secret) == 0 {
 		return nil, errors.New("read challenge: it has no nonce or no credential")
 	}
-	if err := tpm.CheckPCRs(c.PCRs); err != nil {
+	if err := tpmchip.CheckPCRs(c.PCRs); err != nil {
 		return nil, fmt.Errorf("read challenge: %w", err)
 	}
 	k, err := n.load(ctx)
@@ -151,7 +153,7 @@ func (n *node) answer(ctx context.Context, own attestor.KeyHash, challenge []byt
 	// The quote covers a digest; the values beside it are read until both agree, as a register may be
 	// extended in between.
 	for range 3 {
-		if response.Values, err = readPCRs(k.dev, c.PCRs); err != nil {
+		if response.Values, err = tpmchip.ReadPCRs(k.dev, c.PCRs); err != nil {
 			return nil, err
 		}
 		before := response.Values
@@ -159,13 +161,13 @@ func (n *node) answer(ctx context.Context, own attestor.KeyHash, challenge []byt
 			SignHandle:     tpm2.AuthHandle{Handle: k.ak.ObjectHandle, Name: k.ak.Name, Auth: tpm2.PasswordAuth(nil)},
 			QualifyingData: tpm2.TPM2BData{Buffer: tpm.QualifyingData(c.Nonce, n.trustDomain, own)},
 			InScheme:       tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
-			PCRSelect:      selection(c.PCRs),
+			PCRSelect:      tpmchip.Selection(c.PCRs),
 		}.Execute(k.dev)
 		if err != nil {
 			return nil, fmt.Errorf("quote: %w", err)
 		}
 		response.Quote, response.Signature = quote.Quoted.Bytes(), tpm2.Marshal(quote.Signature)
-		if response.Values, err = readPCRs(k.dev, c.PCRs); err != nil {
+		if response.Values, err = tpmchip.ReadPCRs(k.dev, c.PCRs); err != nil {
 			return nil, err
 		}
 		if same(before, response.Values) {
@@ -174,3 +176,5 @@ func (n *node) answer(ctx context.Context, own attestor.KeyHash, challenge []byt
 	}
 	return nil, errors.New("quote: the registers change faster than they can be read")
 }
+
+func same(a, b [][]byte) bool { return slices.EqualFunc(a, b, bytes.Equal) }

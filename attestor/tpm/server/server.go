@@ -65,7 +65,7 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 		}
 		j.hashes[hash] = true
 	}
-	if err := tpm.CheckPCRs(c.PCRs); err != nil {
+	if err := tpmchip.CheckPCRs(c.PCRs); err != nil {
 		return nil, fmt.Errorf("pcrs: %w", err)
 	}
 	if c.EKCAPath != "" {
@@ -190,7 +190,7 @@ func (j *judge) checkQuote(r tpm.Response, nonce []byte, ak crypto.PublicKey, ow
 	if err != nil {
 		return errors.New("what is signed is no quote")
 	}
-	if !bytes.Equal(tpm2.Marshal(quote.PCRSelect), tpm2.Marshal(selection(j.pcrs))) {
+	if !bytes.Equal(tpm2.Marshal(quote.PCRSelect), tpm2.Marshal(tpmchip.Selection(j.pcrs))) {
 		return errors.New("it is not of the registers that were asked for")
 	}
 	all := sha256.New()
@@ -204,15 +204,4 @@ func (j *judge) checkQuote(r tpm.Response, nonce []byte, ak crypto.PublicKey, ow
 		return errors.New("the registers are not those that were quoted")
 	}
 	return nil
-}
-
-// selection names registers of the SHA-256 bank.
-func selection(pcrs []int) tpm2.TPMLPCRSelection {
-	numbers := make([]uint, len(pcrs))
-	for i, n := range pcrs {
-		numbers[i] = uint(n)
-	}
-	return tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
-		Hash: tpm2.TPMAlgSHA256, PCRSelect: tpm2.PCClientCompatible.PCRs(numbers...),
-	}}}
 }
