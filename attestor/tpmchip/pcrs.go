@@ -27,7 +27,7 @@ func CheckPCRs(pcrs []int) error {
 func Selection(pcrs []int) tpm2.TPMLPCRSelection {
 	numbers := make([]uint, len(pcrs))
 	for i, n := range pcrs {
-		numbers[i] = uint(n) //nolint:gosec // they were checked
+		numbers[i] = uint(n)
 	}
 	return tpm2.TPMLPCRSelection{PCRSelections: []tpm2.TPMSPCRSelection{{
 		Hash: tpm2.TPMAlgSHA256, PCRSelect: tpm2.PCClientCompatible.PCRs(numbers...),
