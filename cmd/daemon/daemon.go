@@ -69,6 +69,7 @@ type Daemon struct {
 
 	up      atomic.Pointer[state] // nil until Up
 	started chan struct{}         // closed by the first Up
+	hup     chan os.Signal
 
 	mu     sync.Mutex // guards reopen
 	reopen map[string]func() error
@@ -88,7 +89,12 @@ func Start(c Config) (*Daemon, error) {
 	limitMemory(os.DirFS("/"))
 	allowGarbage(c.Garbage)
 	giveBack(calmAfter, freeMemory)
-	d := &Daemon{Log: logrus.New(), Registry: prometheus.NewRegistry(), config: c, reopen: map[string]func() error{}, started: make(chan struct{})}
+	d := &Daemon{Log: logrus.New(), Registry: prometheus.NewRegistry(), config: c, reopen: map[string]func() error{}, started: make(chan struct{}), hup: make(chan os.Signal, 1)}
+	// From the start on: who was started with SIGHUP ignored, as by nohup, would else start plugins, programs
+	// and commands that ignore it, too, and a program that is told by it that its files are new would never
+	// know. What is handled here is as by default in whoever is started from here; a log that is to be opened
+	// anew while the daemon starts is no reason to end, either.
+	signal.Notify(d.hup, syscall.SIGHUP)
 	d.Log.SetLevel(c.Log.Level)
 	d.Log.SetFormatter(&logrus.TextFormatter{FullTimestamp: true, TimestampFormat: time.RFC3339Nano})
 	if c.Log.JSON {
@@ -136,6 +142,7 @@ func listen(address, key string) (net.Listener, error) {
 
 // Close gives back what Start took. Run does so by itself.
 func (d *Daemon) Close() error {
+	signal.Stop(d.hup)
 	var errs []error
 	for _, l := range []net.Listener{d.health, d.metrics} {
 		if l != nil {
@@ -335,14 +342,11 @@ func (d *Daemon) watchdog(ended <-chan struct{}) {
 
 // reloads does what SIGHUP asks for until ended is closed.
 func (d *Daemon) reloads(ended <-chan struct{}) {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
 	for {
 		select {
 		case <-ended:
 			return
-		case <-hup:
+		case <-d.hup:
 			d.reload()
 		}
 	}
