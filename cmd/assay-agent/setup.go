@@ -13,11 +13,13 @@ import (
 	"strings"
 	"time"
 
+	"github.com/sirupsen/logrus"
 	"github.com/spf13/cobra"
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/cmd/cli"
 	"github.com/assay-id/assay/conf"
 )
@@ -33,6 +35,8 @@ type found struct {
 	Server    string `json:"server"`
 	Reached   bool   `json:"reached"`
 	Problem   string `json:"problem,omitempty"`
+	// Unproved says why this machine cannot show now what proves it.
+	Unproved string `json:"unproved,omitempty"`
 }
 
 type setupFlags struct {
@@ -79,7 +83,7 @@ flags, or asks if it runs at a terminal. A file that is there is replaced only w
 		if err := output.PrintValue(c, func(w io.Writer) error { return result.print(w) }, result); err != nil {
 			return err
 		}
-		if result.Problem != "" {
+		if result.Problem != "" || result.Unproved != "" {
 			return &cli.Exit{Status: 1}
 		}
 		return nil
@@ -104,11 +108,17 @@ func (f *setupFlags) run(c *cobra.Command, a *asker) (*found, error) {
 		return nil, err
 	}
 	result := &found{Config: f.config, Node: node, Workloads: h.workloadWays(), Server: net.JoinHostPort(f.address, strconv.Itoa(f.port))}
-	if err := f.write(result, a); err != nil {
+	written, err := f.write(result, a)
+	if err != nil {
 		return nil, err
 	}
 	if f.offline {
 		return result, nil
+	}
+	if f.root == "/" {
+		if err := gather(c.Context(), written); err != nil {
+			result.Unproved = err.Error()
+		}
 	}
 	if err := f.connect(c.Context()); err != nil {
 		result.Problem = err.Error()
@@ -180,35 +190,52 @@ func quote(text string) string {
 }
 
 // write puts the configuration in place, once it is known to be right.
-func (f *setupFlags) write(result *found, a *asker) error {
+func (f *setupFlags) write(result *found, a *asker) (*conf.Agent, error) {
 	if _, err := os.Lstat(f.config); err == nil && !f.force {
 		replace := false
 		if a != nil {
 			if replace, err = a.confirm(f.config + " is there already. Replace it, and keep it as " + f.config + ".old?"); err != nil {
-				return err
+				return nil, err
 			}
 		}
 		if !replace {
-			return fmt.Errorf("%s is there already; -force replaces it and keeps it aside", f.config)
+			return nil, fmt.Errorf("%s is there already; -force replaces it and keeps it aside", f.config)
 		}
 	}
 	if err := os.MkdirAll(filepath.Dir(f.config), 0o755); err != nil { //nolint:gosec // /etc/assay is for everybody to read
-		return err
+		return nil, err
 	}
 	written := f.config + ".new"
 	if err := os.WriteFile(written, []byte(f.text(result)), 0o600); err != nil {
-		return err
+		return nil, err
 	}
 	// As "validate" does; attestors of a machine below another root cannot be opened here.
 	options := conf.Options{Try: f.root == "/", TryBundle: tryBundle}
-	if _, err := conf.LoadAgent(written, nodes(), workloads(), options); err != nil {
+	agent, err := conf.LoadAgent(written, nodes(), workloads(), options)
+	if err != nil {
 		_ = os.Remove(written)
-		return fmt.Errorf("what was found makes no configuration: %w", err)
+		return nil, fmt.Errorf("what was found makes no configuration: %w", err)
 	}
 	if err := os.Rename(f.config, f.config+".old"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	return agent, os.Rename(written, f.config)
+}
+
+// gather does what the agent will do next: it gathers what proves this machine, and shows it to nobody.
+func gather(ctx context.Context, from *conf.Agent) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTime)
+	defer cancel()
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	node, err := from.Node.Kind.Open(from.Node.Config, attestor.Needs{
+		TrustDomain: from.TrustDomain, Log: log, Now: time.Now, JoinToken: from.JoinToken,
+	})
+	if err != nil {
 		return err
 	}
-	return os.Rename(written, f.config)
+	_, _, err = node.Evidence(ctx)
+	return err
 }
 
 // connect does what the agent will do first: it reaches the server and knows it by its bundle.
@@ -227,13 +254,23 @@ func (f *setupFlags) connect(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, connectTime)
 	defer cancel()
-	config := tlsconfig.TLSClientConfig(bundle, tlsconfig.AuthorizeID(id))
+	config := tlsconfig.TLSClientConfig(only{bundle}, tlsconfig.AuthorizeID(id))
 	config.MinVersion, config.NextProtos = tls.VersionTLS12, []string{"h2"}
 	conn, err := (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", net.JoinHostPort(f.address, strconv.Itoa(f.port)))
 	if err != nil {
 		return fmt.Errorf("reach the server and know it by %s: %w", f.bundle, err)
 	}
 	return conn.Close()
+}
+
+// only is the bundle of one trust domain; whoever says to be of another is told apart.
+type only struct{ bundle *x509bundle.Bundle }
+
+func (o only) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	if want := o.bundle.TrustDomain(); td != want {
+		return nil, fmt.Errorf("it says that it is of trust domain %s, and %s was given", td, want)
+	}
+	return o.bundle, nil
 }
 
 func (r *found) print(w io.Writer) error {
@@ -245,6 +282,11 @@ func (r *found) print(w io.Writer) error {
 	}
 	if err != nil {
 		return err
+	}
+	if r.Unproved != "" {
+		if _, err := fmt.Fprintf(w, "              which this machine CANNOT show now: %s\n", r.Unproved); err != nil {
+			return err
+		}
 	}
 	switch {
 	case r.Problem != "":

@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
 )
 
@@ -81,6 +83,36 @@ func needed(text string) error {
 	return nil
 }
 
+func isTrustDomain(text string) error {
+	if text == "" {
+		return needed(text)
+	}
+	if _, err := spiffeid.TrustDomainFromString(text); err != nil || strings.Contains(text, "/") {
+		return errors.New("that is no trust domain: lower-case letters, digits, dots, dashes and underscores, as in example.org")
+	}
+	return nil
+}
+
+func isHost(text string) error {
+	switch {
+	case strings.ContainsAny(text, "/ @"), net.ParseIP(text) == nil && strings.Contains(text, ":"):
+		return errors.New("only the host name or IP address, without scheme, port or path")
+	}
+	return needed(text)
+}
+
+// isBundle checks that there is a bundle, and on this machine that it can be used.
+func (f *setupFlags) isBundle(path string) error {
+	if err := isThere(path); err != nil || f.root != "/" {
+		return err
+	}
+	td, err := spiffeid.TrustDomainFromString(f.trustDomain)
+	if err != nil {
+		return err
+	}
+	return tryBundle(td, path, "")
+}
+
 func isThere(path string) error {
 	_, err := os.Stat(path)
 	return err
@@ -95,10 +127,10 @@ func (f *setupFlags) fill(c *cobra.Command, a *asker, ways []way) error {
 		}
 		return err
 	}
-	if err := text("trustDomain", "Trust domain of the server", &f.trustDomain, needed); err != nil {
+	if err := text("trustDomain", "Trust domain of the server", &f.trustDomain, isTrustDomain); err != nil {
 		return err
 	}
-	if err := text("serverAddress", "Host name or IP address of the server", &f.address, needed); err != nil {
+	if err := text("serverAddress", "Host name or IP address of the server", &f.address, isHost); err != nil {
 		return err
 	}
 	if !given("serverPort") {
@@ -113,7 +145,7 @@ func (f *setupFlags) fill(c *cobra.Command, a *asker, ways []way) error {
 		}
 		f.port, _ = strconv.Atoi(port)
 	}
-	if err := text("trustBundle", `File with the server's bundle, as "assay-server bundle show" prints it`, &f.bundle, isThere); err != nil {
+	if err := text("trustBundle", `File with the server's bundle, as "assay-server bundle show" prints it`, &f.bundle, f.isBundle); err != nil {
 		return err
 	}
 	return f.fillNode(a, ways)

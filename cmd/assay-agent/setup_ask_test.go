@@ -117,7 +117,13 @@ func TestSetupAsks(t *testing.T) {
 		ended := term.run(flags...)
 		term.expect("Trust domain of the server: ", "\n")
 		term.expect("an answer is needed", "")
+		term.expect("Trust domain of the server: ", "Bad Domain\n")
+		term.expect("that is no trust domain", "")
 		term.expect("Trust domain of the server: ", "example.org\n")
+		for _, wrong := range []string{"https://assay.example.org", "assay.example.org:8081"} {
+			term.expect("Host name or IP address of the server: ", wrong+"\n")
+			term.expect("without scheme, port or path", "")
+		}
 		term.expect("Host name or IP address of the server: ", "assay.example.org\n")
 		term.expect("TCP port of the server [8081]: ", "70000\n")
 		term.expect("TCP port of the server [8081]: ", "\n")
