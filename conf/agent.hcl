@@ -109,7 +109,7 @@ agent {
   # How often a SPIRE server is asked for changes. An Assay server pushes them.
   #sync_interval = "5s"
 
-  # Let processes without an identity fetch bundles and validate JWT-SVIDs.
+  # Let processes without an identity fetch bundles. They may have JWT-SVIDs of the own trust domain validated anyway.
   #allow_unauthenticated_verifiers = false
 
   # Claims of JWT-SVIDs of other trust domains that are handed to workloads that validate them.

@@ -53,15 +53,29 @@ func TestBundles(t *testing.T) {
 			}
 		}
 	})
-	t.Run("verifiers without an identity get nothing", func(t *testing.T) {
-		_, api := open(t, workloadapi.Config{})
+	t.Run("verifiers without an identity get no bundle, but an answer about a token of the own trust domain", func(t *testing.T) {
+		w, api := open(t, workloadapi.Config{Hold: -1})
 		s, err := api.FetchX509Bundles(workloadapitest.Header(t.Context()), &workload.X509BundlesRequest{})
 		if err == nil {
 			_, err = s.Recv()
 		}
 		workloadapitest.WantCode(t, err, codes.PermissionDenied)
 		_, err = api.ValidateJWTSVID(workloadapitest.Header(t.Context()), &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: "x"})
-		workloadapitest.WantCode(t, err, codes.PermissionDenied)
+		workloadapitest.WantCode(t, err, codes.InvalidArgument)
+		for _, authority := range []*workloadapitest.Authority{w.src.Authority, workloadapitest.NewAuthority(t, foreign)} {
+			own := authority == w.src.Authority
+			token, err := authority.JWT(map[string]any{"sub": "spiffe://" + authority.Bundle().TrustDomain.Name() + "/x", "aud": "a", "exp": time.Now().Add(time.Minute).Unix()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := api.ValidateJWTSVID(workloadapitest.Header(t.Context()), &workload.ValidateJWTSVIDRequest{Audience: "a", Svid: token})
+			if own && (err != nil || resp.GetSpiffeId() != "spiffe://example.org/x") {
+				t.Errorf("our token: %v, %v", resp, err)
+			}
+			if !own {
+				workloadapitest.WantCode(t, err, codes.InvalidArgument)
+			}
+		}
 	})
 	t.Run("or, if allowed, the own bundle", func(t *testing.T) {
 		w, api := open(t, workloadapi.Config{AllowUnauthenticatedVerifiers: true})

@@ -116,8 +116,9 @@ func audiences(given []string) ([]string, error) {
 	return kept, nil
 }
 
-// ValidateJWTSVID verifies a JWT-SVID for the audience against the bundles that concern the caller,
-// and returns its claims. Of a token of another trust domain only the registered claims and those
+// ValidateJWTSVID verifies a JWT-SVID for the audience against the bundles that concern the caller, which for
+// one without an identity is the own trust domain's, and returns its claims: as with SPIRE, whoever is attested
+// may ask, and no bundle is handed out. Of a token of another trust domain only the registered claims and those
 // that the operator trusts are returned.
 func (s *Server) ValidateJWTSVID(ctx context.Context, req *workload.ValidateJWTSVIDRequest) (*workload.ValidateJWTSVIDResponse, error) {
 	switch {
@@ -149,20 +150,30 @@ func (s *Server) validate(ctx context.Context, c *caller, req *workload.Validate
 	h := newHold(s.cfg.Hold)
 	defer h.end()
 	for {
-		a, bundles, err := s.bundles(facts.facts)
-		switch {
-		case err != nil:
-			return facts, nil, nil, err
-		case a.matched:
-			resp, err := s.verify(req.GetSvid(), req.GetAudience(), bundles)
+		set, changed := s.src.Bundles(facts.facts)
+		a := &answer{rev: set.Rev, changed: changed, matched: true}
+		if set.Own == nil {
+			return facts, nil, nil, errNoBundle
+		}
+		bundles := []*identity.Bundle{set.Own}
+		if set.Matched > 0 {
+			bundles = append(bundles, set.Federated...)
+		}
+		resp, err := s.verify(req.GetSvid(), req.GetAudience(), bundles)
+		if err == nil || set.Matched > 0 || h.over || !abroad(req, set.Own.TrustDomain) {
 			return facts, a, resp, err
-		case h.over:
-			return facts, a, nil, noMatch
 		}
 		if facts, err = s.wait(ctx, c, facts, a.changed, h); err != nil {
 			return facts, a, nil, err
 		}
 	}
+}
+
+// abroad reports whether a token says that it is of another trust domain than ours: an entry that brings that
+// one's bundle may be on its way.
+func abroad(req *workload.ValidateJWTSVIDRequest, own spiffeid.TrustDomain) bool {
+	svid, err := jwtsvid.ParseInsecure(req.GetSvid(), []string{req.GetAudience()})
+	return err == nil && svid.ID.TrustDomain() != own
 }
 
 // verify checks a token by the letter of the JWT-SVID standard: no header but those it names (section

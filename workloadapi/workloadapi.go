@@ -96,8 +96,8 @@ type Config struct {
 	// KeepFacts is how long a failing attestor's last word on a process counts while a stream is
 	// open; 0 means DefaultKeepFacts, negative means not at all.
 	KeepFacts time.Duration
-	// AllowUnauthenticatedVerifiers gives the own trust domain's bundles, and validation against
-	// them, to callers without an identity.
+	// AllowUnauthenticatedVerifiers gives the own trust domain's bundles to callers without an identity.
+	// Validation against them is for everybody.
 	AllowUnauthenticatedVerifiers bool
 	// AllowedForeignJWTClaims names the claims, besides the registered ones, that ValidateJWTSVID
 	// returns from tokens of other trust domains.

@@ -246,7 +246,8 @@ var (
 	errNoProcess   = errors.New("there is no such process")
 	errContainerID = errors.New("a container ID has 12 to 64 hexadecimal digits; names are the engine's: docker inspect -f '{{.Id}}' NAME prints the ID of one")
 	errNoContainer = errors.New("no running process that this agent can see belongs to that container; \"docker ps -a\" shows whether it runs")
-	errLevel       = errors.New("a log level must be given")
+	errLevelUnset  = errors.New("newLevel value cannot be LogLevel_UNSPECIFIED") // in SPIRE's words, as the next
+	errLevel       = errors.New("unsupported log level")
 	errNoLevel     = errors.New("the log level of this agent cannot be changed")
 )
 
@@ -257,7 +258,7 @@ func toStatus(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, errNoTarget), errors.Is(err, errContainerID), errors.Is(err, errLevel):
+	case errors.Is(err, errNoTarget), errors.Is(err, errContainerID), errors.Is(err, errLevelUnset), errors.Is(err, errLevel):
 		code = codes.InvalidArgument
 	case errors.Is(err, errNoProcess), errors.Is(err, errNoContainer), errors.Is(err, peer.ErrDead):
 		code = codes.NotFound

@@ -64,7 +64,10 @@ func (l loggerService) GetLogger(context.Context, *loggerv1.GetLoggerRequest) (*
 // SetLogLevel changes the log level.
 func (l loggerService) SetLogLevel(ctx context.Context, req *loggerv1.SetLogLevelRequest) (*types.Logger, error) {
 	want := req.GetNewLevel()
-	if _, known := types.LogLevel_name[int32(want)]; !known || want == types.LogLevel_UNSPECIFIED {
+	if want == types.LogLevel_UNSPECIFIED {
+		return nil, toStatus(errLevelUnset)
+	}
+	if _, known := types.LogLevel_name[int32(want)]; !known {
 		return nil, toStatus(errLevel)
 	}
 	return l.set(ctx, logrus.Level(want-1)) //nolint:gosec // the wire's levels are logrus's plus one

@@ -236,8 +236,7 @@ var (
 	errNoIdentity  = workloadapi.Denied("caller matches no entry")
 	errNotDelegate = errors.New("caller not configured as an authorized delegate")
 	errNoProcess   = errors.New("there is no such process")
-	errPIDAnd      = workloadapi.Invalid("must provide either selectors or non-zero PID, but not both")
-	errNeither     = workloadapi.Invalid("must provide either selectors or non-zero PID")
+	errOneOf       = workloadapi.Invalid("must provide either selectors or non-zero PID, but not both")
 	errSelectors   = workloadapi.Invalid("could not parse provided selectors")
 )
 

@@ -239,9 +239,9 @@ func TestX509(t *testing.T) {
 			code       codes.Code
 			req        *delegatedv1.SubscribeToX509SVIDsRequest
 		}{
-			{"neither", "must provide either selectors or non-zero PID", codes.InvalidArgument, &delegatedv1.SubscribeToX509SVIDsRequest{}},
+			{"neither", "must provide either selectors or non-zero PID, but not both", codes.InvalidArgument, &delegatedv1.SubscribeToX509SVIDsRequest{}},
 			{"both", "must provide either selectors or non-zero PID, but not both", codes.InvalidArgument, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: 1, Selectors: selectors}},
-			{"a negative PID", "must provide either selectors or non-zero PID", codes.InvalidArgument, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: -1}},
+			{"a negative PID", "must provide either selectors or non-zero PID, but not both", codes.InvalidArgument, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: -1}},
 			{"a selector of no type", "could not parse provided selectors", codes.InvalidArgument, &delegatedv1.SubscribeToX509SVIDsRequest{Selectors: []*types.Selector{{Value: "x"}}}},
 			{"a process that is not there", "there is no such process", codes.NotFound, &delegatedv1.SubscribeToX509SVIDsRequest{Pid: 1 << 30}},
 		} {
@@ -325,7 +325,7 @@ func TestJWT(t *testing.T) {
 	}{
 		{"no audience", "audience must be specified", codes.InvalidArgument, &delegatedv1.FetchJWTSVIDsRequest{Pid: 1}},
 		{"an empty audience", "audience must be specified", codes.InvalidArgument, &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{""}, Pid: 1}},
-		{"nobody", "must provide either selectors or non-zero PID", codes.InvalidArgument, &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"a"}}},
+		{"nobody", "must provide either selectors or non-zero PID, but not both", codes.InvalidArgument, &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"a"}}},
 		{
 			"selectors that match nothing", "no identity issued", codes.PermissionDenied,
 			&delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"a"}, Selectors: []*types.Selector{{Type: "unix", Value: "no"}}},

@@ -36,11 +36,11 @@ func newTarget(req naming) (target, error) {
 	selectors, pid := req.GetSelectors(), req.GetPid()
 	switch {
 	case pid != 0 && len(selectors) > 0:
-		return target{}, errPIDAnd
+		return target{}, errOneOf
 	case pid > 0:
 		return target{pid: int(pid)}, nil
 	case pid < 0 || len(selectors) == 0:
-		return target{}, errNeither
+		return target{}, errOneOf
 	}
 	facts, err := identity.SelectorsFromWire(selectors)
 	if err != nil {

@@ -17,8 +17,8 @@
 // "socket", in a directory that is mounted there, is all it needs.
 //
 // A bundle comes as configuration of Envoy's SPIFFE validator, which verifies a peer only with the
-// bundle of the trust domain that its SPIFFE ID names. Envoys before 1.18 do not know it and clients that
-// do not say their version might not; they, and whoever asks for it by configuration or with
+// bundle of the trust domain that its SPIFFE ID names; so it does, as with SPIRE, for clients that do not say
+// their version. Envoys before 1.18 do not know it; they, and whoever asks for it by configuration or with
 // disable_spiffe_cert_validation in its node's metadata, get a plain trusted_ca. That trusts each
 // authority for any name, which is why ALL cannot be had so.
 //
@@ -161,8 +161,9 @@ func (s *service) plain(node *corev3.Node) bool {
 			return true
 		}
 	}
-	version := node.GetUserAgentBuildVersion().GetVersion()
-	return version.GetMajorNumber() < 1 || version.GetMajorNumber() == 1 && version.GetMinorNumber() < 18
+	build := node.GetUserAgentBuildVersion()
+	version := build.GetVersion()
+	return build != nil && (version.GetMajorNumber() < 1 || version.GetMajorNumber() == 1 && version.GetMinorNumber() < 18)
 }
 
 // checkType refuses requests for what is not here. A client may leave the type out: the method says it.

@@ -48,7 +48,7 @@ func TestWhatCanBeAskedFor(t *testing.T) {
 			one + "=/one " + two + "=/two " + own + "=spiffe:example.org " + other + "=spiffe:other.test", 0,
 		},
 		{"an Envoy before 1.18", ask(17, "ROOTCA"), "ROOTCA=plain:example.org", 0},
-		{"a client of no version", &discoveryv3.DiscoveryRequest{ResourceNames: []string{"ROOTCA"}}, "ROOTCA=plain:example.org", 0},
+		{"a client of no version", &discoveryv3.DiscoveryRequest{ResourceNames: []string{"ROOTCA"}}, "ROOTCA=spiffe:example.org", 0},
 		{
 			"a node that wants no validator",
 			&discoveryv3.DiscoveryRequest{Node: envoy(30, "disable_spiffe_cert_validation", true), ResourceNames: []string{other}},

@@ -357,6 +357,8 @@ func (w *words) value(key, v string) string {
 			key, err := x509.ParsePKIXPublicKey(der)
 			return fmt.Sprintf("%T %v", key, err)
 		}
+	case "ca_certificates":
+		return chains(v)
 	case "token", "svid":
 		return w.plain(token(v))
 	case "x509_svid_key":
@@ -365,6 +367,10 @@ func (w *words) value(key, v string) string {
 		return "ID"
 	case "bundles":
 		return keySet(v)
+	case "inline_bytes":
+		return inPEM(v)
+	case "nonce", "version", "version_info", "system_version_info":
+		return "NUMBER"
 	case "subject":
 		return serialNumber.ReplaceAllString(v, "SERIALNUMBER=NUMBER")
 	}
@@ -434,7 +440,7 @@ func keySet(text string) string {
 		Keys []map[string]any `json:"keys"`
 	}
 	if err != nil || json.Unmarshal(raw, &set) != nil {
-		return text
+		return chains(text) // X.509 bundles are called so too
 	}
 	out := make([]string, 0, len(set.Keys))
 	for _, key := range set.Keys {
@@ -446,4 +452,21 @@ func keySet(text string) string {
 		out = append(out, fmt.Sprint(key))
 	}
 	return fmt.Sprintf("%d keys %s", len(out), strings.Join(out, " "))
+}
+
+// chains says what is in the certificates that follow each other in base64.
+func chains(v string) string {
+	der, err := base64.StdEncoding.DecodeString(v)
+	if err != nil {
+		return v
+	}
+	all, err := x509.ParseCertificates(der)
+	if err != nil {
+		return v
+	}
+	out := make([]string, 0, len(all))
+	for _, c := range all {
+		out = append(out, certificate(c.Raw))
+	}
+	return strings.Join(out, " + ")
 }
