@@ -185,6 +185,11 @@ type Needs struct {
 	// Audit takes a line for something that an attestor decided or did by itself, as ending a program that
 	// it runs; err says why it was refused. Nil: nobody does.
 	Audit func(event, about string, err error)
+	// Identity gives out an identity of the server's own, and wraps ErrNoIdentity while there is none; set on the
+	// server only.
+	Identity func(context.Context) (*ServerIdentity, error)
+	// Measure takes what a program measured that the attestor runs; an error says why it does not. Nil: nobody does.
+	Measure func(Measurement) error
 	// Trial says that the attestor is opened to see whether it can be, and closed at once if it is an
 	// io.Closer.
 	Trial bool

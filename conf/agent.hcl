@@ -240,6 +240,8 @@ node_attestor "join_token" {}
   #plugin_args     = ["-v"]
   #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
   #plugin_env      = ["HTTPS_PROXY", "HOME=/tmp"]
+  # For plugins of the server alone: agents have no identity to give.
+  #plugin_identity = false
   # Its configuration, in its own syntax.
   #plugin_data     = "secret = \"…\""
 #}
@@ -332,6 +334,7 @@ workload_attestor "unix" {
   #plugin_args     = []
   #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
   #plugin_env      = []
+  #plugin_identity = false
   #plugin_data     = ""
 #}
 
@@ -364,6 +367,7 @@ key_manager "disk" {
   #plugin_args     = []
   #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
   #plugin_env      = []
+  #plugin_identity = false
   #plugin_data     = ""
 #}
 

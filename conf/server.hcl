@@ -384,6 +384,8 @@ node_attestor "join_token" {}
   #plugin_args     = ["-v"]
   #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
   #plugin_env      = ["HTTPS_PROXY", "HOME=/tmp"]
+  # It may ask for an identity of the server, with which it could pose as the server: for plugins that call others.
+  #plugin_identity = false
   # Its configuration, in its own syntax.
   #plugin_data     = "secret = \"…\""
 #}
@@ -464,6 +466,7 @@ key_manager "disk" {
   #plugin_args     = []
   #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
   #plugin_env      = []
+  #plugin_identity = false
   #plugin_data     = ""
 #}
 
@@ -546,6 +549,7 @@ key_manager "disk" {
   #plugin_args     = []
   #plugin_checksum = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
   #plugin_env      = []
+  #plugin_identity = false
   #plugin_data     = ""
 #}
 

@@ -130,6 +130,9 @@ type Needs struct {
 	DataDir string
 	// Audit takes a line for what a part decided or did by itself.
 	Audit func(event, about string, err error)
+	// Identity and Measure are what attestor.Needs says.
+	Identity func(context.Context) (*attestor.ServerIdentity, error)
+	Measure  func(attestor.Measurement) error
 }
 
 // CA is what the server signs, and for how long.

@@ -76,14 +76,18 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err != nil {
 		return backup.Explain(place(&cfg), err)
 	}
-	signers, err := openKeys(ctx, &cfg, log, component("keys"))
+	hosts, err := newHosts(&cfg)
+	if err != nil {
+		return err
+	}
+	signers, err := openKeys(ctx, &cfg, hosts, log, component("keys"))
 	if err != nil {
 		return err
 	}
 	if disk, ok := signers.(io.Closer); ok {
 		defer closing(disk, &err)
 	}
-	above, err := openUpstream(&cfg, log, component("upstream"))
+	above, err := openUpstream(&cfg, hosts, log, component("upstream"))
 	if err != nil {
 		return err
 	}
@@ -101,7 +105,8 @@ func Run(ctx context.Context, config Config) (err error) {
 		return backup.Explain(place(&cfg), err)
 	}
 	pictures := view.New(rec, cfg.TrustDomain, view.Config{Log: component("view"), Metrics: cfg.Metrics, Now: cfg.Now})
-	judges, closeJudges, err := openJudges(&cfg, rec, log)
+	hosts.settle(authority, pictures)
+	judges, closeJudges, err := openJudges(&cfg, hosts, rec, log)
 	if err != nil {
 		return err
 	}
@@ -306,9 +311,9 @@ func openAudit(cfg *Config, log logrus.FieldLogger) (*audit.Log, error) {
 	return audit.Open(cfg.AuditPath, c)
 }
 
-func openKeys(ctx context.Context, cfg *Config, to *audit.Log, log logrus.FieldLogger) (keys.Manager, error) {
+func openKeys(ctx context.Context, cfg *Config, hosts *hosts, to *audit.Log, log logrus.FieldLogger) (keys.Manager, error) {
 	if cfg.Keys != nil {
-		km, err := cfg.Keys(ctx, cfg.needs(to, log))
+		km, err := cfg.Keys(ctx, cfg.needs(hosts, to, log))
 		if err != nil {
 			return nil, fmt.Errorf("open key manager %q: %w", cfg.KeyManager, err)
 		}
@@ -328,15 +333,18 @@ func openKeys(ctx context.Context, cfg *Config, to *audit.Log, log logrus.FieldL
 	return disk, nil
 }
 
-func (c *Config) needs(to *audit.Log, log logrus.FieldLogger) Needs {
-	return Needs{TrustDomain: c.TrustDomain, Log: log, Now: c.Now, DataDir: c.DataDir, Audit: tellAudit(to)}
+func (c *Config) needs(hosts *hosts, to *audit.Log, log logrus.FieldLogger) Needs {
+	return Needs{
+		TrustDomain: c.TrustDomain, Log: log, Now: c.Now, DataDir: c.DataDir, Audit: tellAudit(to),
+		Identity: hosts.identity, Measure: hosts.measures.Take,
+	}
 }
 
-func openUpstream(cfg *Config, to *audit.Log, log logrus.FieldLogger) (upstream.Authority, error) {
+func openUpstream(cfg *Config, hosts *hosts, to *audit.Log, log logrus.FieldLogger) (upstream.Authority, error) {
 	if cfg.Upstream == nil {
 		return nil, nil
 	}
-	above, err := cfg.Upstream(cfg.needs(to, log))
+	above, err := cfg.Upstream(cfg.needs(hosts, to, log))
 	if err != nil {
 		return nil, fmt.Errorf("open upstream authority: %w", err)
 	}
@@ -362,7 +370,7 @@ func openCA(ctx context.Context, cfg *Config, km keys.Manager, above upstream.Au
 }
 
 // openJudges opens the node attestors, and returns how those are closed that can be.
-func openJudges(cfg *Config, rec *records.Records, log *audit.Log) (judges map[string]attestor.Judge, shut func(), err error) {
+func openJudges(cfg *Config, hosts *hosts, rec *records.Records, log *audit.Log) (judges map[string]attestor.Judge, shut func(), err error) {
 	judges = map[string]attestor.Judge{}
 	shut = func() {
 		for _, judge := range judges {
@@ -381,7 +389,7 @@ func openJudges(cfg *Config, rec *records.Records, log *audit.Log) (judges map[s
 			TrustDomain: cfg.TrustDomain,
 			Log:         cfg.Log.WithField("component", "attestor").WithField("attestor", kind),
 			Now:         cfg.Now,
-			Tokens:      rec, Agents: known{rec}, Audit: tellAudit(log),
+			Tokens:      rec, Agents: known{rec}, Audit: tellAudit(log), Identity: hosts.identity, Measure: hosts.measures.Take,
 		})
 		if err != nil {
 			shut()

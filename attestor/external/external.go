@@ -26,6 +26,8 @@ type Config struct {
 	Checksum string   `hcl:"plugin_checksum"`
 	// Env are the only variables of the environment that it gets: NAME passes ours on, NAME=value sets one.
 	Env []string `hcl:"plugin_env,optional"`
+	// Identity lets it have an identity of the server, with which it could pose as the server.
+	Identity bool `hcl:"plugin_identity,optional"`
 	// Data is its configuration, text in the plugin's own syntax.
 	Data string `hcl:"plugin_data,optional"`
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/assay-id/assay/agent/keep"
 	externalkeys "github.com/assay-id/assay/agent/keep/external"
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/measures"
 	"github.com/assay-id/assay/attestor/tpmchip"
 	"github.com/assay-id/assay/cmd/cli"
 	"github.com/assay-id/assay/cmd/daemon"
@@ -162,8 +163,13 @@ func agentConfig(from *conf.Agent, d *daemon.Daemon) (agent.Config, error) {
 		d.OnReload("audit log", file.Reopen)
 		c.Audit = workloadapi.AuditTo(file, d.Log.WithField("component", "audit"))
 	}
+	measured, err := measures.New(d.Registry)
+	if err != nil {
+		return c, err
+	}
 	needs := func(component string) attestor.Needs {
 		return attestor.Needs{
+			Measure:     measured.Take,
 			TrustDomain: from.TrustDomain, Log: d.Log.WithField("component", component), Now: time.Now, JoinToken: from.JoinToken,
 			Audit: func(event, about string, err error) {
 				if c.Audit != nil {

@@ -71,5 +71,7 @@ func pkcs11Keys(ctx context.Context, n server.Needs, c *conf.KeysPKCS11) (keys.M
 
 // pluginNeeds are what a plugin of SPIRE gets that is no attestor.
 func pluginNeeds(n server.Needs, c *external.Config) attestor.Needs {
-	return attestor.Needs{TrustDomain: n.TrustDomain, Log: n.Log.WithField("plugin", c.Name), Now: n.Now, Audit: n.Audit}
+	return attestor.Needs{
+		TrustDomain: n.TrustDomain, Log: n.Log.WithField("plugin", c.Name), Now: n.Now, Audit: n.Audit, Identity: n.Identity, Measure: n.Measure,
+	}
 }

@@ -28,6 +28,7 @@ var rules = []rule{
 	{pattern: "attestor/tpmchip", floor: words, why: "what a TPM is and how it is spoken to, for more than one attestor and the agent's keys"},
 	{pattern: "attestor/awsapi", floor: words, why: "signed requests to AWS, which more than one attestor makes, and these do not import each other"},
 	{pattern: "attestor/plugin", floor: words, why: "how a plugin of SPIRE is run, which attestors, keys and upstream authorities may all be"},
+	{pattern: "attestor/measures", floor: words, why: "what plugins measured, which run in both daemons"},
 	{pattern: "attestor/external", floor: words, why: "the block of such a plugin, whatever it is for"},
 	{pattern: "workloadapi/identity", floor: words},
 	{pattern: "server/wire/...", floor: words},

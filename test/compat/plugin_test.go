@@ -37,7 +37,11 @@ func TestPlugin(t *testing.T) {
 	}
 	log := logrus.New()
 	log.SetOutput(t.Output())
-	needs := attestor.Needs{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Log: log}
+	measured := make(chan attestor.Measurement, 1)
+	needs := attestor.Needs{
+		TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Log: log,
+		Measure: func(m attestor.Measurement) error { measured <- m; return nil },
+	}
 	opened, err := workload.Kind().Open(&block.Config{
 		Name: "executable", Cmd: path, Checksum: fmt.Sprintf("%x", sum), Data: `selector = "ours:yes"`,
 	}, needs)
@@ -56,7 +60,10 @@ func TestPlugin(t *testing.T) {
 	got, err := opened.Attest(t.Context(), attestor.Process{PID: os.Getpid(), Proc: "/proc"})
 	want := attestor.NewSet(attestor.Selector{Type: "executable", Value: "ours:yes"}, attestor.Selector{Type: "executable", Value: "exe:" + self})
 	if err != nil || !attestor.NewSet(got...).Equal(want) {
-		t.Errorf("got %v, %v, want %v", got, err, want)
+		t.Fatalf("got %v, %v, want %v", got, err, want)
+	}
+	if m := <-measured; m.Source != "executable" || m.Key[0] != "attested" || m.Kind != attestor.Counter || m.Value != 1 {
+		t.Errorf("measured %+v", m)
 	}
 	t.Run("the agent's own key is in one", func(t *testing.T) {
 		keys, err := external.Open(&block.Config{Name: "memory_of_others", Cmd: path, Args: []string{"keys"}, Checksum: fmt.Sprintf("%x", sum)}, needs)

@@ -271,7 +271,11 @@ func (m *migration) external(out *hclwrite.Body, t reflect.Type, n *node, path s
 		}
 	}
 	m.checksum(out, n, path)
-	m.say(n.at, path, false, "SPIRE hands its whole environment on; here the plugin gets no variable that plugin_env does not name. It is run unmodified otherwise: see attestor/external/README.md.")
+	identity := ""
+	if m.side.block == "server" {
+		identity = " If it asks SPIRE's IdentityProvider, it needs plugin_identity = true: it could pose as the server."
+	}
+	m.say(n.at, path, false, "SPIRE hands its whole environment on; here the plugin gets no variable that plugin_env does not name.%s It is run unmodified otherwise: see attestor/external/README.md.", identity)
 }
 
 // checksum pins the program where SPIRE's file does not: an empty checksum is none to SPIRE.

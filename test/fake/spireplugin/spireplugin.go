@@ -21,7 +21,9 @@ import (
 	"github.com/hashicorp/hcl"
 	"github.com/spiffe/spire-plugin-sdk/pluginmain"
 	"github.com/spiffe/spire-plugin-sdk/pluginsdk"
+	metricsv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/hostservice/common/metrics/v1"
 	agentstorev1 "github.com/spiffe/spire-plugin-sdk/proto/spire/hostservice/server/agentstore/v1"
+	identityproviderv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/hostservice/server/identityprovider/v1"
 	agentkeymanagerv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/plugin/agent/keymanager/v1"
 	agentnodeattestorv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/plugin/agent/nodeattestor/v1"
 	workloadattestorv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/plugin/agent/workloadattestor/v1"
@@ -161,6 +163,11 @@ type Plugin struct {
 	logger hclog.Logger
 	agents agentstorev1.AgentStoreServiceClient
 	known  bool
+
+	metrics    metricsv1.MetricsServiceClient
+	identities identityproviderv1.IdentityProviderServiceClient
+	measures   bool // there is a Metrics service
+	identified bool // there is an IdentityProvider service
 }
 
 // SetLogger implements pluginsdk.NeedsLogger.
@@ -169,6 +176,8 @@ func (p *Plugin) SetLogger(logger hclog.Logger) { p.logger = logger }
 // BrokerHostServices implements pluginsdk.NeedsHostServices.
 func (p *Plugin) BrokerHostServices(broker pluginsdk.ServiceBroker) error {
 	p.known = broker.BrokerClient(&p.agents)
+	p.measures = broker.BrokerClient(&p.metrics)
+	p.identified = broker.BrokerClient(&p.identities)
 	return nil
 }
 
@@ -276,6 +285,10 @@ func (p *Plugin) mode(ctx context.Context) (*Config, error) {
 			_ = os.WriteFile(config.Directory+"/crashed", nil, 0o600)
 			os.Exit(6)
 		}
+	case "measure":
+		return config, p.measure(ctx)
+	case "identity":
+		return config, p.identity(ctx, config.Directory)
 	case "error":
 		return nil, status.Error(codes.Internal, "it went wrong\nin \x1b[31mtwo lines"+strings.Repeat("!", 10_000))
 	}

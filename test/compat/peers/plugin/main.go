@@ -72,6 +72,11 @@ func (a *attestor) Attest(_ context.Context, req *workloadattestorv1.AttestReque
 		return nil, status.Errorf(codes.NotFound, "process: %v", err)
 	}
 	a.logger.Info("attested", "pid", req.Pid)
+	if a.metrics.IsInitialized() {
+		if _, err := a.metrics.IncrCounter(context.Background(), &metricsv1.IncrCounterRequest{Key: []string{"attested"}, Val: 1}); err != nil {
+			return nil, err
+		}
+	}
 	return &workloadattestorv1.AttestResponse{SelectorValues: []string{a.config.Selector, "exe:" + exe}}, nil
 }
 
