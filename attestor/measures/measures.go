@@ -87,10 +87,11 @@ func (m *Measures) Take(of attestor.Measurement) error {
 	if kind, known := m.kinds[name]; known && kind != of.Kind {
 		return fmt.Errorf("%s is measured in another way already", name)
 	}
-	key := name
+	parts := []string{name}
 	for _, label := range labels {
-		key += "\x00" + label.Name + "\x00" + label.Value
+		parts = append(parts, label.Name, label.Value)
 	}
+	key := strings.Join(parts, "\x00")
 	metric := m.series[key]
 	if metric == nil {
 		if len(m.series) >= maxSeries || m.count[of.Source] >= maxOf {

@@ -272,7 +272,7 @@ func (m *migration) external(out *hclwrite.Body, t reflect.Type, n *node, path s
 	}
 	m.checksum(out, n, path)
 	identity := ""
-	if m.side.block == "server" {
+	if m.block == "server" {
 		identity = " If it asks SPIRE's IdentityProvider, it needs plugin_identity = true: it could pose as the server."
 	}
 	m.say(n.at, path, false, "SPIRE hands its whole environment on; here the plugin gets no variable that plugin_env does not name.%s It is run unmodified otherwise: see attestor/external/README.md.", identity)
