@@ -59,7 +59,7 @@ type Judge interface {
 // certificate for. Both sides know it before the first message.
 type KeyHash [sha256.Size]byte
 
-// HashKey hashes a public key.
+// HashKey hashes a public key: RSA, ECDSA or Ed25519. The error is of a key that has no DER form.
 func HashKey(key crypto.PublicKey) (KeyHash, error) {
 	der, err := x509.MarshalPKIXPublicKey(key)
 	if err != nil {
@@ -212,8 +212,12 @@ type Agents interface {
 	Admitted(ctx context.Context, id spiffeid.ID) (bool, error)
 }
 
-// Named is a configuration that says itself of what type the attestor is that it configures.
-type Named interface{ AttestorType() string }
+// Named is a configuration that says itself of what type the attestor is that it configures: that of a plugin, say,
+// or of several attestors joined.
+type Named interface {
+	// AttestorType returns the type, as agents and selectors name it.
+	AttestorType() string
+}
 
 // TypeOf returns the type of an attestor: that of its kind, unless its configuration names another.
 func TypeOf(kind string, config any) string {
@@ -224,9 +228,11 @@ func TypeOf(kind string, config any) string {
 }
 
 // NodeKind, JudgeKind and WorkloadKind are what an attestor's packages offer to the wiring: a type,
-// the struct its configuration block is decoded into, and how to open it with that struct.
+// the struct its configuration block is decoded into, and how to open it with that struct. What Open
+// returns is closed in the end if it is an io.Closer.
 type (
 	NodeKind struct {
+		// Type is the label of the attestor's block, and of its selectors unless it is Named.
 		Type string
 		// Config returns a pointer to a new struct with gohcl tags, defaults filled in.
 		Config func() any

@@ -200,9 +200,9 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 	}
 	l.node(a, f.NodeAttestors, nodes)
 	l.workloads(a, f.WorkloadAttestors, workloads)
-	kind, config := l.keyManager(f.KeyManagers, AgentKeyManagers())
-	a.KeyManager = kind
-	switch c := config.(type) {
+	keys := l.keyManager(f.KeyManagers, AgentKeyManagers())
+	a.KeyManager = keys.Kind
+	switch c := keys.Config.(type) {
 	case *diskDirectory:
 		if c.Directory != "" {
 			a.KeysDir = l.directory("key_manager.disk.directory", c.Directory, "")

@@ -62,13 +62,7 @@ func KeyManagerKinds() map[string]func() any {
 
 // keys reads the one key_manager block of the server, "disk" if there is none.
 func (l *loader) keys(blocks []typeBlock) Chosen {
-	l.one(blocks, "key manager", "keys live in one place")
-	k := kinds{role: "key manager"}
-	for t, config := range KeyManagerKinds() {
-		k.add(t, config)
-	}
-	c := Chosen{"disk", new(diskKeys)}
-	l.decodeTypes(blocks, k, func(t string, config any) { c = Chosen{t, config} })
+	c := l.keyManager(blocks, KeyManagerKinds())
 	key := func(name string) string { return "key_manager." + c.Kind + "." + name }
 	switch m := c.Config.(type) {
 	case *KeysVault:

@@ -9,12 +9,12 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -58,7 +58,7 @@ func (b Bootstrap) load(ctx context.Context, td spiffeid.TrustDomain) ([]*x509.C
 	case len(b.Authorities) > 0:
 		return b.Authorities, nil
 	case b.Path != "":
-		raw, err := readLimited(b.Path)
+		raw, err := attestor.ReadFile(b.Path, maxBootstrap)
 		if err != nil {
 			return nil, fmt.Errorf("read trust bundle: %w", err)
 		}
@@ -133,15 +133,6 @@ func (b Bootstrap) parse(td spiffeid.TrustDomain, raw []byte) ([]*x509.Certifica
 		}
 	}
 	return certs, nil
-}
-
-func readLimited(path string) (raw []byte, err error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	return readAll(f)
 }
 
 func readAll(r io.Reader) ([]byte, error) {

@@ -17,6 +17,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 const (
@@ -51,7 +53,7 @@ func (b Bootstrap) configMap(ctx context.Context) ([]byte, error) {
 	}
 	namespace, name, ok := strings.Cut(b.ConfigMap, "/")
 	if !ok {
-		own, err := readLimited(filepath.Join(dir, "namespace"))
+		own, err := attestor.ReadFile(filepath.Join(dir, "namespace"), maxBootstrap)
 		if err != nil {
 			return nil, fmt.Errorf("%w (is this a pod with a service account's token? trust_bundle_config_map needs one)", err)
 		}
@@ -82,12 +84,12 @@ func (c Cluster) watch(ctx context.Context, dir, namespace, name string) (body i
 	if !strings.HasPrefix(base, "https://") {
 		return nil, nil, fmt.Errorf("%s: scheme must be https", base)
 	}
-	token, err := readLimited(filepath.Join(dir, "token")) // anew each time: Kubernetes replaces it
+	token, err := attestor.ReadFile(filepath.Join(dir, "token"), maxBootstrap) // anew each time: Kubernetes replaces it
 	if err != nil {
 		return nil, nil, err
 	}
 	roots := x509.NewCertPool()
-	if text, err := readLimited(filepath.Join(dir, "ca.crt")); err != nil {
+	if text, err := attestor.ReadFile(filepath.Join(dir, "ca.crt"), maxBootstrap); err != nil {
 		return nil, nil, err
 	} else if !roots.AppendCertsFromPEM(text) {
 		return nil, nil, fmt.Errorf("%s: no PEM certificate in it", filepath.Join(dir, "ca.crt"))

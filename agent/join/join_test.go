@@ -450,7 +450,7 @@ func TestBootstrapSources(t *testing.T) {
 		"a private key":          {[]byte("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"), false, "is no CERTIFICATE"},
 		"a broken certificate":   {pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")}), false, "x509"},
 		"a leaf certificate":     {leaf(t), false, "is no CA certificate"},
-		"two megabytes":          {make([]byte, 2<<20), false, "more than 1048576 bytes"},
+		"two megabytes":          {make([]byte, 2<<20), false, "than 1048576 bytes"},
 	} {
 		t.Run(name+" from a file", func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), "bundle")

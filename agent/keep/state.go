@@ -163,7 +163,7 @@ func (k *Keep) SaveBundle(b *identity.Bundle) error {
 
 // Picture is the agent's picture at a revision.
 type Picture struct {
-	StoreID string
+	StoreID string // the store that Rev belongs to; empty: a SPIRE server, which has none
 	Rev     uint64
 	Entries []*identity.Entry
 	Bundles []*identity.Bundle
@@ -284,11 +284,12 @@ func (k *Keep) SavePicture(p *Picture) {
 	})
 }
 
-// SVID is a workload's SVID and the state of the entry it was signed for.
+// SVID is a workload's SVID and what the entry was when it was signed: for one that is another by now, it is to be
+// replaced.
 type SVID struct {
 	SVID           *identity.X509SVID
 	EntryRevision  int64
-	EntryCreatedAt time.Time
+	EntryCreatedAt time.Time // whole seconds
 }
 
 type svidsJSON struct {

@@ -40,17 +40,16 @@ import (
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
-// Held is what the agent holds.
+// Held is what the agent holds, which it tells the server to get the difference only. Lists are in any order.
 type Held struct {
-	StoreID string
-	Rev     uint64
-	Entries []*identity.Entry
-	Bundles []*identity.Bundle
-	// Verdicts are in any order.
+	StoreID  string // the store that Rev belongs to; empty: a full picture is asked for
+	Rev      uint64
+	Entries  []*identity.Entry
+	Bundles  []*identity.Bundle
 	Verdicts []*identity.Verdict
 }
 
-// Sink takes the picture.
+// Sink takes the picture; the wiring puts it before the view and the disk.
 type Sink interface {
 	// Held returns what is held; Entries is empty before the first Apply.
 	Held() Held

@@ -41,12 +41,13 @@ type Update struct {
 	// Full says that all that was held before is forgotten.
 	Full bool
 
-	Entries        []*identity.Entry
-	RemovedEntries []string
-	Bundles        []*identity.Bundle
-	RemovedBundles []spiffeid.TrustDomain
-	Verdicts       []*identity.Verdict
-	// RemovedVerdicts are digests.
+	// Entries, Bundles and Verdicts are new or changed; the removed ones are entry IDs, trust domains and image
+	// digests.
+	Entries         []*identity.Entry
+	RemovedEntries  []string
+	Bundles         []*identity.Bundle
+	RemovedBundles  []spiffeid.TrustDomain
+	Verdicts        []*identity.Verdict
 	RemovedVerdicts []string
 
 	// Checksum is what identity.Checksum, or with verdicts identity.ChecksumVerdicts, must give for the
@@ -58,6 +59,7 @@ type Update struct {
 
 // Picture is what the node may have at a revision. It is immutable and safe for concurrent use.
 type Picture struct {
+	// StoreID and Rev are those of the last Update.
 	StoreID string
 	Rev     uint64
 	// Bundles by trust domain, the own one and those the entries federate with.
@@ -120,12 +122,12 @@ func (p *Picture) Match(facts attestor.Set) []*identity.Entry {
 // Near is an entry that facts do not match, and why.
 type Near struct {
 	Entry   *identity.Entry
-	Missing []attestor.Selector
+	Missing []attestor.Selector // in order; at least one
 }
 
-// Nearest returns at most n entries that what Facts makes of facts does not match, those with the fewest missing selectors
-// first, among them those with the most selectors present. It looks at every entry: it is for
-// people who ask why, not for serving.
+// Nearest returns at most n entries that what Facts makes of facts does not match, those with the fewest
+// missing selectors first, among them those with the most selectors present. It looks at every entry: it is
+// for people who ask why, not for serving.
 func (p *Picture) Nearest(facts attestor.Set, n int) []Near {
 	facts = p.Facts(facts)
 	var near []Near

@@ -15,11 +15,12 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"os"
 	"slices"
 	"time"
 
 	"github.com/google/go-tpm/tpm2"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 const (
@@ -51,14 +52,7 @@ func Fingerprint(cert *x509.Certificate) string {
 
 // ReadRoots reads a file of authorities: PEM.
 func ReadRoots(path string) (*x509.CertPool, error) {
-	stat, err := os.Stat(path)
-	if err != nil {
-		return nil, err
-	}
-	if stat.Size() > maxBundle {
-		return nil, fmt.Errorf("%s: larger than %d bytes", path, maxBundle)
-	}
-	text, err := os.ReadFile(path)
+	text, err := attestor.ReadFile(path, maxBundle)
 	if err != nil {
 		return nil, err
 	}

@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 
@@ -16,6 +15,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 // Environment variables that stand in for the flags of Far.
@@ -117,18 +118,11 @@ func (f *Far) Token(ctx context.Context) (string, error) {
 }
 
 func readToken(path string) (string, error) {
-	file, err := os.Open(path) //nolint:gosec // whoever runs the command names it
-	if err != nil {
-		return "", fmt.Errorf("read token: %w", err)
-	}
-	defer func() { _ = file.Close() }()
-	text, err := io.ReadAll(io.LimitReader(file, maxToken+1))
+	text, err := attestor.ReadFile(path, maxToken)
 	token := strings.TrimSpace(string(text))
 	switch {
 	case err != nil:
 		return "", fmt.Errorf("read token: %w", err)
-	case len(text) > maxToken:
-		return "", fmt.Errorf("read token: %s is longer than %d bytes, which no token is", path, maxToken)
 	case token == "":
 		return "", fmt.Errorf("read token: %s is empty", path)
 	case strings.ContainsFunc(token, func(r rune) bool { return r <= ' ' || r >= 0x7f }):

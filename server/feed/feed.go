@@ -136,7 +136,7 @@ type StreamStatus struct {
 	Agent spiffeid.ID
 	// Version is what the agent says of itself.
 	Version string
-	Since   time.Time
+	Since   time.Time // when the stream began
 	// Rev is the revision of the agent's picture at the server, Sent that of the last picture sent
 	// to it, Acked that of the last it has put in force.
 	Rev, Sent, Acked kv.Rev

@@ -10,9 +10,11 @@ import (
 
 // Collected is a document that was attached to an image in its registry, and what became of it.
 type Collected struct {
+	// Digest is the document's own, MediaType what the registry says that it is. Both are empty where Refused is about
+	// what could not be asked for.
 	Digest, MediaType string
 	Pushed            *Pushed // nil if it was refused
-	Refused           error
+	Refused           error   // why
 }
 
 // maxCollectedFrom is of how many digests of one image attachments are looked for: whoever signs an image names

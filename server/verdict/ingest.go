@@ -111,13 +111,15 @@ type Document struct {
 
 // Pushed is what became of a document.
 type Pushed struct {
-	Format, Kind, Hash string
-	Sources            []string
-	Duplicate          bool
-	Findings           int
+	Format    string   // what it was read as, for example "trivy"
+	Kind      string   // report, vex or provenance
+	Hash      string   // of its bytes, "sha256:…"
+	Sources   []string // under whose names it counts; several if several trust policies vouch for it
+	Duplicate bool     // it was there already, and changed nothing
+	Findings  int      // in a report
 	// Images are the config digests of the images that the document is about.
 	Images []string
-	Notes  []string
+	Notes  []string // what the pusher should know, in sentences
 }
 
 // maxDocuments bounds what is kept of one digest, so that one pusher cannot fill the memory.

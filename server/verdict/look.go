@@ -30,12 +30,12 @@ type InForce struct {
 
 // Summary is one image in short.
 type Summary struct {
-	Digest    string
-	Names     []string
-	Verdicts  []InForce
-	Agents    []spiffeid.ID
-	Documents int
-	UpdatedAt time.Time
+	Digest    string        // of its configuration, or of its manifest where an engine knows it by that
+	Names     []string      // as it was pushed about: for people, and nothing is decided by them
+	Verdicts  []InForce     // one of each scan policy, by name
+	Agents    []spiffeid.ID // who runs it now
+	Documents int           // how many are about it, whether they count or not
+	UpdatedAt time.Time     // when a verdict last changed
 }
 
 func (s *Service) summary(i *image) Summary {
@@ -88,10 +88,25 @@ func (s *Service) Summaries(digests []string) []Summary {
 
 // Piece is one document as an operator sees it.
 type Piece struct {
-	Kind, Format, Source, Repository, Hash, Form, Signer, Issuer, PushedBy, Scanner, Match, Void string
-	TrustPolicies, Flaws                                                                         []string
-	ReceivedAt, VerifiedAt, ScannedAt, DBAt                                                      time.Time
-	Findings, Packages                                                                           int
+	Kind       string // report, vex or provenance
+	Format     string // what it was read as
+	Source     string // under whose name it counts
+	Repository string // that it was pushed for
+	Hash       string // of its bytes
+	Form       string // how it was signed; empty: it was not
+	Signer     string // the identity or key that signed it
+	Issuer     string // who vouched for that identity
+	PushedBy   string
+	Scanner    string // of a report
+	Match      string // how it is bound to the image: strong, weak or none
+	Void       string // why it does not count; empty: it does
+	// TrustPolicies are those it verified under, Flaws why a report may not say everything.
+	TrustPolicies, Flaws []string
+	// VerifiedAt is the verified time of the signature, ScannedAt and DBAt are what a report says of itself.
+	// Each may be zero.
+	ReceivedAt, VerifiedAt, ScannedAt, DBAt time.Time
+	// Findings and Packages are how many a report lists; 0 packages: it lists none.
+	Findings, Packages int
 	// PushedWith is what the pusher's token said of the run that pushed.
 	PushedWith map[string]string
 }
@@ -99,18 +114,18 @@ type Piece struct {
 // Gate is an entry that demands evidence.
 type Gate struct {
 	Entry   *identity.Entry
-	Open    bool
-	Missing []string
+	Open    bool     // the image shows all the evidence that the entry demands
+	Missing []string // what it does not show, as selectors
 }
 
-// Link is a digest that is proved to lead to an image.
+// Link is a digest that is proved to lead to an image: Kind is manifest or index, Platform what the index says.
 type Link struct{ Digest, Kind, Platform string }
 
 // Found is a finding that counts under a policy.
 type Found struct {
 	Policy string
 	report.Finding
-	FirstSeen time.Time
+	FirstSeen time.Time // in this image
 }
 
 // Whole is everything about one image.
@@ -119,11 +134,11 @@ type Whole struct {
 	Links      []Link
 	Documents  []Piece
 	Findings   []Found
-	Exceptions []policy.Exception
-	Selectors  []string
+	Exceptions []policy.Exception // that are for it
+	Selectors  []string           // that its containers show
 	Gates      []Gate
-	SeenAt     time.Time
-	Seq        uint64
+	SeenAt     time.Time // when it was first run; zero: never
+	Seq        uint64    // of the verdict that is published; 0: none is
 }
 
 // find returns the image that is meant by a digest of any kind, or by the beginning of one.
@@ -361,8 +376,8 @@ type Difference struct {
 	Digest, Policy              string
 	Before, After               policy.Status // Before is empty for a policy that is not there yet
 	AllowedBefore, AllowedAfter bool
-	Agents                      []spiffeid.ID
-	Reasons                     []policy.Reason
+	Agents                      []spiffeid.ID   // who runs the image
+	Reasons                     []policy.Reason // of After
 }
 
 // Simulate says what the given policies would make of the images, without any effect. A policy with the

@@ -81,9 +81,9 @@ type Audit interface {
 
 // Rules are what an operator's file says. They are replaced as a whole.
 type Rules struct {
-	Policies []*policy.ScanPolicy
-	Trust    []*trust.Policy
-	Sources  []*trust.Source
+	Policies []*policy.ScanPolicy // scan_policy blocks
+	Trust    []*trust.Policy      // trust_policy blocks: whose signatures count
+	Sources  []*trust.Source      // evidence_source blocks: who may push
 	// KEVPath and EPSSPath are the feeds' files, empty for none. They are looked at every FeedEvery.
 	KEVPath, EPSSPath string
 	FeedEvery         time.Duration
@@ -123,9 +123,12 @@ type Parts struct {
 	Fetcher Fetcher
 }
 
-// Fetcher gets manifests and indexes by digest, and what is attached to them; *image.Fetcher is one.
+// Fetcher gets things from registries; *image.Fetcher is one. A repository is "registry/name", a digest "sha256:…".
 type Fetcher interface {
+	// Fetch returns the bytes of a manifest or an index, which hash to the digest.
 	Fetch(ctx context.Context, repository, digest string) ([]byte, error)
+	// Attached returns the wanted documents that are attached to what has the digest. With an error comes what could
+	// be had.
 	Attached(ctx context.Context, repository, digest string, wanted func(mediaType string) bool) ([]proofs.Attachment, error)
 }
 

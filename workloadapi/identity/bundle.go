@@ -26,11 +26,11 @@ const (
 // change it.
 type Bundle struct {
 	TrustDomain spiffeid.TrustDomain
-	X509        []X509Authority
-	JWT         []JWTAuthority
-	WIT         []JWTAuthority // verify WIT-SVIDs, and nothing else
-	RefreshHint time.Duration  // whole seconds; 0: none
-	Sequence    uint64         // grows by one with each change
+	X509        []X509Authority // verify X509-SVIDs
+	JWT         []JWTAuthority  // verify JWT-SVIDs
+	WIT         []JWTAuthority  // verify WIT-SVIDs, and nothing else
+	RefreshHint time.Duration   // whole seconds; 0: none
+	Sequence    uint64          // grows by one with each change
 	// Origin is the sequence number that another trust domain's bundle endpoint gave its document. 0: it
 	// gave none, or the bundle came from elsewhere. It stays inside the server.
 	Origin uint64
@@ -52,10 +52,10 @@ type X509Authority struct {
 
 // JWTAuthority is a public key that JWT-SVIDs are verified with.
 type JWTAuthority struct {
-	KeyID     string
+	KeyID     string // what tokens name it by in their header (JWT-SVID 2.2)
 	Key       crypto.PublicKey
 	ExpiresAt time.Time // zero: unknown
-	Tainted   bool
+	Tainted   bool      // as X509Authority's
 }
 
 // Clone returns a copy that can be changed without the original noticing.

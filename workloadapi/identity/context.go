@@ -27,7 +27,8 @@ type X509Context struct {
 
 // BundleSet is everything a bundle stream carries at one moment. It is immutable.
 type BundleSet struct {
-	Own       *Bundle
+	Own *Bundle // of the own trust domain
+	// Federated are the bundles of the trust domains that the matching entries federate with.
 	Federated []*Bundle
 	// Matched is the number of entries the caller matches; 0 means it has no identity.
 	Matched int

@@ -25,18 +25,21 @@ const (
 // Entry says: who shows these selectors below this parent gets this SPIFFE ID. It is immutable once
 // published; copy it to change it.
 type Entry struct {
-	ID            string
-	SPIFFEID      spiffeid.ID
+	ID       string
+	SPIFFEID spiffeid.ID // what is given
+	// ParentID is the agent whose workloads may have it, or the entry of an alias that agents have, or the server's
+	// own ID for entries of agents.
 	ParentID      spiffeid.ID
-	Selectors     attestor.Set
-	X509SVIDTTL   time.Duration // whole seconds; 0: the server's default
-	JWTSVIDTTL    time.Duration // whole seconds; 0: the server's default
-	FederatesWith []spiffeid.TrustDomain
-	DNSNames      []string
-	Hint          string
-	Admin         bool
-	Downstream    bool
-	StoreSVID     bool
+	Selectors     attestor.Set           // all of them must be shown; at least one
+	X509SVIDTTL   time.Duration          // whole seconds; 0: the server's default
+	JWTSVIDTTL    time.Duration          // whole seconds; 0: the server's default
+	FederatesWith []spiffeid.TrustDomain // whose bundles the workload gets beside its own
+	DNSNames      []string               // go into the certificate; the first is its common name too
+	Hint          string                 // for the workload, to tell several identities apart
+	Admin         bool                   // may administer the server
+	Downstream    bool                   // may have a CA certificate: a server below
+	// StoreSVID is SPIRE's, for SVIDs that its agents push elsewhere: the Workload API gives them to nobody.
+	StoreSVID bool
 	// NoPrefetch keeps the agent from asking for the X509-SVID before somebody wants it.
 	NoPrefetch bool
 	// JTI puts a fresh jti claim in every JWT-SVID, which are then never cached.

@@ -18,26 +18,27 @@ import (
 
 // X509SVID is a certificate chain with its key, as a workload gets it.
 type X509SVID struct {
-	EntryID string
-	ID      spiffeid.ID
+	EntryID string      // of the entry that it was signed for
+	ID      spiffeid.ID // the certificate's only URI name (X509-SVID 2)
 	// Chain is DER, leaf first, without the root.
 	Chain [][]byte
 	// Key is the leaf's private key; KeyDER the same as PKCS #8.
-	Key       crypto.Signer
-	KeyDER    []byte
+	Key    crypto.Signer
+	KeyDER []byte
+	// NotBefore and NotAfter are the leaf's, in whole seconds.
 	NotBefore time.Time
 	NotAfter  time.Time
-	Hint      string
+	Hint      string // the entry's
 }
 
-// JWTSVID is a signed token.
+// JWTSVID is a signed token, as a workload gets it.
 type JWTSVID struct {
-	EntryID   string
-	ID        spiffeid.ID
-	Token     string
-	Hint      string
-	IssuedAt  time.Time
-	ExpiresAt time.Time
+	EntryID   string      // of the entry that it was signed for; empty: it was minted without one
+	ID        spiffeid.ID // its subject (JWT-SVID 3.1)
+	Token     string      // JWS in compact form: a secret until it expires
+	Hint      string      // the entry's
+	IssuedAt  time.Time   // whole seconds
+	ExpiresAt time.Time   // whole seconds
 }
 
 // WITSVID is a signed token that is worth something only to who has the key that it names.

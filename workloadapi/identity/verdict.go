@@ -111,7 +111,9 @@ type Verdict struct {
 
 // PolicyVerdict is what one policy says of an image, for people.
 type PolicyVerdict struct {
-	Policy, Status, Summary string
+	Policy  string // its name in the server's file
+	Status  string // as in the selector scan:status:<policy>:<status>
+	Summary string // why, in a sentence; may be empty
 }
 
 // Expired reports whether the verdict has ended to count.
@@ -167,14 +169,14 @@ func (v *Verdict) Wire() *feedv1.Verdict {
 // the verdicts that it holds.
 type Asked struct {
 	EntryID  string
-	Revision int64
-	Verdicts []HeldVerdict
+	Revision int64         // the entry's
+	Verdicts []HeldVerdict // on images by which somebody here may have it; none for an entry that demands none
 }
 
 // HeldVerdict is what a checksum covers of a verdict.
 type HeldVerdict struct {
-	Digest string
-	Seq    uint64
+	Digest string // of the image
+	Seq    uint64 // the verdict's
 }
 
 // ChecksumVerdicts returns the Checksum of what an agent holds that also holds verdicts, from that of

@@ -11,10 +11,11 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 const (
@@ -75,7 +76,7 @@ func (r *rest) connect() (*http.Client, error) {
 	case r.unverified:
 		config.InsecureSkipVerify = true // the operator asked for it, and was warned
 	case strings.HasPrefix(r.base, "https:"):
-		text, err := readLimited(r.caPath)
+		text, err := attestor.ReadFile(r.caPath, maxSecret)
 		if err != nil {
 			return nil, fmt.Errorf("read CA certificates of %s: %w", r.name, err)
 		}
@@ -132,7 +133,7 @@ func (r *rest) get(ctx context.Context, path string, query url.Values, accept st
 	request.Header.Set("Accept", accept)
 	request.Header.Set("User-Agent", "assay-agent")
 	if r.tokenPath != "" {
-		token, err := readLimited(r.tokenPath)
+		token, err := attestor.ReadFile(r.tokenPath, maxSecret)
 		if err != nil {
 			return nil, fmt.Errorf("read token for %s: %w", r.name, err)
 		}
@@ -157,22 +158,6 @@ func printable(c rune) rune {
 		return ' '
 	}
 	return c
-}
-
-func readLimited(path string) ([]byte, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxSecret+1))
-	if err != nil {
-		return nil, err
-	}
-	if len(text) > maxSecret {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxSecret)
-	}
-	return text, nil
 }
 
 // readList reads a list of objects one after the other, so that never more than one is held as text, and

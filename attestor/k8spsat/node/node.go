@@ -8,8 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
+	"io/fs"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/k8spsat"
@@ -47,21 +46,16 @@ func (p presenter) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, nil, err
 	}
-	file, err := os.Open(p.path)
-	if err != nil {
+	token, err := attestor.ReadFile(p.path, k8spsat.MaxToken)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return nil, nil, fmt.Errorf("read service account token: %w (is a projected volume with a serviceAccountToken mounted there?)", err)
-	}
-	defer file.Close()
-	token, err := io.ReadAll(io.LimitReader(file, k8spsat.MaxToken+1))
-	if err != nil {
-		return nil, nil, fmt.Errorf("read service account token %s: %w", p.path, err)
+	case err != nil:
+		return nil, nil, fmt.Errorf("read service account token: %w", err)
 	}
 	token = bytes.TrimSpace(token)
-	switch {
-	case len(token) == 0:
+	if len(token) == 0 {
 		return nil, nil, fmt.Errorf("read service account token: %s is empty", p.path)
-	case len(token) > k8spsat.MaxToken:
-		return nil, nil, fmt.Errorf("read service account token: %s is larger than %d bytes", p.path, k8spsat.MaxToken)
 	}
 	payload, err := json.Marshal(k8spsat.Evidence{Cluster: p.cluster, Token: string(token)})
 	if err != nil {

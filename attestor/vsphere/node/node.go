@@ -10,8 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -137,30 +135,20 @@ func (n *node) answer(ctx context.Context, e vsphere.Evidence, own attestor.KeyH
 type tools struct{ program, dmi string }
 
 func (g tools) uuid() (string, error) {
-	if serial, err := readLimited(filepath.Join(g.dmi, "product_serial")); err == nil {
-		if uuid, ok := vsphere.UUIDOfSerial(serial); ok {
+	if serial, err := attestor.ReadFile(filepath.Join(g.dmi, "product_serial"), maxOutput); err == nil {
+		if uuid, ok := vsphere.UUIDOfSerial(string(serial)); ok {
 			return uuid, nil
 		}
 	}
-	text, err := readLimited(filepath.Join(g.dmi, "product_uuid"))
+	text, err := attestor.ReadFile(filepath.Join(g.dmi, "product_uuid"), maxOutput)
 	if err != nil {
 		return "", fmt.Errorf("%w (the agent must run as root to read it)", err)
 	}
-	uuid := strings.ToLower(strings.TrimSpace(text))
+	uuid := strings.ToLower(strings.TrimSpace(string(text)))
 	if !vsphere.IsUUID(uuid) {
 		return "", errors.New("the machine's product_uuid is no UUID")
 	}
 	return uuid, nil
-}
-
-func readLimited(path string) (string, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxOutput))
-	return string(text), err
 }
 
 // get reads a value.

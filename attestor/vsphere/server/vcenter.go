@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
-	"os"
 	"path"
 	"slices"
 	"strings"
@@ -22,6 +21,7 @@ import (
 	"github.com/vmware/govmomi/vim25/soap"
 	"github.com/vmware/govmomi/vim25/types"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/vsphere"
 )
 
@@ -71,13 +71,13 @@ func newVCenter(c vsphere.VCenter) (*vcenter, error) {
 
 // password is read at each login, so that it can be changed in place.
 func password(path string) (string, error) {
-	text, err := os.ReadFile(path)
+	text, err := attestor.ReadFile(path, maxPassword)
 	if err != nil {
 		return "", err
 	}
 	trimmed := strings.TrimRight(string(text), "\r\n")
-	if trimmed == "" || len(text) > maxPassword {
-		return "", fmt.Errorf("%s is empty or larger than %d bytes", path, maxPassword)
+	if trimmed == "" {
+		return "", fmt.Errorf("%s is empty", path)
 	}
 	return trimmed, nil
 }

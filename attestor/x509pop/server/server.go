@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"os"
 	"strings"
 	"time"
 
@@ -83,14 +82,7 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 // addRoots adds the certificates of a PEM file. A certificate that is no authority is refused: the
 // verifier would take it for its own root, and its key alone would then be a node.
 func addRoots(roots *x509.CertPool, path string) error {
-	stat, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	if stat.Size() > maxBundle {
-		return fmt.Errorf("%s: larger than %d bytes", path, maxBundle)
-	}
-	text, err := os.ReadFile(path)
+	text, err := attestor.ReadFile(path, maxBundle)
 	if err != nil {
 		return err
 	}

@@ -24,6 +24,7 @@ import (
 	"github.com/zclconf/go-cty/cty"
 	"github.com/zclconf/go-cty/cty/convert"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/external"
 )
 
@@ -88,7 +89,7 @@ func Server(path string, shape Shape) (*Result, error) { return run(path, shape,
 func Agent(path string, shape Shape) (*Result, error) { return run(path, shape, agentSide) }
 
 func run(path string, shape Shape, s side) (*Result, error) {
-	text, err := readFile(path)
+	text, err := attestor.ReadFile(path, maxFile)
 	if err != nil {
 		return nil, fmt.Errorf("read SPIRE's configuration: %w", err)
 	}
@@ -258,7 +259,7 @@ func (m *migration) external(out *hclwrite.Body, t reflect.Type, n *node, path s
 				m.drop(kid, path+"."+kid.key)
 				continue
 			}
-			data, err := readFile(kid.leaf.AsString())
+			data, err := attestor.ReadFile(kid.leaf.AsString(), maxFile)
 			if err != nil {
 				m.say(kid.at, path+"."+kid.key, true, "The file cannot be read: %s; put its text into plugin_data.", err)
 				continue

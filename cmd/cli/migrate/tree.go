@@ -3,8 +3,6 @@ package migrate
 import (
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strconv"
 
 	hclv1 "github.com/hashicorp/hcl"
@@ -32,19 +30,6 @@ func (n *node) child(key string) *node {
 		}
 	}
 	return nil
-}
-
-func readFile(path string) ([]byte, error) {
-	file, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer file.Close()
-	text, err := io.ReadAll(io.LimitReader(file, maxFile+1))
-	if err == nil && len(text) > maxFile {
-		err = fmt.Errorf("%s is larger than %d bytes, which no configuration is", path, maxFile)
-	}
-	return text, err
 }
 
 // parse reads HCL as it was before version 2, or JSON, which is another way to write it.

@@ -18,11 +18,12 @@ import (
 	"io"
 	"net/http"
 	"net/url"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 // Config says where Vault is and how to log in. Exactly one of the ways is set.
@@ -39,20 +40,23 @@ type Config struct {
 	K8s     *K8sAuth
 }
 
-// TokenAuth is a token, or a file with one, which something else renews.
+// TokenAuth is a token, or the path of a file with one, which something else renews.
 type TokenAuth struct{ Token, Path string }
 
-// AppRoleAuth logs in with a role and its secret, which is given or in a file.
+// AppRoleAuth logs in at auth/<Mount>/login with a role and its secret, which is given or in the file at SecretPath.
 type AppRoleAuth struct{ Mount, RoleID, SecretID, SecretPath string }
 
-// CertAuth logs in with a TLS certificate.
+// CertAuth logs in at auth/<Mount>/login with a TLS certificate and its key, both in PEM files. Without a Role Vault
+// tries all that fit.
 type CertAuth struct{ Mount, Role, CertPath, KeyPath string }
 
-// K8sAuth logs in with a service account's token.
+// K8sAuth logs in at auth/<Mount>/login with a service account's token, which is read anew for each login. An empty
+// TokenPath is where Kubernetes puts it.
 type K8sAuth struct{ Mount, Role, TokenPath string }
 
 const (
-	maxAnswer = 1 << 20
+	maxAnswer = 1 << 20  // bytes, as of a file of roots
+	maxSecret = 64 << 10 // bytes
 	patience  = 30 * time.Second
 	// defaultTokenPath is where Kubernetes puts a service account's token.
 	defaultTokenPath = "/var/run/secrets/kubernetes.io/serviceaccount/token" //nolint:gosec // a path
@@ -87,7 +91,7 @@ func New(cfg Config) (*Client, error) {
 	}
 	config := &tls.Config{MinVersion: tls.VersionTLS12}
 	if cfg.CAPath != "" {
-		text, err := os.ReadFile(cfg.CAPath)
+		text, err := attestor.ReadFile(cfg.CAPath, maxAnswer)
 		if err != nil {
 			return nil, fmt.Errorf("read Vault's roots: %w", err)
 		}
@@ -211,12 +215,7 @@ func or(a, b string) string {
 
 // secret reads a file with one.
 func secret(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", fmt.Errorf("read a secret for Vault: %w", err)
-	}
-	defer func() { _ = f.Close() }()
-	text, err := io.ReadAll(io.LimitReader(f, 64<<10))
+	text, err := attestor.ReadFile(path, maxSecret)
 	if err != nil {
 		return "", fmt.Errorf("read a secret for Vault: %w", err)
 	}

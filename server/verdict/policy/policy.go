@@ -165,7 +165,8 @@ type VEXRule struct {
 	AnyImage bool
 }
 
-// Match says how a report was bound to the image; see the join rule of package image.
+// Match says how a report was bound to the image. Whether it is, and how, verdict decides by the digests that were
+// proved to lead to the image.
 type Match string
 
 // The matches. Any other value is none.

@@ -127,16 +127,14 @@ func ServerShape() reflect.Type { return reflect.TypeFor[serverFile]() }
 // AgentShape is ServerShape of an agent's file.
 func AgentShape() reflect.Type { return reflect.TypeFor[agentFile]() }
 
-// keyManager reads the one key_manager block, "disk" if there is none. The key named pathKey says
-// where the disk one keeps its keys.
-func (l *loader) keyManager(blocks []typeBlock, have map[string]func() any) (kind string, config any) {
+// keyManager reads the one key_manager block, which may be of the kinds in have; "disk" if there is none.
+func (l *loader) keyManager(blocks []typeBlock, have map[string]func() any) Chosen {
 	l.one(blocks, "key manager", "keys live in one place")
-	var k kinds
-	k.role = "key manager"
+	k := kinds{role: "key manager"}
 	for _, name := range slices.Sorted(maps.Keys(have)) {
 		k.add(name, have[name])
 	}
-	kind, config = "disk", have["disk"]()
-	l.decodeTypes(blocks, k, func(t string, c any) { kind, config = t, c })
-	return kind, config
+	c := Chosen{"disk", have["disk"]()}
+	l.decodeTypes(blocks, k, func(t string, config any) { c = Chosen{t, config} })
+	return c
 }
