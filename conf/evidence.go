@@ -33,6 +33,16 @@ type KeyProblem struct {
 	Text string
 }
 
+// String returns the problem as one line.
+func (p KeyProblem) String() string {
+	field := p.Field
+	if p.Nth > 0 {
+		block, key, _ := strings.Cut(field, ".")
+		field = strings.TrimSuffix(fmt.Sprintf("%s[%d].%s", block, p.Nth, key), ".")
+	}
+	return field + ": " + p.Text
+}
+
 // Named is one decoded block.
 type Named struct {
 	Block, Name string

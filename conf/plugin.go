@@ -62,8 +62,7 @@ func (l *loader) decodeTypes(blocks []typeBlock, k kinds, taken func(kind string
 			l.wrong = append(l.wrong, Mistake{Where: b.Where.String(), Summary: summary, Detail: detail, order: b.Where.Start.Byte})
 		}
 		config, known := k.config[b.Type]
-		switch {
-		case !known:
+		if !known {
 			at("Unknown "+k.role, fmt.Sprintf("This program has no %s %q; there are %s.", k.role, b.Type, quoted(slices.Sorted(slices.Values(k.types)))))
 			continue
 		}

@@ -253,7 +253,7 @@ func renewed(t *testing.T, conn *grpc.ClientConn, key *ecdsa.PrivateKey) (*tls.C
 	return &tls.Certificate{Certificate: resp.GetSvid().GetCertChain(), PrivateKey: key}, nil
 }
 
-func ping(conn *grpc.ClientConn, ctx context.Context) error { //nolint:revive // reads better at its callers
+func ping(conn *grpc.ClientConn, ctx context.Context) error { // reads better at its callers
 	_, err := entryv1.NewEntryClient(conn).GetAuthorizedEntries(ctx, &entryv1.GetAuthorizedEntriesRequest{})
 	return err
 }

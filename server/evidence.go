@@ -35,7 +35,7 @@ type Evidence struct {
 // openEvidence returns nil if the configuration has nothing about evidence.
 func openEvidence(ctx context.Context, cfg *Config, turned func(verdict.Turn), rec *records.Records, pictures *view.View, authority *ca.CA, log *audit.Log, logger logrus.FieldLogger) (*verdict.Service, error) {
 	if cfg.Evidence == nil {
-		return nil, nil //nolint:nilnil // evidence is optional
+		return nil, nil // evidence is optional
 	}
 	parts := verdict.Parts{Store: rec, View: pictures, Audit: log, Signer: authority}
 	if len(cfg.Evidence.Registries.Registries) > 0 {
@@ -73,7 +73,7 @@ func judging(judge *verdict.Service) api.Evidence {
 // listenCRL opens the listener of the list of revoked certificates, nil if there is none.
 func listenCRL(cfg *Config) (net.Listener, error) {
 	if cfg.Evidence == nil || cfg.Evidence.CRLAddress == "" {
-		return nil, nil //nolint:nilnil // no listener is configured
+		return nil, nil // no listener is configured
 	}
 	l, err := net.Listen("tcp", cfg.Evidence.CRLAddress)
 	if err != nil {

@@ -122,7 +122,7 @@ func (c *calls) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInf
 
 type endlessStream struct {
 	grpc.ServerStream
-	ctx context.Context //nolint:containedctx // what grpc.ServerStream is about
+	ctx context.Context // what grpc.ServerStream is about
 }
 
 func (s *endlessStream) Context() context.Context { return s.ctx }

@@ -139,7 +139,7 @@ type guest struct {
 	source string
 
 	// Only the handshake's goroutine uses these four, and none does after it.
-	patience context.Context //nolint:containedctx // of the handshake, which crypto/tls gives no context
+	patience context.Context // of the handshake, which crypto/tls gives no context
 	end      context.CancelFunc
 	busy     bool // a handshake is being computed and holds a place
 	reads    int

@@ -55,7 +55,7 @@ type discovery struct {
 func openDiscovery(cfg *Config, pictures *view.View, log logrus.FieldLogger) (*discovery, error) {
 	o := cfg.OIDC
 	if o == nil {
-		return nil, nil //nolint:nilnil // it is optional
+		return nil, nil // it is optional
 	}
 	d := &discovery{log: log, documents: trust.NewDiscovery(cfg.TrustDomain, pictures, o.OIDC, cfg.Metrics)}
 	var err error

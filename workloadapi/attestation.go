@@ -145,7 +145,7 @@ func (a *Attestation) ask(ctx context.Context, one *asked, p attestor.Process) a
 	}
 	answers := make(chan answer, 1)
 	begun := time.Now()
-	go func() { //nolint:contextcheck // the context is the attestor's
+	go func() { // the context is the attestor's
 		var got answer
 		defer func() {
 			if r := recover(); r != nil { // foreign bytes below /proc must not end the agent

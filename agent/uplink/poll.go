@@ -117,7 +117,7 @@ func (u *Uplink) look(ctx context.Context, conn *grpc.ClientConn, ask askFunc) (
 		return nil, err
 	}
 	if !differs && sameBundles(held.Bundles, up.Bundles) {
-		return nil, nil //nolint:nilnil // nothing new is not an error
+		return nil, nil // nothing new is not an error
 	}
 	up.Rev = held.Rev + 1
 	if held.StoreID != "" { // it counted another server's commits

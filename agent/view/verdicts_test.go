@@ -51,7 +51,7 @@ func TestMatchingWithVerdicts(t *testing.T) {
 		{"an image's name is not its identity", []string{"unix:uid:1", "docker:image_id:" + digest("a")}, []string{"plain"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if diff := cmp.Diff(c.want, ids(v.Match(set(c.facts...)))); diff != "" {
+			if diff := cmp.Diff(c.want, ids(v.Picture().Match(set(c.facts...)))); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -115,7 +115,7 @@ func TestVerdictsEnd(t *testing.T) {
 		apply(t, v, view.Update{
 			StoreID: "s", Rev: 1, Full: true, Entries: []*identity.Entry{entry("gated", 1, "scan:policy:prod")}, Verdicts: []*identity.Verdict{ends},
 		})
-		matches := func() int { return len(v.Match(facts)) }
+		matches := func() int { return len(v.Picture().Match(facts)) }
 
 		time.Sleep(89 * time.Second)
 		synctest.Wait()
@@ -137,7 +137,7 @@ func TestVerdictsEnd(t *testing.T) {
 		held[0].Seq = 2
 		apply(t, v, view.Update{
 			StoreID: "s", Rev: 2, Verdicts: []*identity.Verdict{later},
-			Checksum: identity.ChecksumVerdicts(identity.Checksum(v.Entries(), nil), held),
+			Checksum: identity.ChecksumVerdicts(identity.Checksum(v.Picture().Entries(), nil), held),
 		})
 		if matches() != 1 {
 			t.Error("a later one does not count")

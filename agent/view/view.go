@@ -189,9 +189,6 @@ func (v *View) Follow() (*Picture, <-chan struct{}) {
 	return s.picture, s.next
 }
 
-// Match returns the matching entries of the picture in force; see Picture.Match.
-func (v *View) Match(facts attestor.Set) []*identity.Entry { return v.Picture().Match(facts) }
-
 // Entries returns all entries of the picture in force, ordered by ID.
 func (v *View) Entries() []*identity.Entry { return v.Picture().Entries() }
 

@@ -79,7 +79,7 @@ func TestMatch(t *testing.T) {
 		"unknown facts match nothing":             {set("unix:uid:2"), []string{}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if diff := cmp.Diff(c.want, ids(v.Match(c.facts))); diff != "" {
+			if diff := cmp.Diff(c.want, ids(v.Picture().Match(c.facts))); diff != "" {
 				t.Error(diff)
 			}
 		})
@@ -133,7 +133,7 @@ func TestMatchAgreesWithLookingAtEveryEntry(t *testing.T) {
 			}
 		}
 		slices.SortFunc(want, identity.Older)
-		if diff := cmp.Diff(ids(want), ids(v.Match(facts))); diff != "" {
+		if diff := cmp.Diff(ids(want), ids(v.Picture().Match(facts))); diff != "" {
 			t.Fatalf("step %d: %s", step, diff)
 		}
 		if diff := cmp.Diff(beforeIDs, ids(before.Entries())); diff != "" {
@@ -260,11 +260,11 @@ func BenchmarkMatch10000(b *testing.B) {
 		facts = append(facts, fmt.Sprintf("k8s:pod-label:l%d:v", n))
 	}
 	s := set(facts...)
-	if len(v.Match(s)) != 1 {
-		b.Fatalf("matches %d", len(v.Match(s)))
+	if len(v.Picture().Match(s)) != 1 {
+		b.Fatalf("matches %d", len(v.Picture().Match(s)))
 	}
 	for b.Loop() {
-		v.Match(s)
+		v.Picture().Match(s)
 	}
 }
 

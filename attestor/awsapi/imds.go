@@ -110,7 +110,7 @@ func (m *Metadata) RoleCredentials(ctx context.Context) (Credentials, error) {
 		return Credentials{}, err
 	}
 	var said struct {
-		Code, AccessKeyId, SecretAccessKey, Token string //nolint:revive // AWS's names
+		Code, AccessKeyId, SecretAccessKey, Token string // AWS's names
 	}
 	if err := json.Unmarshal([]byte(texts[0]), &said); err != nil || said.Code != "Success" || said.AccessKeyId == "" {
 		return Credentials{}, errors.New("the instance metadata service has no credentials for the instance's role")

@@ -103,7 +103,7 @@ func TaskCredentials(ctx context.Context) (Credentials, error) {
 // CredentialsAt returns the credentials that are at an address.
 func CredentialsAt(ctx context.Context, address string) (Credentials, error) {
 	var said struct {
-		AccessKeyId, SecretAccessKey, Token string //nolint:revive // AWS's names
+		AccessKeyId, SecretAccessKey, Token string // AWS's names
 		Expiration                          time.Time
 	}
 	if err := Local(ctx, "the service with the task's credentials", address, &said); err != nil {

@@ -34,7 +34,7 @@ const (
 // software TPM, which answers in pieces.
 type Device struct {
 	io.ReadWriteCloser
-	ctx      context.Context //nolint:containedctx // the library's transport has no place for one
+	ctx      context.Context // the library's transport has no place for one
 	deadline func(time.Time) error
 	gone     atomic.Bool // the context ended
 }

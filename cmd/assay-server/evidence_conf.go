@@ -24,7 +24,7 @@ import (
 // evidence returns what the file says of image evidence, nil if that is nothing.
 func evidence(from *conf.Server) (*server.Evidence, error) {
 	if !from.Evidence.On {
-		return nil, nil //nolint:nilnil // evidence is optional
+		return nil, nil // evidence is optional
 	}
 	r, err := evidenceRules(from)
 	if err != nil {

@@ -73,7 +73,7 @@ func AddFar(c *cobra.Command, socket *Socket) func() (*Far, error) {
 					return nil, fmt.Errorf("-%s is for a server over TCP; name it with -server, or leave -%s out", name, name)
 				}
 			}
-			return nil, nil //nolint:nilnil // the socket is meant
+			return nil, nil // the socket is meant
 		}
 		return far, far.Check()
 	}
@@ -195,7 +195,7 @@ func (f *Far) roots() (x509bundle.Source, error) {
 		path = os.Getenv(EnvTrustBundle)
 	}
 	if path == "" {
-		return nil, nil //nolint:nilnil // the Workload API has them
+		return nil, nil // the Workload API has them
 	}
 	pem, err := os.ReadFile(path) //nolint:gosec // whoever runs the command names it
 	if err != nil {

@@ -108,7 +108,7 @@ func Sentence(err error) error {
 	if !ok {
 		return err
 	}
-	switch s.Code() { //nolint:exhaustive // the others are not about what was asked for
+	switch s.Code() { // the others are not about what was asked for
 	case codes.InvalidArgument, codes.FailedPrecondition, codes.PermissionDenied, codes.Unauthenticated, codes.NotFound, codes.Unimplemented:
 		return errors.New(s.Message())
 	}

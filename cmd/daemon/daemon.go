@@ -47,8 +47,6 @@ type Config struct {
 	// Reload reads the configuration again and returns what it says of the log now; nil means that
 	// SIGHUP only opens files anew.
 	Reload func() (conf.Log, error)
-	// Reopen are further files to open anew on SIGHUP, each under the name to log it with.
-	Reopen map[string]func() error
 	// Garbage is how many bytes of garbage may pile up before they are collected, if more does not
 	// live anyway; 0 means Go's default.
 	Garbage uint64
@@ -128,7 +126,7 @@ func Start(c Config) (*Daemon, error) {
 
 func listen(address, key string) (net.Listener, error) {
 	if address == "" {
-		return nil, nil //nolint:nilnil // no listener is configured
+		return nil, nil // no listener is configured
 	}
 	l, err := net.Listen("tcp", address)
 	if err != nil {

@@ -267,7 +267,7 @@ func (o *Ledgers) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerI
 
 type ledgerStream struct {
 	grpc.ServerStream
-	ctx context.Context //nolint:containedctx // what grpc.ServerStream is about
+	ctx context.Context // what grpc.ServerStream is about
 }
 
 func (s *ledgerStream) Context() context.Context { return s.ctx }

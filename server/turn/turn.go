@@ -143,7 +143,7 @@ func (s *Stile) leave(name string) {
 			delete(s.held, name)
 		}
 	}
-	for s.next() { //nolint:revive // until there is nobody, or no place
+	for s.next() { // until there is nobody, or no place
 	}
 }
 

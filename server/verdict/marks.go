@@ -28,7 +28,7 @@ type marksFile struct {
 
 func openMarks(path string) (*marksFile, error) {
 	if path == "" {
-		return nil, nil //nolint:nilnil // none is asked for
+		return nil, nil // none is asked for
 	}
 	file, err := os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {

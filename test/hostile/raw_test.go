@@ -80,7 +80,7 @@ func converse(ctx context.Context, conn *grpc.ClientConn, method protoreflect.Me
 			_ = stream.SendMsg(closing)
 		}
 		_ = stream.CloseSend()
-		for receive() { //nolint:revive // to the end
+		for receive() { // to the end
 		}
 	} else if a.err == nil {
 		receive()

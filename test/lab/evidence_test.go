@@ -19,7 +19,7 @@ import (
 type node struct {
 	*site.Site
 	t       *testing.T
-	ctx     context.Context //nolint:containedctx // of one test
+	ctx     context.Context // of one test
 	engine  *docker.Engine
 	agent   *site.Agent
 	parent  string // the agent's SPIFFE ID

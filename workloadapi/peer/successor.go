@@ -27,7 +27,7 @@ func Prepare(path string, mode, dirMode os.FileMode) (*Socket, error) {
 		return nil, fmt.Errorf("prepare socket: %w", err)
 	}
 	if isInherited(path) {
-		return nil, nil //nolint:nilnil // there is none
+		return nil, nil // there is none
 	}
 	if err := makeDir(filepath.Dir(path), dirMode); err != nil {
 		return nil, fmt.Errorf("make directory of socket: %w", err)

@@ -174,7 +174,7 @@ func (o *organization) list(ctx context.Context) (map[string]bool, error) {
 	all, next := map[string]bool{}, ""
 	for range maxAccountPages {
 		var said struct {
-			Accounts []struct{ Id, Status, State string } //nolint:revive // AWS's names
+			Accounts []struct{ Id, Status, State string } // AWS's names
 			Next     string                               `json:"NextToken"`
 		}
 		question := map[string]any{}

@@ -47,7 +47,7 @@ func judgeOf(t *testing.T, c *aws.Cloud, config awsiid.ServerConfig, now func() 
 	if err != nil {
 		t.Fatal(err)
 	}
-	return opened.(*judge) //nolint:forcetypeassert // it is this package's
+	return opened.(*judge) // it is this package's
 }
 
 func assuming(role string) awsiid.ServerConfig {

@@ -158,7 +158,7 @@ func TestRealRootlessPodman(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if owner := stat.Sys().(*syscall.Stat_t).Uid; owner != uid { //nolint:forcetypeassert // it is Linux
+		if owner := stat.Sys().(*syscall.Stat_t).Uid; owner != uid { // it is Linux
 			t.Errorf("the process is user %d's", owner)
 		}
 	})

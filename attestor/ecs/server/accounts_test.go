@@ -33,7 +33,7 @@ func TestTasksOfAnotherAccountAreLookedUpWithTheRoleThere(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return o.(*judge) //nolint:forcetypeassert // it is this package's
+		return o.(*judge) // it is this package's
 	}
 	if _, err := opened().lookUp(t.Context(), task); !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), "set assume_role") {
 		t.Errorf("without a role: %v", err)

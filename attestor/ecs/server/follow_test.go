@@ -62,7 +62,7 @@ func start(t *testing.T, c *aws.Cloud, a *agents) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	j := opened.(*judge) //nolint:forcetypeassert // it is this package's
+	j := opened.(*judge) // it is this package's
 	j.refresh = 10 * time.Millisecond
 	followed(t, j, a)
 }

@@ -158,7 +158,7 @@ func openAt(t *testing.T, url string) *workload {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return opened.(*workload) //nolint:forcetypeassert // it is this package's
+	return opened.(*workload) // it is this package's
 }
 
 func TestAnECSAgentThatIsNotToBeBelieved(t *testing.T) {

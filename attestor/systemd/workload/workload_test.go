@@ -55,7 +55,7 @@ func TestSuite(t *testing.T) {
 	kind.Open = func(config any, needs attestor.Needs) (attestor.Workload, error) {
 		opened, err := open(config, needs)
 		if err == nil {
-			opened.(*workload).manager = manager //nolint:forcetypeassert // it is what open makes
+			opened.(*workload).manager = manager // it is what open makes
 		}
 		return opened, err
 	}
@@ -155,7 +155,7 @@ func openWith(t testing.TB, c systemd.Config) *workload {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return opened.(*workload) //nolint:forcetypeassert // it is what open makes
+	return opened.(*workload) // it is what open makes
 }
 
 func TestDoubt(t *testing.T) {

@@ -34,7 +34,7 @@ func Run(t *testing.T, sample, role string, kinds map[string]func() any) {
 		t.Fatal(diags)
 	}
 	documented := map[string]bool{}
-	for _, block := range file.Body.(*hclsyntax.Body).Blocks { //nolint:forcetypeassert // hclsyntax makes nothing else
+	for _, block := range file.Body.(*hclsyntax.Body).Blocks { // hclsyntax makes nothing else
 		if block.Type != role {
 			continue
 		}

@@ -138,7 +138,7 @@ func cut(ctx context.Context) error {
 // stream carries the caller, and neither takes nor gives once its caller has lost the right to it.
 type stream struct {
 	grpc.ServerStream
-	ctx context.Context //nolint:containedctx // what grpc.ServerStream is about
+	ctx context.Context // what grpc.ServerStream is about
 }
 
 func (s *stream) Context() context.Context { return s.ctx }

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/server/verdict/report"
 )
 
@@ -65,26 +66,6 @@ type (
 	}
 )
 
-// Problem is one thing that is wrong with a block.
-type Problem struct {
-	// Field is the key, with its block's name before it: "max_age", "fail.severity".
-	Field string
-	// Nth says in which of several blocks of that name, from 1; 0 if there is only one.
-	Nth int
-	// Text is a sentence that says what is wrong and what to do.
-	Text string
-}
-
-// String returns the problem as one line.
-func (p Problem) String() string {
-	field := p.Field
-	if p.Nth > 0 {
-		block, key, _ := strings.Cut(field, ".")
-		field = strings.TrimSuffix(fmt.Sprintf("%s[%d].%s", block, p.Nth, key), ".")
-	}
-	return field + ": " + p.Text
-}
-
 // How long identities behind a gate live at most where no policy says it: so long does one last that could
 // not be taken back.
 const (
@@ -128,12 +109,12 @@ func defaults() *ScanPolicy {
 type compiler struct {
 	prefix   string
 	nth      int
-	problems []Problem
+	problems []conf.KeyProblem
 }
 
 func (c *compiler) say(field, format string, args ...any) {
 	field = strings.TrimSuffix(c.prefix+field, ".")
-	c.problems = append(c.problems, Problem{Field: field, Nth: c.nth, Text: fmt.Sprintf(format, args...)})
+	c.problems = append(c.problems, conf.KeyProblem{Field: field, Nth: c.nth, Text: fmt.Sprintf(format, args...)})
 }
 
 // in runs do for a block, in whose name it complains.
@@ -147,7 +128,7 @@ func (c *compiler) in(block string, nth int, do func()) {
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
 // New checks a block and returns the policy, or every problem that the block has.
-func New(b Block) (*ScanPolicy, []Problem) {
+func New(b Block) (*ScanPolicy, []conf.KeyProblem) {
 	p, c := defaults(), &compiler{}
 	p.Name = b.Name
 	if !nameForm.MatchString(b.Name) {

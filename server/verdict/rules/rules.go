@@ -42,7 +42,7 @@ func Kinds() []conf.NamedKind {
 			}
 			b.Name = name
 			p, problems := trust.NewPolicy(b)
-			return p, trustProblems(problems), diags
+			return p, problems, diags
 		}},
 		{Block: Source, Decode: func(name string, body hcl.Body) (any, []conf.KeyProblem, hcl.Diagnostics) {
 			b := trust.SourceBlock{}
@@ -52,7 +52,7 @@ func Kinds() []conf.NamedKind {
 			}
 			b.Name = name
 			s, problems := trust.NewSource(b)
-			return s, trustProblems(problems), diags
+			return s, problems, diags
 		}},
 	}
 }
@@ -65,19 +65,7 @@ func decodeScan(name string, body hcl.Body) (any, []conf.KeyProblem, hcl.Diagnos
 	}
 	b.Name = name
 	p, problems := policy.New(b)
-	list := make([]conf.KeyProblem, len(problems))
-	for i, one := range problems {
-		list[i] = conf.KeyProblem{Field: one.Field, Nth: one.Nth, Text: one.Text}
-	}
-	return p, list, diags
-}
-
-func trustProblems(problems []trust.Problem) []conf.KeyProblem {
-	list := make([]conf.KeyProblem, len(problems))
-	for i, one := range problems {
-		list[i] = conf.KeyProblem{Field: one.Field, Nth: one.Nth, Text: one.Text}
-	}
-	return list
+	return p, problems, diags
 }
 
 // Check says what is wrong between the blocks. Others are sources that no block of evidence makes: what other

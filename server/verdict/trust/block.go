@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/zclconf/go-cty/cty"
+
+	"github.com/assay-id/assay/conf"
 )
 
 // PolicyBlock is trust_policy "name" { … } as it stands in the file. The tags are gohcl's.
@@ -54,27 +56,6 @@ type ConditionsBlock struct {
 // MapBlock is map { field = "predicate.path" }.
 type MapBlock struct {
 	Paths map[string]string `hcl:",remain"`
-}
-
-// Problem is one thing that is wrong with a block.
-type Problem struct {
-	// Field is the key, with its blocks' names before it: "predicate_types", "key.path",
-	// "sigstore.extensions.source_repo_uri".
-	Field string
-	// Nth says in which of several blocks of the first name, from 1; 0 if there can be only one.
-	Nth int
-	// Text is a sentence that says what is wrong and what to do.
-	Text string
-}
-
-// String returns the problem as one line.
-func (p Problem) String() string {
-	field := p.Field
-	if p.Nth > 0 {
-		block, key, _ := strings.Cut(field, ".")
-		field = strings.TrimSuffix(fmt.Sprintf("%s[%d].%s", block, p.Nth, key), ".")
-	}
-	return field + ": " + p.Text
 }
 
 // Policy says whose word on an image counts, and on what. It does not change.
@@ -139,11 +120,11 @@ const nameRule = "use 1 to 64 letters, digits, dots, dashes and underscores, beg
 type complaints struct {
 	prefix   string
 	nth      int
-	problems []Problem
+	problems []conf.KeyProblem
 }
 
 func (c *complaints) say(field, format string, args ...any) {
-	c.problems = append(c.problems, Problem{Field: strings.TrimSuffix(c.prefix+field, "."), Nth: c.nth, Text: fmt.Sprintf(format, args...)})
+	c.problems = append(c.problems, conf.KeyProblem{Field: strings.TrimSuffix(c.prefix+field, "."), Nth: c.nth, Text: fmt.Sprintf(format, args...)})
 }
 
 // in runs do for a block, in whose name it complains.
@@ -158,7 +139,7 @@ func (c *complaints) in(block string, nth int, do func()) {
 }
 
 // NewPolicy checks a block, reads the files it names and returns the policy, or every problem found.
-func NewPolicy(b PolicyBlock) (*Policy, []Problem) {
+func NewPolicy(b PolicyBlock) (*Policy, []conf.KeyProblem) {
 	c := &complaints{}
 	p := &Policy{name: b.Name, scope: b.Repositories, revoked: map[string]bool{}}
 	if !nameForm.MatchString(b.Name) {

@@ -11,6 +11,7 @@ import (
 	"github.com/hashicorp/hcl/v2/gohcl"
 	"github.com/hashicorp/hcl/v2/hclparse"
 
+	"github.com/assay-id/assay/conf"
 	"github.com/assay-id/assay/server/verdict/trust"
 )
 
@@ -335,7 +336,7 @@ func cutMember(t *testing.T, text, name string) string {
 }
 
 // compare demands these problems, in this order, each beginning so.
-func compare(t *testing.T, problems []trust.Problem, want []string) {
+func compare(t *testing.T, problems []conf.KeyProblem, want []string) {
 	t.Helper()
 	got := make([]string, 0, len(problems))
 	for i, p := range problems {

@@ -9,6 +9,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/zclconf/go-cty/cty"
+
+	"github.com/assay-id/assay/conf"
 )
 
 // SourceBlock is evidence_source "name" { … } as it stands in the file: who may push evidence, for which
@@ -80,7 +82,7 @@ var signingAlgorithms = []jose.SignatureAlgorithm{
 const maxRules = 32
 
 // NewSource checks a block, reads the files it names and returns the source, or every problem found.
-func NewSource(b SourceBlock) (*Source, []Problem) {
+func NewSource(b SourceBlock) (*Source, []conf.KeyProblem) {
 	c := &complaints{}
 	s := &Source{name: b.Name, scope: b.Repositories, allowUnsigned: b.AllowUnsigned}
 	if !nameForm.MatchString(b.Name) {

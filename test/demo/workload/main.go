@@ -74,7 +74,7 @@ func main() {
 	if err := run(ctx, *listen, *dial, *peer, *audience, &watcher{*write, *key}, *again); err != nil && ctx.Err() == nil {
 		emit(event{Event: "error", Error: err.Error()})
 		stop()
-		os.Exit(1) //nolint:gocritic // stop ran
+		os.Exit(1) // stop ran
 	}
 }
 

@@ -76,7 +76,7 @@ func (c *Cloud) organizations(w http.ResponseWriter, target string, body []byte,
 	}
 	from, _ := strconv.Atoi(question.NextToken)
 	all := slices.Sorted(maps.Keys(c.Accounts))
-	type account struct{ Id, Arn, Status, State string } //nolint:revive // AWS's names
+	type account struct{ Id, Arn, Status, State string } // AWS's names
 	answer := struct {
 		Accounts  []account
 		NextToken string `json:",omitempty"`

@@ -75,7 +75,7 @@ func main() {
 	if err := new(app).run(ctx, *control, *listen); err != nil && ctx.Err() == nil {
 		fmt.Fprintln(os.Stderr, err)
 		stop()
-		os.Exit(1) //nolint:gocritic // stop ran
+		os.Exit(1) // stop ran
 	}
 }
 

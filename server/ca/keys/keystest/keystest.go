@@ -251,5 +251,5 @@ func Run(t *testing.T, o Options) {
 }
 
 func equal(a, b crypto.PublicKey) bool {
-	return a.(interface{ Equal(crypto.PublicKey) bool }).Equal(b) //nolint:forcetypeassert // all keys have it
+	return a.(interface{ Equal(crypto.PublicKey) bool }).Equal(b) // all keys have it
 }
