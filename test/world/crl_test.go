@@ -131,12 +131,13 @@ func secretOf(t *testing.T, a *world.Agent, validator bool) []byte {
 	return config.GetTrustDomains()[0].GetTrustBundle().GetInlineBytes()
 }
 
-// node is an Envoy that says its version, so that it is given the validator, or none.
+// node is an Envoy that says its version: one that has the validator, or one from before.
 func node(validator bool) *corev3.Node {
+	minor := uint32(40)
 	if !validator {
-		return nil
+		minor = 17
 	}
 	return &corev3.Node{UserAgentVersionType: &corev3.Node_UserAgentBuildVersion{
-		UserAgentBuildVersion: &corev3.BuildVersion{Version: &typev3.SemanticVersion{MajorNumber: 1, MinorNumber: 40}},
+		UserAgentBuildVersion: &corev3.BuildVersion{Version: &typev3.SemanticVersion{MajorNumber: 1, MinorNumber: minor}},
 	}}
 }

@@ -61,7 +61,7 @@ func field(t *testing.T, s *site.Site, name string, o site.AgentOptions) (*targe
 		if o.Token, err = s.Token(ctx); err != nil {
 			t.Fatal(err)
 		}
-		if isReal() {
+		if s.SPIRE.Agent != "" {
 			o.Extra += fmt.Sprintf("\n  join_token = %q", o.Token)
 			o.Token = ""
 		}
@@ -83,7 +83,7 @@ func field(t *testing.T, s *site.Site, name string, o site.AgentOptions) (*targe
 		server: s.Bin + "/assay-server", agent: s.Bin + "/assay-agent", serverSocket: s.ServerSocket(), agentSocket: a.Socket,
 		address: fmt.Sprintf("127.0.0.1:%d", s.Port), domain: site.TrustDomain,
 	}
-	if isReal() {
+	if s.SPIRE.Server != "" {
 		g.server, g.agent = s.SPIRE.Server, s.SPIRE.Agent
 	}
 	if g.conn, err = grpc.NewClient("unix://"+g.serverSocket, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
@@ -187,11 +187,21 @@ func writePEM(t *testing.T, dir, name, kind string, der []byte) string {
 // written fetches the workload's X509-SVID into files and returns the leaf and the roots, verified.
 func (g *target) written(t *testing.T) (leaf *x509.Certificate, roots []*x509.Certificate, err error) {
 	t.Helper()
+	chain, roots, err := g.chain(t)
+	if len(chain) > 0 {
+		leaf = chain[0]
+	}
+	return leaf, roots, err
+}
+
+// chain is written with the whole chain.
+func (g *target) chain(t *testing.T) (chain, roots []*x509.Certificate, err error) {
+	t.Helper()
 	dir := t.TempDir()
 	if _, err := site.Run(t.Context(), nil, g.agent, "api", "fetch", "x509", "-write", dir, "-socketPath", g.agentSocket); err != nil {
 		return nil, nil, err
 	}
-	chain, roots := readPEM(t, filepath.Join(dir, "svid.0.pem")), readPEM(t, filepath.Join(dir, "bundle.0.pem"))
+	chain, roots = readPEM(t, filepath.Join(dir, "svid.0.pem")), readPEM(t, filepath.Join(dir, "bundle.0.pem"))
 	pool, between := x509.NewCertPool(), x509.NewCertPool()
 	for _, root := range roots {
 		pool.AddCert(root)
@@ -200,7 +210,7 @@ func (g *target) written(t *testing.T) (leaf *x509.Certificate, roots []*x509.Ce
 		between.AddCert(cert)
 	}
 	_, err = chain[0].Verify(x509.VerifyOptions{Roots: pool, Intermediates: between, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}})
-	return chain[0], roots, err
+	return chain, roots, err
 }
 
 func readPEM(t *testing.T, path string) (certs []*x509.Certificate) {
@@ -224,11 +234,4 @@ func alone(t *testing.T) {
 	if os.Getenv("BLACKBOX_SERVER_SOCKET") != "" {
 		t.Skip("a server that others use is left alone")
 	}
-}
-
-func port(s *site.Site) string {
-	if isReal() {
-		return fmt.Sprintf("%q", fmt.Sprint(s.Port))
-	}
-	return fmt.Sprint(s.Port)
 }

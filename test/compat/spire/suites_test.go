@@ -473,21 +473,31 @@ func TestForcedUpstreamRotation(t *testing.T) {
 }
 
 // TestNestedRotation: what one of two servers below the same root publishes reaches the other, after that was
-// restarted too; and tokens and SVIDs of each verify at the other.
+// restarted too; tokens and SVIDs of each verify at the other; and both follow a rotation of the root by force.
+// With BLACKBOX_NESTED, only the server above ("above") or one of those below ("below") is SPIRE's.
 func TestNestedRotation(t *testing.T) {
 	alone(t)
 	t.Parallel()
-	top := serverAlone(t)
+	// ours takes Assay's programs where the others are SPIRE's.
+	ours := func(place string) func(*site.Site) {
+		return func(s *site.Site) {
+			if mix := os.Getenv("BLACKBOX_NESTED"); mix != "" && mix != place {
+				s.SPIRE = site.SPIRE{}
+			}
+		}
+	}
+	top := serverAlone(t, ours("above"))
 	g, above := field(t, top, "above", site.AgentOptions{})
 	g.entry(t, "/below", func(e *types.Entry) { e.Downstream = true })
 	g.api(t, "fetch", "x509")
-	below := func() *site.Site {
-		return serverAlone(t, func(s *site.Site) {
-			ours, spires := part("upstream_authority", "spire", "server_address = \"127.0.0.1\"\nserver_port = %s\nworkload_api_socket = %q", port(top), above.Socket)
+	below := func(place string) *site.Site {
+		return serverAlone(t, ours(place), func(s *site.Site) {
+			// A number in quotes is one to us, and SPIRE wants a text.
+			ours, spires := part("upstream_authority", "spire", "server_address = \"127.0.0.1\"\nserver_port = \"%d\"\nworkload_api_socket = %q", top.Port, above.Socket)
 			with(s, ours, spires)
 		})
 	}
-	left, right := below(), below()
+	left, right := below("below"), below("beside")
 	atLeft, _ := field(t, left, "left", site.AgentOptions{})
 	atRight, _ := field(t, right, "right", site.AgentOptions{})
 	atLeft.entry(t, "/left", nil)
@@ -535,6 +545,28 @@ func TestNestedRotation(t *testing.T) {
 			out, err := at.cli(t, "bundle", "show", "-format", "spiffe")
 			if err == nil && !strings.Contains(out, next) {
 				err = errors.New("it is not in the bundle")
+			}
+			return err
+		})
+	}
+	check()
+
+	old := g.rotate(t, "x509")
+	for _, at := range []*target{atLeft, atRight} {
+		eventually(t, "an SVID that hangs on the new root", func() error {
+			chain, _, err := at.chain(t)
+			if err == nil && hex.EncodeToString(chain[len(chain)-1].AuthorityKeyId) == old {
+				err = errors.New("it hangs on the old one")
+			}
+			return err
+		})
+	}
+	g.authority(t, "revoked_authority", "x509", "revoke", "-authorityID", old)
+	for _, at := range []*target{atLeft, atRight} {
+		eventually(t, "the new root alone", func() error {
+			_, roots, err := at.chain(t)
+			if err == nil && (len(roots) != 1 || hex.EncodeToString(roots[0].SubjectKeyId) == old) {
+				err = fmt.Errorf("%d roots", len(roots))
 			}
 			return err
 		})
