@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 
 	"github.com/assay-id/assay/agent/broker"
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -16,6 +17,7 @@ func (a *agent) openBroker() {
 	a.broker = broker.New(broker.Config{
 		SocketPath: b.SocketPath, Address: b.Address, Grants: b.Grants,
 		Attest: a.serve,
+		Pods:   a.cfg.pods(),
 		Source: a.issue.Delegated(),
 		Bundles: func() ([]*identity.Bundle, <-chan struct{}) {
 			picture, changed := a.view.Follow()
@@ -34,4 +36,14 @@ func (a *agent) openBroker() {
 		},
 		Audit: a.cfg.Audit, Log: a.cfg.Log.WithField("component", "broker"), Metrics: a.cfg.Metrics, Now: a.cfg.Now,
 	})
+}
+
+// pods is the attestor that knows the pods of this node, nil if there is none.
+func (c Config) pods() attestor.Pods {
+	for _, w := range c.WorkloadAttestors {
+		if pods, ok := w.Workload.(attestor.Pods); ok {
+			return pods
+		}
+	}
+	return nil
 }

@@ -60,7 +60,9 @@ agent {
   # Infrastructure that gets the identities of workloads that it refers to: SPIFFE's Broker API (spiffe.broker).
   # It speaks mutual TLS with its own X509-SVID, at a Unix socket outside of socket_path's directory, over TCP, or
   # both. Which process it means, is its word; what is proved of the process, is this agent's. Admin and
-  # downstream identities it never gets.
+  # downstream identities it never gets. With the k8s attestor it may also mean a pod of this node, by name, UID or both
+  # (".KubernetesObjectReference", pods of the group "core"): what is proved of a pod has nothing of its containers.
+  # Whoever is not let in is in the audit log.
   #broker {
     #socket_path  = "/run/assay/agent/broker/broker.sock"
     #bind_address = "0.0.0.0:8443"

@@ -48,6 +48,10 @@ type Line struct {
 	// process, or whoever shows the selectors that it named.
 	ForPID   int    `json:"for_pid,omitempty"`
 	ForFacts string `json:"for_facts,omitempty"`
+	// ForObject is the object of Kubernetes that a broker named, and Remote from where somebody called whom nothing
+	// else is known of.
+	ForObject string `json:"for_object,omitempty"`
+	Remote    string `json:"remote,omitempty"`
 	// Audience is a JWT-SVID's.
 	Audience []string `json:"audience,omitempty"`
 	// Rev is the server's revision that the answer reflects.

@@ -89,7 +89,7 @@ func (s *Server) FetchJWTSVID(ctx context.Context, req *brokerapi.FetchJWTSVIDRe
 			err = e.authorize() // signing takes its time
 		}
 		if err == nil && !e.of.Alive() {
-			err = errExited
+			err = e.of.Gone()
 		}
 		if err != nil {
 			return err

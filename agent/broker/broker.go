@@ -10,8 +10,9 @@
 //     everything that is sent: a broker whose SVID expires, is revoked or loses its root loses its streams.
 //   - A process ID means something on this node only. Over TCP it is refused unless the operator says otherwise.
 //   - Admin and downstream identities are left out below this package, as for delegates.
-//   - A reference to an object of Kubernetes is refused: the agent asks the kubelet of its node, and has no right
-//     to ask the API server about anything else.
+//   - Of the objects of Kubernetes only pods of this node are known, as the k8s attestor proves them; of others the
+//     agent has no right to ask the API server. A pod has what is proved about pods and nothing of its containers, so an
+//     entry that demands an image, or a verdict on one, is not for it.
 package broker
 
 import (
@@ -31,6 +32,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
@@ -55,11 +57,14 @@ type Grant struct {
 	Types map[string]bool
 }
 
-// PIDReference is the type URL of a reference by process ID.
-const PIDReference = "type.googleapis.com/spiffe.broker.WorkloadPIDReference"
+// Type URLs of references: by process ID, and to an object of Kubernetes.
+const (
+	PIDReference    = "type.googleapis.com/spiffe.broker.WorkloadPIDReference"
+	ObjectReference = "type.googleapis.com/spiffe.broker.KubernetesObjectReference"
+)
 
-// Config is what the service stands on. One of SocketPath and Address is required, and all of the rest but Audit
-// and Metrics.
+// Config is what the service stands on. One of SocketPath and Address is required, and all of the rest but Pods,
+// Audit and Metrics.
 type Config struct {
 	// SocketPath is a Unix socket, made with mode 0777: the handshake says who may call. Empty: none.
 	SocketPath string
@@ -68,6 +73,8 @@ type Config struct {
 	Grants  []Grant
 	// Attest follows what is proved about processes.
 	Attest *workloadapi.Server
+	// Pods knows the pods of this node. Nil: nobody does, and no reference to an object is understood.
+	Pods   attestor.Pods
 	Source Source
 	// Bundles returns all bundles the agent holds, and a channel that is closed when they may be others.
 	Bundles func() ([]*identity.Bundle, <-chan struct{})
@@ -98,11 +105,12 @@ type Server struct {
 	grants  map[spiffeid.ID]Grant
 	tracker *peer.Tracker // made by Run, before anybody is served
 	answers *prometheus.CounterVec
+	limit   *rate.Limiter // of audit lines about strangers
 }
 
 // New returns a Server.
 func New(cfg Config) *Server {
-	s := &Server{cfg: cfg, grants: map[spiffeid.ID]Grant{}, answers: prometheus.NewCounterVec(prometheus.CounterOpts{
+	s := &Server{cfg: cfg, grants: map[spiffeid.ID]Grant{}, limit: rate.NewLimiter(refusalRate, refusalBurst), answers: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "assay_agent_broker_answers_total",
 		Help: "Answers of the broker API by event and outcome.",
 	}, []string{"event", "outcome"})}
@@ -131,7 +139,7 @@ func (s *Server) Run(ctx context.Context) error {
 			return err
 		}
 		defer func() { _ = socket.Close() }()
-		listeners = append(listeners, socket.UnixListener)
+		listeners = append(listeners, locals{socket.UnixListener})
 	}
 	if s.cfg.Address != "" {
 		l, err := net.Listen("tcp", s.cfg.Address)
@@ -142,7 +150,7 @@ func (s *Server) Run(ctx context.Context) error {
 		listeners, tcp = append(listeners, l), l.Addr()
 	}
 	srv := grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(s.tls())),
+		grpc.Creds(greeter{credentials.NewTLS(s.tls()), s}),
 		grpc.ConnectionTimeout(handshake),
 		grpc.MaxConcurrentStreams(maxStreams),
 		grpc.MaxRecvMsgSize(maxRequest),
@@ -190,7 +198,11 @@ func (s *Server) tls() *tls.Config {
 		// A session that is resumed would not be verified again.
 		SessionTicketsDisabled: true,
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			return s.cfg.Own()
+			own, err := s.cfg.Own()
+			if err != nil {
+				err = fmt.Errorf("%w: %w", errOwn, err)
+			}
+			return own, err
 		},
 		VerifyPeerCertificate: func(raw [][]byte, _ [][]*x509.Certificate) error {
 			var certs []*x509.Certificate
@@ -202,20 +214,59 @@ func (s *Server) tls() *tls.Config {
 				certs = append(certs, cert)
 			}
 			_, err := s.verify(certs)
-			if err != nil {
-				s.refused(err)
-			}
 			return err
 		},
 	}
 }
 
-// refused writes down who was not let in.
-func (s *Server) refused(err error) {
-	s.answers.WithLabelValues(eventConnect, "deny").Inc()
-	if s.cfg.Audit != nil {
-		s.cfg.Audit.Audit(workloadapi.Line{Time: s.cfg.Now().UTC(), Event: eventConnect, Outcome: "deny", Reason: err.Error()})
+// greeter writes down whoever does not get through the handshake: also who shows no certificate, which TLS refuses
+// before anybody is asked, or speaks no TLS at all.
+type greeter struct {
+	credentials.TransportCredentials
+	server *Server
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (g greeter) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	through, info, err := g.TransportCredentials.ServerHandshake(conn)
+	if err != nil {
+		g.server.refused(conn, err)
 	}
+	return through, info, err
+}
+
+// Clone implements credentials.TransportCredentials.
+func (g greeter) Clone() credentials.TransportCredentials {
+	return greeter{g.TransportCredentials.Clone(), g.server}
+}
+
+// errOwn is in the error of a handshake that failed on our side.
+var errOwn = errors.New("the agent has no SVID of its own to show")
+
+// Refusals are written down at this rate; a stranger who calls again and again must not fill the disk. All are counted.
+const (
+	refusalRate  = 5 // a second
+	refusalBurst = 50
+)
+
+// refused writes down who was not let in.
+func (s *Server) refused(conn net.Conn, err error) {
+	outcome := "deny"
+	if errors.Is(err, errOwn) {
+		outcome = "error"
+	}
+	s.answers.WithLabelValues(eventConnect, outcome).Inc()
+	if s.cfg.Audit == nil || !s.limit.Allow() {
+		return
+	}
+	l := workloadapi.Line{Time: s.cfg.Now().UTC(), Event: eventConnect, Outcome: outcome, Reason: clip(err.Error())}
+	switch from := conn.RemoteAddr().(type) {
+	case *local:
+		l.PID, l.UID, l.GID = int(from.cred.Pid), from.cred.Uid, from.cred.Gid
+	default:
+		l.Remote = from.String()
+	}
+	s.cfg.Audit.Audit(l)
 }
 
 // maxChain is how many certificates a broker may show. Verifying costs.

@@ -95,7 +95,18 @@ func (s *site) revoke(der []byte) {
 	s.changed = make(chan struct{})
 }
 
+func (s *site) all() []workloadapi.Line {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return append([]workloadapi.Line(nil), s.lines...)
+}
+
 func serve(t *testing.T) *site {
+	t.Helper()
+	return serveWith(t, nil)
+}
+
+func serveWith(t *testing.T, pods attestor.Pods) *site {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "broker") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
@@ -112,7 +123,7 @@ func serve(t *testing.T) *site {
 	})
 	own := certificate(t, s.src.Authority, agentID)
 	served := broker.New(broker.Config{
-		SocketPath: s.socket, Address: "127.0.0.1:0", Attest: public, Source: s.src, Bundles: s.bundles, Audit: s, Log: log, Now: time.Now,
+		SocketPath: s.socket, Address: "127.0.0.1:0", Attest: public, Pods: pods, Source: s.src, Bundles: s.bundles, Audit: s, Log: log, Now: time.Now,
 		Own: func() (*tls.Certificate, error) { return own, nil },
 		Grants: []broker.Grant{
 			{ID: meshID, Types: map[string]bool{broker.PIDReference: false, "type.googleapis.com/spiffe.broker.KubernetesObjectReference": true}},

@@ -5,7 +5,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"net"
 	"runtime/debug"
 	"time"
 
@@ -37,6 +36,7 @@ const (
 var (
 	errHeader    = status.Error(codes.InvalidArgument, "security header missing from request")
 	errReference = status.Error(codes.InvalidArgument, "workload reference must be provided")
+	errMalformed = status.Error(codes.InvalidArgument, "workload reference is malformed")
 	errPID       = status.Error(codes.InvalidArgument, "workload reference must have a positive process ID")
 	errNoProcess = status.Error(codes.NotFound, "there is no such process")
 	errExited    = status.Error(codes.NotFound, "process has exited")
@@ -85,8 +85,9 @@ type errand struct {
 	audience []string
 	id       spiffeid.ID
 	chain    []*x509.Certificate
-	of       *workloadapi.Followed // the process it refers to
-	pid      int
+	of       subject         // what it refers to
+	pid      int             // the process that is, 0: it is none
+	object   string          // the object of Kubernetes that it is
 	bundles  <-chan struct{} // closed when the broker's own roots may be others
 }
 
@@ -140,39 +141,20 @@ func (e *errand) authorize() error {
 	return nil
 }
 
-// process returns the process ID that a reference means, if this broker may refer so.
-func (e *errand) process(ctx context.Context, ref *brokerapi.WorkloadReference) (int, error) {
-	url := ref.GetReference().GetTypeUrl()
-	if url == "" {
-		return 0, errReference
-	}
+// permitted says whether this broker may refer so, here.
+func (e *errand) permitted(ctx context.Context, url string) error {
 	grant := e.grants[e.id]
 	overTCP, ok := grant.Types[url]
 	if !ok {
 		overTCP, ok = grant.Types["*"]
 	}
 	if !ok {
-		return 0, status.Errorf(codes.PermissionDenied, "broker %q is not allowed to use reference type %q", e.id, clip(url))
+		return status.Errorf(codes.PermissionDenied, "broker %q is not allowed to use reference type %q", e.id, clip(url))
 	}
 	if p, known := grpcpeer.FromContext(ctx); !overTCP && (!known || !isUnix(p.Addr)) {
-		return 0, status.Errorf(codes.PermissionDenied, "reference type %q is not allowed over TCP for broker %q", clip(url), e.id)
+		return status.Errorf(codes.PermissionDenied, "reference type %q is not allowed over TCP for broker %q", clip(url), e.id)
 	}
-	if url != PIDReference {
-		return 0, status.Errorf(codes.InvalidArgument, "reference type %q is not supported by this agent", clip(url))
-	}
-	var by brokerapi.WorkloadPIDReference
-	if err := proto.Unmarshal(ref.GetReference().GetValue(), &by); err != nil {
-		return 0, status.Error(codes.InvalidArgument, "workload reference is malformed")
-	}
-	if by.GetPid() <= 0 {
-		return 0, errPID
-	}
-	return int(by.GetPid()), nil
-}
-
-func isUnix(a net.Addr) bool {
-	_, ok := a.(*net.UnixAddr)
-	return ok
+	return nil
 }
 
 // clip keeps a caller's text from filling a message.
@@ -183,14 +165,35 @@ func clip(text string) string {
 	return text
 }
 
-// attend pins and attests the process that is meant, and runs the call.
+// attend finds and attests what is meant, and runs the call.
 func (e *errand) attend(ctx context.Context, ref *brokerapi.WorkloadReference, run func(*errand) error) error {
-	pid, err := e.process(ctx, ref)
-	if err != nil {
+	url := ref.GetReference().GetTypeUrl()
+	if url == "" {
+		return errReference
+	}
+	if err := e.permitted(ctx, url); err != nil {
 		return err
 	}
-	e.pid = pid
-	pinned, err := e.tracker.Pin(pid)
+	switch {
+	case url == PIDReference:
+		return e.process(ctx, ref.GetReference().GetValue(), run)
+	case url == ObjectReference && e.cfg.Pods != nil:
+		return e.pod(ctx, ref.GetReference().GetValue(), run)
+	}
+	return status.Errorf(codes.InvalidArgument, "reference type %q is not supported by this agent", clip(url))
+}
+
+// process pins and attests the process that is meant.
+func (e *errand) process(ctx context.Context, raw []byte, run func(*errand) error) error {
+	var by brokerapi.WorkloadPIDReference
+	if err := proto.Unmarshal(raw, &by); err != nil {
+		return errMalformed
+	}
+	if by.GetPid() <= 0 {
+		return errPID
+	}
+	e.pid = int(by.GetPid())
+	pinned, err := e.tracker.Pin(e.pid)
 	if errors.Is(err, peer.ErrDead) {
 		return errNoProcess
 	}
@@ -198,10 +201,12 @@ func (e *errand) attend(ctx context.Context, ref *brokerapi.WorkloadReference, r
 		return fmt.Errorf("pin process: %w", err)
 	}
 	defer pinned.Release()
-	if e.of, err = e.cfg.Attest.Attend(ctx, pinned); err != nil {
+	of, err := e.cfg.Attest.Attend(ctx, pinned)
+	if err != nil {
 		return err
 	}
-	defer e.of.Leave()
+	defer of.Leave()
+	e.of = process{of}
 	return run(e)
 }
 
@@ -222,14 +227,18 @@ func (e *errand) stale() bool {
 func (e *errand) wait(ctx context.Context, changed <-chan struct{}) error {
 	expiry := time.NewTimer(e.chain[0].NotAfter.Sub(e.cfg.Now()))
 	defer expiry.Stop()
+	again, stop := e.of.Again()
+	defer stop()
 	select {
+	case <-again:
+		return e.of.Renew()
 	case <-changed:
 	case <-e.bundles:
 	case <-expiry.C: // authorize says so
 	case <-e.of.Replaced():
 		return e.of.Renew()
 	case <-e.of.Exited():
-		return errExited
+		return e.of.Gone()
 	case <-e.cfg.Attest.Stopping():
 		return workloadapi.Stopped()
 	case <-ctx.Done():
@@ -253,7 +262,7 @@ func follow[M proto.Message](ctx context.Context, e *errand, send func(M) error,
 		}
 		if !e.stale() && (first || !proto.Equal(resp, sent)) {
 			if !e.of.Alive() {
-				return errExited
+				return e.of.Gone()
 			}
 			e.audit(handed, nil)
 			if err := send(resp); err != nil {
@@ -273,7 +282,7 @@ func follow[M proto.Message](ctx context.Context, e *errand, send func(M) error,
 // audit writes the line of an answer, or of the error in its place.
 func (e *errand) audit(h workloadapi.Handed, err error) {
 	l := workloadapi.Line{
-		Time: e.cfg.Now().UTC(), Event: e.event, ForPID: e.pid, Audience: e.audience, Rev: h.Rev, Outcome: "allow",
+		Time: e.cfg.Now().UTC(), Event: e.event, ForPID: e.pid, ForObject: e.object, Audience: e.audience, Rev: h.Rev, Outcome: "allow",
 		SPIFFEIDs: h.SPIFFEIDs, EntryIDs: h.EntryIDs,
 	}
 	if !e.id.IsZero() {

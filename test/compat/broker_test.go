@@ -1,9 +1,14 @@
 package compat
 
 import (
+	"crypto/tls"
 	"crypto/x509"
+	"fmt"
+	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -20,6 +25,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/assay-id/assay/test/fake/kube"
 	"github.com/assay-id/assay/test/lab"
 	"github.com/assay-id/assay/test/lab/site"
 )
@@ -32,12 +38,31 @@ func TestBroker(t *testing.T) {
 	s := newSite(t, nil)
 	ctx := patiently(t)
 	socket := filepath.Join(s.Dir, "brokers", "broker.sock")
-	agent := newAgent(t, s, "agent", `broker {
-    socket_path = `+strconv.Quote(socket)+`
-    allow "spiffe://`+site.TrustDomain+`/mesh" {
-      reference_types = ["type.googleapis.com/spiffe.broker.WorkloadPIDReference"]
+	cluster := kube.Start(t)
+	token, err := s.Token(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	auditLog := filepath.Join(s.Dir, "agent-audit.log")
+	agent := startAgent(t, s, "agent", site.AgentOptions{
+		Token: token, Extra: fmt.Sprintf(`audit_log_file = %q
+  broker {
+    socket_path = %q
+    allow "spiffe://%s/mesh" {
+      reference_types = ["type.googleapis.com/spiffe.broker.WorkloadPIDReference", "type.googleapis.com/spiffe.broker.KubernetesObjectReference"]
     }
-  }`)
+  }`, auditLog, socket, site.TrustDomain),
+		Blocks: fmt.Sprintf(`node_attestor "join_token" {}
+workload_attestor "unix" {}
+workload_attestor "k8s" {
+  runtime_socket_path    = "none"
+  node_name              = %q
+  api_server             = %q
+  api_server_ca_path     = %q
+  disable_kubelet_client = true
+  token_path             = %q
+}`, kube.Node, cluster.APIServer(), filepath.Join(cluster.Dir, "ca.crt"), filepath.Join(cluster.Dir, "token")),
+	})
 	const user = 4711
 	workload, err := site.Start(filepath.Join(s.Dir, "workload.log"), &syscall.Credential{Uid: user, Gid: user}, "sleep", "600")
 	if err != nil {
@@ -117,6 +142,72 @@ func TestBroker(t *testing.T) {
 			if _, err := svids.Recv(); err != nil {
 				return
 			}
+		}
+	})
+	t.Run("a pod of the node is who its labels say, on a stream that follows them", func(t *testing.T) {
+		brokered := newEntry(node, "/cart")
+		brokered.Selectors = []*types.Selector{{Type: "k8s", Value: "ns:shop"}, {Type: "k8s", Value: "pod-label:app:cart"}}
+		createEntry(t, client, brokered)
+		pod := kube.Pod{Namespace: "shop", Name: "cart-1", UID: "79261129-6b60-11e9-9054-0800277ac80f", ServiceAccount: "cart"}
+		object, err := anypb.New(&brokerapi.KubernetesObjectReference{
+			Type: &brokerapi.KubernetesObjectType{Plural: "pods", Group: "core"}, Key: &brokerapi.KubernetesObjectKey{Namespace: pod.Namespace, Name: pod.Name}, Uid: pod.UID,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		request := &brokerapi.SubscribeToX509SVIDRequest{Reference: &brokerapi.WorkloadReference{Reference: object}}
+		none, err := broker.SubscribeToX509SVID(ctx, request)
+		if err == nil {
+			_, err = none.Recv()
+		}
+		if status.Code(err) != codes.NotFound {
+			t.Fatalf("of a pod that is not there: %v", err)
+		}
+		cluster.Put(pod)
+		var svids grpc.ServerStreamingClient[brokerapi.SubscribeToX509SVIDResponse]
+		if err := agent.WaitFor(ctx, "the agent hears of the pod", func() (err error) {
+			if svids, err = broker.SubscribeToX509SVID(ctx, request); err == nil {
+				_, err = svids.Recv()
+			}
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		until := func(want ...string) {
+			t.Helper()
+			for {
+				got, err := svids.Recv()
+				if err != nil {
+					t.Fatal(err)
+				}
+				var ids []string
+				for _, svid := range got.GetSvids() {
+					ids = append(ids, svid.GetSpiffeId())
+				}
+				if slices.Equal(ids, want) {
+					return
+				}
+			}
+		}
+		pod.Labels = map[string]string{"app": "cart"}
+		cluster.Put(pod)
+		until("spiffe://" + site.TrustDomain + "/cart")
+		pod.Labels = nil
+		cluster.Put(pod)
+		until()
+	})
+	t.Run("who shows no certificate is refused, and that is in the audit log", func(t *testing.T) {
+		conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(credentials.NewTLS(&tls.Config{InsecureSkipVerify: true})))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		if _, err := brokerapi.NewAPIClient(conn).FetchJWTSVID(ctx, &brokerapi.FetchJWTSVIDRequest{}); status.Code(err) != codes.Unavailable {
+			t.Errorf("got %v", err)
+		}
+		text, err := os.ReadFile(auditLog)
+		if want := fmt.Sprintf(`"event":"broker_connect","pid":%d,`, os.Getpid()); err != nil || !strings.Contains(string(text), want) || !strings.Contains(string(text), "client didn't provide a certificate") {
+			t.Errorf("%v, no %s in %s", err, want, text)
 		}
 	})
 	t.Run("a process that is not there is refused", func(t *testing.T) {

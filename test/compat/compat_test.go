@@ -83,7 +83,14 @@ func newAgent(t *testing.T, s *site.Site, name string, extra ...string) *site.Ag
 	if err != nil {
 		t.Fatal(err)
 	}
-	a, err := s.NewAgent(ctx, name, site.AgentOptions{Token: token, Extra: strings.Join(extra, "\n")})
+	return startAgent(t, s, name, site.AgentOptions{Token: token, Extra: strings.Join(extra, "\n")})
+}
+
+// startAgent starts an agent that ends with the test.
+func startAgent(t *testing.T, s *site.Site, name string, o site.AgentOptions) *site.Agent {
+	t.Helper()
+	ctx := patiently(t)
+	a, err := s.NewAgent(ctx, name, o)
 	if err != nil {
 		t.Fatal(err)
 	}

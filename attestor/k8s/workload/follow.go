@@ -34,7 +34,10 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 	w.pods.mu.Unlock()
 	if w.spaces != nil {
 		w.spaces.mu.Lock()
-		w.spaces.changed = func(name string) { w.wake(changed, func(k *known) bool { return k.podSpace == name }) }
+		w.spaces.changed = func(name string) {
+			w.pods.stir()
+			w.wake(changed, func(k *known) bool { return k.podSpace == name })
+		}
 		w.spaces.mu.Unlock()
 	}
 	var group errgroup.Group
