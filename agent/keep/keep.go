@@ -73,6 +73,14 @@ type Keep struct {
 	later map[string]func() (any, error)
 	lost  []error
 	kick  chan struct{}
+	// trouble is with the files that could not be written when that was last tried. Only Run touches it.
+	trouble map[string]*trouble
+}
+
+// trouble is what is wrong with a file.
+type trouble struct {
+	unsaid int // failures since the log last spoke of it
+	saidAt time.Time
 }
 
 // Open opens the data directory, making it with mode 0700 if it is missing. It reads nothing yet.
@@ -91,7 +99,7 @@ func Open(dir string, keys *Keys, log logrus.FieldLogger) (*Keep, error) {
 	k := &Keep{
 		dir: dir, keys: keys, aead: aead, log: log,
 		later: map[string]func() (any, error){},
-		kick:  make(chan struct{}, 1),
+		kick:  make(chan struct{}, 1), trouble: map[string]*trouble{},
 	}
 	if keys.lost != nil {
 		k.lost = append(k.lost, keys.lost)
@@ -137,15 +145,27 @@ const (
 	costRatio = 20
 )
 
+// What cannot be written is tried again by itself, for until then a restart would begin with what was true
+// before; and the log speaks of it when it begins, now and then, and when it is over.
+const (
+	tryAgain = 15 * time.Second
+	remind   = 10 * time.Minute
+)
+
 // Run writes what SavePicture and SaveSVIDs ask for until ctx ends, and once more then.
 func (k *Keep) Run(ctx context.Context) error {
 	wait := soon
 	for {
+		var again <-chan time.Time
+		if len(k.trouble) > 0 {
+			again = time.After(tryAgain)
+		}
 		select {
 		case <-ctx.Done():
 			k.flush()
 			return nil
 		case <-k.kick:
+		case <-again:
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -183,15 +203,43 @@ func (k *Keep) flush() {
 	todo := maps.Clone(k.later)
 	clear(k.later)
 	k.mu.Unlock()
+	maps.DeleteFunc(k.trouble, func(name string, _ *trouble) bool { return todo[name] == nil }) // wiped meanwhile
 	for name, content := range todo {
 		v, err := content()
 		if err == nil {
 			err = k.write(name, v)
 		}
-		if err != nil {
-			k.log.WithError(err).WithField("file", filepath.Join(k.dir, name)).
-				Warn("state cannot be kept on disk; a restart will need the server")
+		k.tell(name, err)
+		if err == nil {
+			continue
 		}
+		k.mu.Lock()
+		if k.later[name] == nil {
+			k.later[name] = content
+		}
+		k.mu.Unlock()
+	}
+}
+
+// tell says what there is to say of an attempt to write a file.
+func (k *Keep) tell(name string, err error) {
+	log := k.log.WithField("file", filepath.Join(k.dir, name))
+	t := k.trouble[name]
+	switch {
+	case err == nil && t == nil:
+	case err == nil:
+		delete(k.trouble, name)
+		log.WithField("unsaid", t.unsaid).Info("state is kept on disk again")
+	case t != nil && time.Since(t.saidAt) < remind:
+		t.unsaid++
+	default:
+		if t == nil {
+			t = &trouble{}
+			k.trouble[name] = t
+		}
+		log.WithError(err).WithField("unsaid", t.unsaid).
+			Warn("state cannot be kept on disk: a restart while the server is away would begin with what was true before; it is tried again")
+		t.unsaid, t.saidAt = 0, time.Now()
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -344,6 +345,55 @@ func TestKeys(t *testing.T) {
 			t.Errorf("files: %v %v", files, err)
 		}
 	})
+}
+
+// TestNoRoom has something else be where a file belongs, as a full disk would: what is to be kept gets there by
+// itself when it can, as it is by then, and the log is not filled meanwhile.
+func TestNoRoom(t *testing.T) {
+	dir := t.TempDir()
+	k, _ := open(t, dir)
+	_, _, picture, _ := fill(t, k)
+	path := filepath.Join(dir, "picture.sealed")
+	if err := errors.Join(os.Remove(path), os.MkdirAll(filepath.Join(path, "x"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		k, hook := open(t, dir)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); _ = k.Run(ctx) }()
+		for range 40 {
+			next := *picture
+			next.Rev++
+			picture = &next
+			k.SavePicture(picture)
+			time.Sleep(time.Second)
+		}
+		if said := hook.AllEntries(); len(said) != 1 || !strings.Contains(said[0].Message, "cannot be kept") || said[0].Level != logrus.WarnLevel {
+			t.Errorf("of 40 attempts it said %v", said)
+		}
+		time.Sleep(11 * time.Minute) // it tries again, and reminds
+		if said := hook.AllEntries(); len(said) != 2 || said[1].Data["unsaid"].(int) < 60 {
+			t.Errorf("in ten minutes more it said %v", said)
+		}
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(20 * time.Second)
+		if said := hook.AllEntries(); len(said) != 3 || !strings.Contains(said[2].Message, "kept on disk again") {
+			t.Errorf("in the end it said %v", said)
+		}
+		time.Sleep(time.Hour)
+		if said := hook.AllEntries(); len(said) != 3 {
+			t.Errorf("it goes on with %v", said[3:])
+		}
+		cancel()
+		<-done
+	})
+	k, _ = open(t, dir)
+	if got := k.Picture(); got == nil || got.Rev != 52 {
+		t.Errorf("what is kept is %+v", got)
+	}
 }
 
 func TestWipe(t *testing.T) {
