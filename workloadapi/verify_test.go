@@ -184,6 +184,15 @@ func TestTokensByTheLetter(t *testing.T) {
 			// Cut to P-256's size, so that nothing but the curve is wrong with the form.
 			return append(new(big.Int).Rsh(r, 128).FillBytes(make([]byte, 32)), new(big.Int).Rsh(s, 128).FillBytes(make([]byte, 32))...)
 		})},
+		// A signature that holds, in the form of the algorithm that it says it is: the curve alone is wrong.
+		{"ES384 with a P-256 key", f.token(fields{"alg": "ES384", "kid": "p256"}, claims, func(input []byte) []byte {
+			sum := sha512.Sum384(input)
+			r, s, err := ecdsa.Sign(rand.Reader, f.p256, sum[:])
+			if err != nil {
+				t.Fatal(err)
+			}
+			return append(r.FillBytes(make([]byte, 48)), s.FillBytes(make([]byte, 48))...)
+		})},
 		{"RS256 signed as PS256 says", f.token(fields{"alg": "PS256", "kid": "rsa"}, claims, f.rs)},
 
 		{"typ at+jwt", f.token(head.with(fields{"typ": "at+jwt"}), claims, es256())},

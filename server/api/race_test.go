@@ -80,6 +80,11 @@ func TestAChangeBeatsWhatIsBeingSigned(t *testing.T) {
 	}
 	plain, gated := entry(1, "unix:uid:1"), entry(1, "unix:uid:1", "scan:policy:prod")
 	good := verdict(1, time.Minute, "scan:policy:prod")
+	over := func(left time.Duration) *identity.Entry {
+		e := entry(1, "unix:uid:1")
+		e.ExpiresAt = time.Now().Add(left)
+		return e
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -103,6 +108,9 @@ func TestAChangeBeatsWhatIsBeingSigned(t *testing.T) {
 		{"the verdict allows less time", picture(gated, good), picture(gated, verdict(2, time.Second, "scan:policy:prod")), codes.FailedPrecondition},
 		{"the entry was deleted", picture(plain), picture(nil), codes.NotFound},
 		{"the entry was changed", picture(plain), picture(entry(2, "unix:uid:1")), codes.FailedPrecondition},
+		{"the entry has expired, and the picture does not know yet", picture(over(-time.Second)), nil, codes.NotFound},
+		{"the entry expires before anything could be signed", picture(over(500 * time.Millisecond)), nil, codes.NotFound},
+		{"the entry expires later", picture(over(time.Hour)), nil, codes.OK},
 		{"the entry demands a verdict by now", picture(plain), picture(entry(2, "unix:uid:1", "scan:policy:prod")), codes.NotFound},
 	} {
 		t.Run(c.name, func(t *testing.T) {

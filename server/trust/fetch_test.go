@@ -96,6 +96,9 @@ func TestHostileEndpoint(t *testing.T) {
 		t.Error("a redirect was followed")
 	}))
 	defer elsewhere.Close()
+	newer := written(t, bundle(other, 8, s.ca, newAuthority(t, other)))
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(newer) }))
+	defer plain.Close()
 	doc := func(b *identity.Bundle) http.HandlerFunc {
 		text := written(t, b)
 		return func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(text) }
@@ -121,6 +124,17 @@ func TestHostileEndpoint(t *testing.T) {
 	}{
 		{"redirects", status(http.StatusFound), true},
 		{"redirects for good", status(http.StatusPermanentRedirect), true},
+		// What would be taken if it were followed, unlike the two above, whose end nobody vouches for.
+		{"redirects to itself, where a good one is", func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Query().Has("again") {
+				_, _ = w.Write(newer)
+				return
+			}
+			http.Redirect(w, r, "/?again", http.StatusFound)
+		}, true},
+		{"redirects to plain HTTP, where a good one is", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, plain.URL, http.StatusTemporaryRedirect)
+		}, true},
 		{"says not found", status(http.StatusNotFound), false},
 		{"says it is broken", status(http.StatusInternalServerError), false},
 		{"is empty", text(""), true},
