@@ -21,6 +21,7 @@ import (
 	"github.com/assay-id/assay/server/backup"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/boltkv"
+	"github.com/assay-id/assay/server/store/durable"
 	"github.com/assay-id/assay/server/wire/adminv1"
 )
 
@@ -215,11 +216,7 @@ func fetchBackup(ctx context.Context, client adminv1.AdminClient, path string) (
 	if err := os.Rename(temp.Name(), path); err != nil {
 		return made, fmt.Errorf("write backup: %w", err)
 	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return made, fmt.Errorf("write backup: %w", err)
-	}
-	if err := errors.Join(dir.Sync(), dir.Close()); err != nil {
+	if err := durable.SyncDir(filepath.Dir(path)); err != nil {
 		return made, fmt.Errorf("write backup: %w", err)
 	}
 	return made, nil

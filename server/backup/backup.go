@@ -49,6 +49,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/assay-id/assay/server/store/boltkv"
+	"github.com/assay-id/assay/server/store/durable"
 	"github.com/assay-id/assay/server/store/kv"
 )
 
@@ -273,7 +274,7 @@ func (s *Snapshots) write(ctx context.Context, all []Snapshot, rev kv.Rev) (Snap
 	if err := os.Rename(temp.Name(), snapshot.Path); err != nil {
 		return Snapshot{}, err
 	}
-	return snapshot, syncDir(s.dir)
+	return snapshot, durable.SyncDir(s.dir)
 }
 
 // whole returns an error that is boltkv.ErrDamaged unless the file is a store from end to end.
@@ -372,13 +373,4 @@ func newestGood(all []Snapshot) (Snapshot, bool) {
 		}
 	}
 	return Snapshot{}, false
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("sync folder: %w", err)
-	}
-	err = d.Sync()
-	return errors.Join(err, d.Close())
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/boltkv"
+	"github.com/assay-id/assay/server/store/durable"
 )
 
 // ErrExists says that there is a store which Restore was not told to replace.
@@ -82,7 +83,7 @@ func Restore(ctx context.Context, r Restoring) (done *Restored, err error) {
 	if err := os.Rename(hidden, path); err != nil {
 		return nil, fmt.Errorf("restore store: %w", err)
 	}
-	if err := syncDir(r.DataDir); err != nil {
+	if err := durable.SyncDir(r.DataDir); err != nil {
 		return nil, fmt.Errorf("restore store: %w", err)
 	}
 	return done, nil

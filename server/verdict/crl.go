@@ -11,6 +11,7 @@ import (
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/records/stored"
+	"github.com/assay-id/assay/server/store/durable"
 )
 
 // Signer signs lists of revoked certificates; *ca.CA is one.
@@ -106,8 +107,8 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 	s.crl.number = number
 	s.crl.lists.Store(&lists)
 	if s.cfg.CRLPath != "" {
-		if err := replaceFile(s.cfg.CRLPath, PEM(lists)); err != nil {
-			return err
+		if err := durable.Replace(s.cfg.CRLPath, 0o644, PEM(lists)); err != nil {
+			return fmt.Errorf("write lists of revoked certificates: %w", err)
 		}
 	}
 	if s.cfg.CRLChanged == nil {

@@ -6,7 +6,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/assay-id/assay/server/records/stored"
+	"github.com/assay-id/assay/server/store/durable"
 )
 
 // marksFile is a second memory of the marks, beside the store: one line for each, the last one for an
@@ -96,36 +96,7 @@ func (f *marksFile) rewrite(marks map[string]*stored.EvidenceMark) error {
 	}
 	old := f.file
 	f.file = next // it is at its end; all writes go there
-	return errors.Join(old.Close(), syncDir(filepath.Dir(f.path)))
-}
-
-func syncDir(path string) error {
-	dir, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("sync directory: %w", err)
-	}
-	if err := dir.Sync(); err != nil && !errors.Is(err, fs.ErrInvalid) {
-		return errors.Join(fmt.Errorf("sync directory: %w", err), dir.Close())
-	}
-	return dir.Close()
-}
-
-// replaceFile writes a file so that a reader sees the old or the new one, never half of one.
-func replaceFile(path string, content []byte) error {
-	next, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".*")
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	defer func() { _ = os.Remove(next.Name()) }() // gone if it was renamed
-	_, err = next.Write(content)
-	// Those who verify with it run as other users; there is nothing secret in it.
-	if err := errors.Join(err, next.Chmod(0o644), next.Sync(), next.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	if err := os.Rename(next.Name(), path); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return nil
+	return errors.Join(old.Close(), durable.SyncDir(filepath.Dir(f.path)))
 }
 
 // PEM writes lists of revoked certificates one after the other.

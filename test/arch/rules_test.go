@@ -34,6 +34,7 @@ var rules = []rule{
 	{pattern: "server/wire/...", floor: words},
 	{pattern: "agent/admin/wire/...", floor: words, why: "the wire of the agent's own socket, spoken by its command too"},
 	{pattern: "server/store/kv", floor: words},
+	{pattern: "server/store/durable", floor: words, why: "how a file gets onto the disk whole, for all that keep one beside the store"},
 	{pattern: "conf", floor: words},
 
 	{pattern: "attestor/attestortest", floor: tools},

@@ -13,12 +13,13 @@ import (
 	"io/fs"
 	"maps"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
 
 	"github.com/sirupsen/logrus"
+
+	"github.com/assay-id/assay/server/store/durable"
 )
 
 // maxFile is the largest key file that is read. A thousand RSA-4096 keys stay below it.
@@ -145,8 +146,8 @@ func (d *OnDisk) write(next map[string]*signer) error {
 		return err
 	}
 	for _, path := range []string{d.path + ".prev", d.path} {
-		if err := replaceFile(path, text); err != nil {
-			return err
+		if err := durable.Replace(path, 0o600, text); err != nil {
+			return fmt.Errorf("write key file: %w", err)
 		}
 	}
 	d.keys = next
@@ -363,47 +364,6 @@ func readFile(path string) ([]byte, error) {
 		return nil, &damageError{path, fmt.Errorf("over %d bytes", maxFile)}
 	}
 	return text, nil
-}
-
-// replaceFile writes the file so that after a crash at any moment there is the old text or the new.
-func replaceFile(path string, text []byte) (err error) {
-	tmp := path + ".tmp"
-	// A crash may have left one; O_EXCL below then says that nothing else put a link there.
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove stale key file: %w", err)
-	}
-	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return fmt.Errorf("write key file: %w", err)
-	}
-	defer func() {
-		if err != nil {
-			_ = os.Remove(tmp)
-		}
-	}()
-	if _, err := f.Write(text); err != nil {
-		_ = f.Close()
-		return fmt.Errorf("write key file: %w", err)
-	}
-	if err := f.Sync(); err != nil {
-		_ = f.Close()
-		return fmt.Errorf("sync key file: %w", err)
-	}
-	if err := f.Close(); err != nil {
-		return fmt.Errorf("write key file: %w", err)
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return fmt.Errorf("write key file: %w", err)
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return fmt.Errorf("sync folder of key file: %w", err)
-	}
-	defer func() { _ = dir.Close() }()
-	if err := dir.Sync(); err != nil {
-		return fmt.Errorf("sync folder of key file: %w", err)
-	}
-	return nil
 }
 
 // lockFile takes the lock or says who else may hold it. The kernel drops it with the process.

@@ -52,6 +52,7 @@ import (
 	"go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 
+	"github.com/assay-id/assay/server/store/durable"
 	"github.com/assay-id/assay/server/store/kv"
 )
 
@@ -208,7 +209,7 @@ func create(path string, cfg Config) error {
 	if err := os.Link(temp.Name(), path); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	return syncDirectory(dir)
+	return durable.SyncDir(dir)
 }
 
 // letGo closes a file that bbolt cannot be asked to close: it may have panicked and hold its own
@@ -330,18 +331,6 @@ func lock(file *os.File, timeout time.Duration) error {
 		}
 		time.Sleep(20 * time.Millisecond) // flock with a deadline does not exist
 	}
-}
-
-func syncDirectory(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("sync directory: %w", err)
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil {
-		return fmt.Errorf("sync directory %s: %w", dir, err)
-	}
-	return nil
 }
 
 // prepare makes the buckets of a new store, and reads identity and revision.

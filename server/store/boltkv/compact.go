@@ -11,6 +11,7 @@ import (
 
 	"go.etcd.io/bbolt"
 
+	"github.com/assay-id/assay/server/store/durable"
 	"github.com/assay-id/assay/server/store/kv"
 )
 
@@ -132,5 +133,5 @@ func Restore(path string, backup io.Reader) (err error) {
 	if err := os.Rename(temp.Name(), path); err != nil {
 		return fmt.Errorf("restore store: %w", err)
 	}
-	return syncDirectory(dir)
+	return durable.SyncDir(dir)
 }

@@ -36,6 +36,7 @@ import (
 	block "github.com/assay-id/assay/attestor/external"
 	"github.com/assay-id/assay/attestor/plugin"
 	"github.com/assay-id/assay/server/ca/keys"
+	"github.com/assay-id/assay/server/store/durable"
 )
 
 // patience is how long a question may take; some HSMs need their time for RSA-4096 keys.
@@ -118,40 +119,11 @@ func (m *Manager) write(places map[string]place) error {
 	if err != nil {
 		return err
 	}
-	if err := replace(m.path, append(text, '\n')); err != nil {
+	if err := durable.Replace(m.path, 0o600, append(text, '\n')); err != nil {
 		return fmt.Errorf("write which keys the plugin has: %w", err)
 	}
 	m.places = places
 	return nil
-}
-
-// replace writes a file so that it is the old or the new one, whatever happens.
-func replace(path string, text []byte) (err error) {
-	dir := filepath.Dir(path)
-	temporary, err := os.CreateTemp(dir, ".keys-")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(temporary.Name()))
-		}
-	}()
-	_, err = temporary.Write(text)
-	if err == nil {
-		err = temporary.Sync()
-	}
-	if err = errors.Join(err, temporary.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(temporary.Name(), path); err != nil {
-		return err
-	}
-	above, err := os.Open(dir)
-	if err != nil {
-		return nil // it is there; that the directory cannot be synced is no failure to write
-	}
-	return errors.Join(above.Sync(), above.Close())
 }
 
 var kinds = map[keys.Kind]keymanagerv1.KeyType{
