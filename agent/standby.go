@@ -22,6 +22,10 @@ func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
 	turn, err := keep.Take(cfg.DataDir)
 	switch {
 	case err == nil && !cfg.Standby:
+		if err := cfg.vacant(); err != nil {
+			turn.End()
+			return nil, nil, err
+		}
 		return turn, nil, nil
 	case errors.Is(err, keep.ErrInUse) && !cfg.Standby:
 		return nil, nil, fmt.Errorf("%w; end it first, or set standby in agent { } for an agent that waits for the other's end", err)
@@ -56,6 +60,26 @@ func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
 		w.log.WithField("after", cfg.Now().Sub(w.began).String()).Info("the node is this agent's now")
 	}
 	return turn, socket, nil
+}
+
+// vacant says why the agent cannot have its sockets, or nil. It is asked before anything is done that cannot be
+// undone: a join token is good once.
+func (c Config) vacant() error {
+	paths := map[string]string{"admin_socket_path": c.AdminSocketPath}
+	if !c.DisableWorkloadAPI {
+		paths["socket_path"] = c.SocketPath
+	}
+	for key, path := range paths {
+		if path == "" {
+			continue
+		}
+		if err := peer.Vacant(path); errors.Is(err, peer.ErrInUse) {
+			return fmt.Errorf("%s: %w; end it, or name another path", key, err)
+		} else if err != nil {
+			return fmt.Errorf("%s: %w", key, err)
+		}
+	}
+	return nil
 }
 
 // waiting is an agent that stands by, or may have to.

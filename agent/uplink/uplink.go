@@ -283,8 +283,11 @@ func (u *Uplink) Run(ctx context.Context) error {
 		// when the first attempt to mend it has failed too.
 		if failures > 1 && (u.said != cause || u.now().Sub(u.saidAt) >= remindEvery) {
 			u.said, u.saidAt = cause, u.now()
-			u.log.WithError(err).WithFields(logrus.Fields{"server": u.cfg.Target, "rev": u.sink.Held().Rev}).
-				Warn("waiting for the server; workloads are served from what is held meanwhile")
+			what := "waiting for the server; workloads are served from what is held meanwhile"
+			if cause == causeDenied { // what comes of that, join says
+				what = "the server refuses this agent's SVID; the agent asks why, and attests again if it may"
+			}
+			u.log.WithError(err).WithFields(logrus.Fields{"server": u.cfg.Target, "rev": u.sink.Held().Rev}).Warn(what)
 		}
 		if cause == causeDenied {
 			u.self.Denied(own, err)
