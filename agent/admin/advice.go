@@ -38,7 +38,7 @@ func advise(x explanation, p *wire.Process, st Status, held uint64, entries int,
 	case entries == 0:
 		say("The server has given this agent no entries at all. Entries reach it when their parent is %s, or an alias that this node's selectors match; look at those with: assay-server agent show -spiffeID %s",
 			orUnknown(x.parent.String(), orUnknown(st.AgentID.String(), "this agent's ID")), quote(orUnknown(st.AgentID.String(), "AGENT_ID")))
-		out = append(out, elsewhere(x)...)
+		out = append(out, elsewhere(x, st)...)
 		say("To give the process an identity: %s", create(x, st))
 	default:
 		out = append(out, adviseUnmatched(x, st)...)
@@ -122,12 +122,17 @@ func cureUplink(st Status, x explanation) string {
 }
 
 // elsewhere looks for entries that this agent is not given.
-func elsewhere(x explanation) []string {
+func elsewhere(x explanation, st Status) []string {
 	sel := telling(x.facts)
 	if len(sel) == 0 {
 		return nil
 	}
-	return []string{"An entry for it may hang on another parent, or have expired. Look on the server: assay-server entry show -selector " + quote(sel[0].String())}
+	names := orUnknown(st.AgentID.String(), "this agent")
+	if !x.parent.IsZero() && x.parent != st.AgentID {
+		names = x.parent.String() + " and " + names
+	}
+	return []string{fmt.Sprintf("An entry for it may have expired, or hang on a parent that is another node (this one is %s). Look on the server: assay-server entry show -selector %s",
+		names, quote(sel[0].String()))}
 }
 
 // cure is what usually helps an attestor.
@@ -209,7 +214,7 @@ func adviseUnmatched(x explanation, st Status) []string {
 				n.entry.ID, n.entry.SPIFFEID, strings.Join(append(names(wrong), absent...), " and ")))
 		default:
 			out = append(out, "No entry that this agent is given shares a selector with this process.")
-			out = append(out, elsewhere(x)...)
+			out = append(out, elsewhere(x, st)...)
 		}
 	}
 	return append(out, "To give the process an identity of its own: "+create(x, st))
