@@ -28,6 +28,14 @@ var alerts = map[string]struct {
 }{
 	"AssayStoreFull":      {"10m", series{`assay_store_full{instance="a"}`: "0x3 1x10"}, series{`assay_store_full{instance="a"}`: "0x5 1 0x10"}},
 	"AssayStoreFillingUp": {"30m", series{`assay_store_free_bytes{instance="a"}`: "100e6x40"}, series{`assay_store_free_bytes{instance="a"}`: "1e9x40"}},
+	"AssayServerOutOfDescriptors": {
+		"20m", series{`assay_server_connections_refused_total{instance="a",reason="descriptors"}`: "0x15 3x10"},
+		series{`assay_server_connections_refused_total{instance="a",reason="handshake"}`: "0x15 3x10", `assay_server_connections_refused_total{instance="a",reason="descriptors"}`: "3x30"},
+	},
+	"AssayAgentOutOfDescriptors": {
+		"20m", series{`assay_peer_refused_connections_total{instance="n",reason="descriptors"}`: "0x15 3x10"},
+		series{`assay_peer_refused_connections_total{instance="n",reason="dead"}`: "0x15 3x10", `assay_peer_refused_connections_total{instance="n",reason="descriptors"}`: "3x30"},
+	},
 	"AssaySnapshotFailed": {
 		"30m", series{`assay_server_snapshots_total{instance="a",result="failed"}`: "0x10 1x30"},
 		series{`assay_server_snapshots_total{instance="a",result="failed"}`: "1x40", `assay_server_snapshots_total{instance="a",result="ok"}`: "0+1x40"},
