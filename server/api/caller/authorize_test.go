@@ -305,6 +305,33 @@ func TestStreamsEndWithTheRightToThem(t *testing.T) {
 	}
 }
 
+// counting is a stream that counts what goes through it.
+type counting struct {
+	grpc.ServerStream
+	sent, received int
+}
+
+func (c *counting) SendMsg(any) error { c.sent++; return nil }
+func (c *counting) RecvMsg(any) error { c.received++; return nil }
+
+// TestNothingGoesThroughAStreamThatWasCut is about a service that does not look whether its caller is still let
+// in, and goes on sending.
+func TestNothingGoesThroughAStreamThatWasCut(t *testing.T) {
+	ctx, end := context.WithCancelCause(t.Context())
+	wire := &counting{}
+	s := &stream{ServerStream: wire, ctx: ctx}
+	if err := errors.Join(s.SendMsg(nil), s.RecvMsg(nil)); err != nil || wire.sent != 1 || wire.received != 1 {
+		t.Fatalf("before: %v, %+v", err, wire)
+	}
+	end(ended{denied("/assay.feed.v1.Feed/Follow", types.PermissionDeniedDetails_AGENT_BANNED)})
+	if err := s.SendMsg(nil); status.Code(err) != codes.PermissionDenied || wire.sent != 1 {
+		t.Errorf("sent %d, %v", wire.sent, err)
+	}
+	if err := s.RecvMsg(nil); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("received, %v", err)
+	}
+}
+
 func TestTheUnixSocketKnowsItsPeer(t *testing.T) {
 	w := newWorld(t)
 	// A method that nobody may call over the socket leaves an audit line that says who tried.
