@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -136,6 +137,10 @@ func TestAwayPastEveryTTL(t *testing.T) {
 		defer watchSocket(t, a.Socket)()
 	}
 
+	before := map[string]int{}
+	for _, a := range all {
+		before[a.Log] = len(spoken(t, a.Log))
+	}
 	s.Server().Kill()
 	for i, a := range all {
 		t.Run("while the server is away "+filepath.Base(a.Dir)+" serves what is valid, and Unavailable for what is not", func(t *testing.T) {
@@ -187,6 +192,14 @@ func TestAwayPastEveryTTL(t *testing.T) {
 		}
 	}
 
+	t.Run("and their logs say so, and are not filled with it", func(t *testing.T) {
+		for _, a := range all {
+			said := spoken(t, a.Log)[before[a.Log]:]
+			if len(said) == 0 || len(said) > 12 {
+				t.Errorf("%d lines for an operator while the server was away:\n%s", len(said), strings.Join(said, ""))
+			}
+		}
+	})
 	if err := s.StartServer(patiently(t)); err != nil {
 		t.Fatal(err)
 	}
@@ -274,4 +287,16 @@ func waitForTheEnd(t *testing.T, socket string) map[string]bool {
 	case <-t.Context().Done():
 	}
 	return known
+}
+
+// spoken returns the lines of a log that an operator sees.
+func spoken(t *testing.T, path string) []string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(slices.Collect(strings.Lines(string(text))), func(line string) bool {
+		return strings.Contains(line, "level=debug") || strings.Contains(line, "level=trace")
+	})
 }
