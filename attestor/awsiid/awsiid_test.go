@@ -243,12 +243,14 @@ func TestProof(t *testing.T) {
 		}
 	})
 	t.Run("an instance that was stopped is refused", func(t *testing.T) {
-		stopped := c.Instances[instance]
-		stopped.State = "terminated"
-		c.Lock()
-		c.Instances[instance] = stopped
-		c.Unlock()
-		refuse(t, proving(c)+looking(c), answer, "does not run")
+		for _, state := range []string{"stopping", "stopped", "shutting-down", "terminated", "", "of another world"} {
+			stopped := c.Instances[instance]
+			stopped.State = state
+			c.Lock()
+			c.Instances[instance] = stopped
+			c.Unlock()
+			refuse(t, proving(c)+looking(c), answer, "does not run")
+		}
 	})
 	t.Run("an instance of another role than it proves is refused", func(t *testing.T) {
 		changed := c.Instances[instance]
@@ -257,6 +259,23 @@ func TestProof(t *testing.T) {
 		c.Instances[instance] = changed
 		c.Unlock()
 		refuse(t, proving(c)+looking(c), answer, "another role")
+	})
+	t.Run("AWS that hangs is given up with the context", func(t *testing.T) {
+		slow, hang := newCloud(t), make(chan struct{})
+		defer close(hang)
+		judge := openJudge(t, proving(slow)+looking(slow))
+		slow.Trouble = func(_ http.ResponseWriter, r *http.Request) bool {
+			select {
+			case <-hang:
+			case <-r.Context().Done():
+			}
+			return true
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		if proof, err := judge.Judge(ctx, payload, answer); !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, attestor.ErrEvidence) {
+			t.Errorf("%+v, %v", proof, err)
+		}
 	})
 	t.Run("AWS in trouble is nobody's fault", func(t *testing.T) {
 		for why, trouble := range map[string]func(http.ResponseWriter, *http.Request) bool{

@@ -2,6 +2,7 @@ package ecs_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/attestortest"
+	"github.com/assay-id/assay/attestor/awsapi"
 	"github.com/assay-id/assay/attestor/ecs"
 	"github.com/assay-id/assay/attestor/ecs/node"
 	"github.com/assay-id/assay/attestor/ecs/server"
@@ -225,6 +227,36 @@ func TestNode(t *testing.T) {
 			}
 			if _, _, err := n.Evidence(t.Context()); err == nil {
 				t.Errorf("%s: no error", why)
+			}
+		}
+	})
+	t.Run("a credentials service that redirects, babbles, floods or has none answers no challenge", func(t *testing.T) {
+		for why, trouble := range map[string]func(http.ResponseWriter, *http.Request){
+			"redirects": func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) },
+			"babbles":   func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "hello") },
+			"floods":    func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 2<<20)) },
+			"has none":  func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "{}") },
+			"refuses":   func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusForbidden) },
+		} {
+			c := newCloud(t)
+			c.Trouble = func(w http.ResponseWriter, r *http.Request) bool {
+				if !strings.HasPrefix(r.URL.Path, "/v2/credentials/") {
+					return false
+				}
+				trouble(w, r)
+				return true
+			}
+			n, err := node.Kind().Open(&ecs.AgentConfig{MetadataURI: c.MetadataURI(arn), CredentialsURI: c.CredentialsURI()}, attestor.Needs{TrustDomain: attestortest.TrustDomain})
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, answer, err := n.Evidence(t.Context())
+			if err != nil {
+				t.Fatalf("%s: %v", why, err)
+			}
+			question, _ := json.Marshal(awsapi.Challenge{Region: "us-east-1", Nonce: make([]byte, awsapi.NonceSize)})
+			if said, err := answer(t.Context(), question); err == nil {
+				t.Errorf("%s: it answers %s", why, said)
 			}
 		}
 	})

@@ -275,6 +275,9 @@ func (o only) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.
 
 func (r *found) print(w io.Writer) error {
 	_, err := fmt.Fprintf(w, "Written      %s\nThe node     %s: %s\nIt proves    %s\n", r.Config, r.Node.Type, r.Node.Why, r.Node.Proves)
+	if err == nil && r.Unproved != "" {
+		_, err = fmt.Fprintf(w, "             NOT shown now: %s\n", r.Unproved)
+	}
 	for _, way := range r.Workloads {
 		if err == nil {
 			_, err = fmt.Fprintf(w, "Workloads    %s: %s\n", way.Type, way.Why)
@@ -283,16 +286,14 @@ func (r *found) print(w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	if r.Unproved != "" {
-		if _, err := fmt.Fprintf(w, "              which this machine CANNOT show now: %s\n", r.Unproved); err != nil {
-			return err
-		}
-	}
 	switch {
 	case r.Problem != "":
 		_, err = fmt.Fprintf(w, "The server   %s: NOT reached: %s\n", r.Server, r.Problem)
 	case r.Reached:
-		_, err = fmt.Fprintf(w, "The server   %s: reached, and it is the one of the bundle\nNext         systemctl enable --now assay-agent\n", r.Server)
+		_, err = fmt.Fprintf(w, "The server   %s: reached, and it is the one of the bundle\n", r.Server)
+		if err == nil && r.Unproved == "" {
+			_, err = fmt.Fprintln(w, "Next         systemctl enable --now assay-agent")
+		}
 	default:
 		_, err = fmt.Fprintf(w, "The server   %s: not tried\n", r.Server)
 	}

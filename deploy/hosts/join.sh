@@ -19,7 +19,8 @@ if ! command -v assay-agent >/dev/null; then
 	esac
 fi
 if [ ! -e /etc/assay/agent.hcl ]; then
-	assay-agent setup -noQuestions -trustDomain "$trust_domain" -serverAddress "$server" "$@"
+	# What it cannot reach or show yet, the agent tries again by itself.
+	assay-agent setup -noQuestions -trustDomain "$trust_domain" -serverAddress "$server" "$@" || [ -e /etc/assay/agent.hcl ]
 fi
 systemctl enable --now assay-agent.service
 assay-agent healthcheck -wait 60s

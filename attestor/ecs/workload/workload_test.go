@@ -152,6 +152,44 @@ func TestSidecar(t *testing.T) {
 	})
 }
 
+func TestASidecarsMetadataServiceThatIsNotToBeBelieved(t *testing.T) {
+	hang := make(chan struct{})
+	defer close(hang)
+	id := taskID + "-2495160603"
+	say := func(text string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, text) }
+	}
+	const containers = `"Cluster":"prod","Family":"shop","Revision":"26","Containers":[`
+	for why, h := range map[string]http.HandlerFunc{
+		"it hangs": func(_ http.ResponseWriter, r *http.Request) {
+			select {
+			case <-hang:
+			case <-r.Context().Done():
+			}
+		},
+		"it redirects":                 func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/elsewhere", http.StatusFound) },
+		"it floods":                    func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, 2<<20)) },
+		"it babbles":                   say("hello"),
+		"it fails":                     func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusInternalServerError) },
+		"it names no task":             say(`{"TaskARN":"arn:aws:ecs:us-east-1:` + account + `:task/../x",` + containers + `{"DockerId":"` + id + `","Name":"web"}]}`),
+		"it names another task":        say(`{"TaskARN":"arn:aws:ecs:us-east-1:` + account + `:task/prod/0f9de17a6465404e8b1b2356dc13c2f8",` + containers + `{"DockerId":"` + id + `","Name":"web"}]}`),
+		"it names the container twice": say(`{"TaskARN":"` + arn + `",` + containers + `{"DockerId":"` + id + `","Name":"web"},{"DockerId":"` + id + `","Name":"db"}]}`),
+	} {
+		t.Run(why, func(t *testing.T) {
+			s := httptest.NewServer(h)
+			t.Cleanup(s.Close)
+			opened, err := Kind().Open(&ecs.WorkloadConfig{Sidecar: true, MetadataURI: s.URL + "/v4/x", Timeout: "300ms"}, attestor.Needs{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := attestor.Process{PID: 1, Proc: processes(t, "1:name=systemd:/ecs/"+taskID+"/"+id)}
+			if found, err := opened.Attest(t.Context(), p); err == nil || len(found) > 0 {
+				t.Errorf("%v, %v", found, err)
+			}
+		})
+	}
+}
+
 func openAt(t *testing.T, url string) *workload {
 	t.Helper()
 	opened, err := Kind().Open(&ecs.WorkloadConfig{IntrospectionEndpoint: url, Timeout: "300ms"}, attestor.Needs{})
