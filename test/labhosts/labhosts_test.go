@@ -148,7 +148,7 @@ func TestHosts(t *testing.T) {
 func (w *world) join(t *testing.T, r *report, all []*node, deb, tpm string) {
 	began := time.Now()
 	proves := map[string]string{
-		"x509pop": "x509pop:subject:cn:", "tpm": "tpm:pcr:sha256:7:", "vsphere": "vsphere:secure-rpc:true", "aws_iid": "aws_iid:region:us-east-1", "join_token": "",
+		"x509pop": "x509pop:subject:cn:", "tpm": "tpm:pcr:sha256:7:", "vsphere": "vsphere:secure-rpc:true", "aws_iid": "aws_iid:tag:tier:front", "join_token": "",
 	}
 	took := make([]time.Duration, len(all))
 	beside(t, all, func(ctx context.Context, n *node) error {

@@ -47,6 +47,14 @@ func (w *world) newCloud() {
 		ID: "ASIA0123456789ABCDEF", Secret: "secret", Token: "token", Account: account,
 		ARN: "arn:aws:sts::" + account + ":assumed-role/web/" + instance,
 	})
+	// The server's credentials are of another account, so it looks the instance up with a role in the instance's.
+	const server = "arn:aws:iam::210987654321:user/assay"
+	c.Keys["AKIASERVER"] = aws.Key{ID: "AKIASERVER", Secret: "s3cret", Account: "210987654321", ARN: server}
+	c.Roles["arn:aws:iam::"+account+":role/assay-lookup"] = aws.Role{Trust: []string{server}, ExternalID: "of-assay"}
+	c.Instances[instance] = aws.Instance{
+		ID: instance, Account: account, State: "running", Profile: "arn:aws:iam::" + account + ":instance-profile/web-profile", Role: "web",
+		Tags: map[string]string{"tier": "front"},
+	}
 	w.cloud = c
 	must(t, serve(t, w.server, "127.0.0.1:8100", c))
 }
@@ -124,7 +132,9 @@ func (w *world) onTPM(ctx context.Context, n *node, tpm string) error {
 	}
 	n.agent, err = w.site.NewAgent(ctx, n.name, site.AgentOptions{
 		Netns: n.host.Netns(), Trust: w.trust(),
-		Blocks: fmt.Sprintf("node_attestor \"tpm\" {\n  tpm_path = %q\n}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}\n", tpm, "unix://"+engine.Socket()) + telemetry,
+		Blocks: fmt.Sprintf("node_attestor \"tpm\" {\n  tpm_path = %q\n}\nworkload_attestor \"docker\" {\n  docker_socket_path = %q\n}\n", tpm, "unix://"+engine.Socket()) +
+			// What it keeps over its reboots is sealed to what was booted.
+			fmt.Sprintf("key_manager \"tpm\" {\n  tpm_path = %q\n  pcrs = [0, 7]\n}\n", tpm) + telemetry,
 	})
 	if err != nil {
 		return err

@@ -197,7 +197,14 @@ node_attestor "aws_iid" {
   region_certificates = { "us-east-1" = %q }
   instance_roles      = ["web"]
   require_proof       = true
+  lookup_instance     = true
+  assume_role         = "assay-lookup"
+  external_id         = "of-assay"
+  access_key_id       = "AKIASERVER"
+  secret_access_key   = "s3cret"
   sts_endpoint        = "http://127.0.0.1:8100"
+  ec2_endpoint        = "http://127.0.0.1:8100"
+  iam_endpoint        = "http://127.0.0.1:8100"
 }
 telemetry {
   prometheus {
