@@ -275,7 +275,7 @@ node_attestor "join_token" {}
   # How often that is asked again, many instances at a time: selectors of agents follow, and the agent of an
   # instance that was terminated is evicted.
   #refresh_interval = "1m"
-  # Credentials for that; by default those of the environment, then those of the server's own instance.
+  # Credentials for that; by default those of the environment, then those of the server's own pod, task or instance.
   #access_key_id     = ""
   #secret_access_key = ""
   # Addresses in place of AWS's public ones, and of the server's own metadata service.
@@ -302,7 +302,7 @@ node_attestor "join_token" {}
     #external_id = "of-assay"
   #}
   #refresh_interval = "1m"
-  # Credentials for that; by default those of the environment, then those of the server's own task or instance.
+  # Credentials for that; by default those of the environment, then those of the server's own pod, task or instance.
   #access_key_id     = ""
   #secret_access_key = ""
   # Addresses in place of AWS's public ones, and of the server's own metadata service.

@@ -113,10 +113,7 @@ func (a *assumed) orElse(now time.Time, err error) (Credentials, error) {
 
 func (a *assumed) ask(ctx context.Context, region string) (Credentials, time.Time, error) {
 	var said struct {
-		ID      string    `xml:"AssumeRoleResult>Credentials>AccessKeyId"`
-		Secret  string    `xml:"AssumeRoleResult>Credentials>SecretAccessKey"`
-		Token   string    `xml:"AssumeRoleResult>Credentials>SessionToken"`
-		Expires time.Time `xml:"AssumeRoleResult>Credentials>Expiration"`
+		Got issued `xml:"AssumeRoleResult>Credentials"`
 	}
 	form := url.Values{
 		"Action": {"AssumeRole"}, "Version": {"2011-06-15"}, "RoleArn": {a.role.ARN}, "RoleSessionName": {a.role.Session},
@@ -131,8 +128,24 @@ func (a *assumed) ask(ctx context.Context, region string) (Credentials, time.Tim
 		return Credentials{}, time.Time{}, fmt.Errorf("assume role %s: %w; allow the server's credentials sts:AssumeRole of it, name them in its trust policy, and set external_id if that asks for one", a.role.ARN, err)
 	case err != nil:
 		return Credentials{}, time.Time{}, fmt.Errorf("assume role %s: %w", a.role.ARN, err)
-	case said.ID == "" || said.Secret == "" || said.Token == "" || !said.Expires.After(a.by.now()):
+	case !said.Got.good(a.by.now()):
 		return Credentials{}, time.Time{}, fmt.Errorf("assume role %s: STS answers without credentials that are good", a.role.ARN)
 	}
-	return Credentials{ID: said.ID, Secret: said.Secret, Token: said.Token}, said.Expires, nil
+	return said.Got.credentials(), said.Got.Expires, nil
+}
+
+// issued are credentials as STS writes them.
+type issued struct {
+	ID      string    `xml:"AccessKeyId"`
+	Secret  string    `xml:"SecretAccessKey"`
+	Token   string    `xml:"SessionToken"`
+	Expires time.Time `xml:"Expiration"`
+}
+
+func (i issued) good(now time.Time) bool {
+	return i.ID != "" && i.Secret != "" && i.Token != "" && i.Expires.After(now)
+}
+
+func (i issued) credentials() Credentials {
+	return Credentials{ID: i.ID, Secret: i.Secret, Token: i.Token}
 }

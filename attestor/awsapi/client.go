@@ -42,7 +42,7 @@ var (
 // Config is how to reach AWS's services, and as whom.
 type Config struct {
 	// AccessKeyID and SecretAccessKey are the credentials; without them those of the environment, of the
-	// task and of the instance that this runs on.
+	// pod, of the task and of the instance that this runs on.
 	AccessKeyID, SecretAccessKey string
 	// MetadataEndpoint is where the instance's metadata service is, if not at its usual address.
 	MetadataEndpoint string
@@ -213,7 +213,7 @@ func (c *Client) own(ctx context.Context, endpoint, service, region string, r Re
 }
 
 // credentials returns those of the role that is assumed, the configured ones, those of the environment, of the
-// task, or of the instance.
+// pod, of the task, or of the instance.
 func (c *Client) credentials(ctx context.Context, region string) (Credentials, error) {
 	if c.assumed != nil {
 		return c.assumed.credentials(ctx, region)
@@ -229,7 +229,13 @@ func (c *Client) credentials(ctx context.Context, region string) (Credentials, e
 	if c.now().Before(c.until) {
 		return c.kept, nil
 	}
-	found, err := TaskCredentials(ctx)
+	found, err := c.webIdentity(ctx, region)
+	if errors.Is(err, ErrNotThere) {
+		found, err = podCredentials(ctx)
+	}
+	if errors.Is(err, ErrNotThere) {
+		found, err = TaskCredentials(ctx)
+	}
 	if errors.Is(err, ErrNotThere) {
 		found, err = c.metadata.RoleCredentials(ctx)
 	}

@@ -43,9 +43,17 @@ func Local(ctx context.Context, what, address string, into any) error {
 	if err != nil || !isLocal(u) {
 		return fmt.Errorf("%s: it is not at an address of this host or its link", what)
 	}
+	return local(ctx, what, u, "", into)
+}
+
+// local asks as Local does, with a token if there is one.
+func local(ctx context.Context, what string, u *url.URL, token string, into any) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil) //nolint:gosec // G704: it goes to this host or its link, see above
 	if err != nil {
 		return err
+	}
+	if token != "" {
+		req.Header.Set("Authorization", token)
 	}
 	resp, err := taskClient.Do(req) //nolint:gosec // G704: likewise
 	if err != nil {
@@ -102,15 +110,23 @@ func TaskCredentials(ctx context.Context) (Credentials, error) {
 
 // CredentialsAt returns the credentials that are at an address.
 func CredentialsAt(ctx context.Context, address string) (Credentials, error) {
-	var said struct {
-		AccessKeyId, SecretAccessKey, Token string // AWS's names
-		Expiration                          time.Time
-	}
-	if err := Local(ctx, "the service with the task's credentials", address, &said); err != nil {
+	const what = "the service with the task's credentials"
+	var said handedOut
+	if err := Local(ctx, what, address, &said); err != nil {
 		return Credentials{}, err
 	}
-	if said.AccessKeyId == "" || said.SecretAccessKey == "" {
-		return Credentials{}, errors.New("the service with the task's credentials has none")
+	return said.credentials(what)
+}
+
+// handedOut are credentials as services beside a program write them.
+type handedOut struct {
+	AccessKeyId, SecretAccessKey, Token string // AWS's names
+	Expiration                          time.Time
+}
+
+func (h handedOut) credentials(what string) (Credentials, error) {
+	if h.AccessKeyId == "" || h.SecretAccessKey == "" {
+		return Credentials{}, errors.New(what + " has none")
 	}
-	return Credentials{ID: said.AccessKeyId, Secret: said.SecretAccessKey, Token: said.Token}, nil
+	return Credentials{ID: h.AccessKeyId, Secret: h.SecretAccessKey, Token: h.Token}, nil
 }

@@ -47,16 +47,38 @@ func (c *Cloud) assume(w http.ResponseWriter, form url.Values, by Key) {
 		refuse(http.StatusForbidden, "AccessDenied")
 		return
 	}
+	key := c.issue(arn, session, time.Duration(seconds)*time.Second)
+	fmt.Fprintf(w, assumed, "AssumeRole", session, key.ARN, key.ID, key.Secret, key.Token, key.Until.UTC().Format(time.RFC3339))
+}
+
+// assumed is STS's answer; %[1]s is the operation.
+const assumed = `<%[1]sResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><%[1]sResult><AssumedRoleUser><AssumedRoleId>AROA:%[2]s</AssumedRoleId><Arn>%[3]s</Arn></AssumedRoleUser><Credentials><AccessKeyId>%[4]s</AccessKeyId><SecretAccessKey>%[5]s</SecretAccessKey><SessionToken>%[6]s</SessionToken><Expiration>%[7]s</Expiration></Credentials></%[1]sResult></%[1]sResponse>`
+
+// assumeByWeb issues credentials of a role to the bearer of a service account's token. Nothing is signed.
+func (c *Cloud) assumeByWeb(w http.ResponseWriter, r *http.Request, form url.Values) {
+	arn := form.Get("RoleArn")
+	if want, ok := c.WebTokens[arn]; !ok || form.Get("WebIdentityToken") != want || !sessionName.MatchString(form.Get("RoleSessionName")) ||
+		form.Get("Version") != "2011-06-15" || r.Header.Get("Authorization") != "" {
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprint(w, `<ErrorResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><Error><Type>Sender</Type><Code>InvalidIdentityToken</Code></Error></ErrorResponse>`)
+		return
+	}
+	key := c.issue(arn, form.Get("RoleSessionName"), time.Hour)
+	fmt.Fprintf(w, assumed, "AssumeRoleWithWebIdentity", form.Get("RoleSessionName"), key.ARN, key.ID, key.Secret, key.Token, key.Until.UTC().Format(time.RFC3339))
+}
+
+// issue makes the key of a session.
+func (c *Cloud) issue(arn, session string, lasting time.Duration) Key {
+	parts := strings.SplitN(arn, ":", 6)
 	name := arn[strings.LastIndexByte(arn, '/')+1:]
-	n := c.Asked["AssumeRole"]
+	n := c.Asked["AssumeRole"] + c.Asked["AssumeRoleWithWebIdentity"]
 	key := Key{
 		ID: fmt.Sprintf("ASIA%012d", n), Secret: fmt.Sprintf("secret of session %d", n), Token: fmt.Sprintf("token of session %d", n),
 		Account: parts[4], ARN: "arn:" + parts[1] + ":sts::" + parts[4] + ":assumed-role/" + name + "/" + session,
-		Until: c.now().Add(time.Duration(seconds) * time.Second),
+		Until: c.now().Add(lasting),
 	}
 	c.Keys[key.ID] = key
-	fmt.Fprintf(w, `<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/"><AssumeRoleResult><AssumedRoleUser><AssumedRoleId>AROA:%s</AssumedRoleId><Arn>%s</Arn></AssumedRoleUser><Credentials><AccessKeyId>%s</AccessKeyId><SecretAccessKey>%s</SecretAccessKey><SessionToken>%s</SessionToken><Expiration>%s</Expiration></Credentials></AssumeRoleResult></AssumeRoleResponse>`,
-		session, key.ARN, key.ID, key.Secret, key.Token, key.Until.UTC().Format(time.RFC3339))
+	return key
 }
 
 // accountsPage is how many accounts AWS shows at a time.

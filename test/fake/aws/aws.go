@@ -53,6 +53,10 @@ type Cloud struct {
 	Roles      map[string]Role
 	Accounts   map[string]string
 	Management string
+	// WebTokens are tokens of service accounts by the ARN of the role they are good for, PodToken is what the
+	// agent of EKS's Pod Identity asks for, at /v1/credentials, before it hands out Role.
+	WebTokens map[string]string
+	PodToken  string
 	// Now is the clock that requests are dated and keys end by; time.Now if nil.
 	Now func() time.Time
 	// Page is how many instances EC2 shows at a time; 0 is all.
@@ -69,7 +73,7 @@ type Cloud struct {
 
 // New starts the services; Close ends them.
 func New() *Cloud {
-	c := &Cloud{Metadata: map[string]string{}, Keys: map[string]Key{}, Instances: map[string]Instance{}, Tasks: map[string]Task{}, Roles: map[string]Role{}, Accounts: map[string]string{}, Asked: map[string]int{}, tokens: map[string]time.Time{}}
+	c := &Cloud{Metadata: map[string]string{}, Keys: map[string]Key{}, Instances: map[string]Instance{}, Tasks: map[string]Task{}, Roles: map[string]Role{}, Accounts: map[string]string{}, WebTokens: map[string]string{}, Asked: map[string]int{}, tokens: map[string]time.Time{}}
 	c.server = httptest.NewServer(c)
 	return c
 }
@@ -112,6 +116,11 @@ func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	body, err := io.ReadAll(io.LimitReader(r.Body, 1<<20))
 	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	if form, err := url.ParseQuery(string(body)); err == nil && form.Get("Action") == "AssumeRoleWithWebIdentity" {
+		c.Asked[form.Get("Action")]++
+		c.assumeByWeb(w, r, form)
 		return
 	}
 	key, service, err := c.verify(r, string(body))

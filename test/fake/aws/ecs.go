@@ -54,6 +54,12 @@ func (c *Cloud) beside(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusOK, map[string]any{
 			"RoleArn": c.Role.ARN, "AccessKeyId": c.Role.ID, "SecretAccessKey": c.Role.Secret, "Token": c.Role.Token, "Expiration": time.Now().Add(time.Hour),
 		})
+	case path == "/v1/credentials" && c.PodToken != "" && r.Header.Get("Authorization") == c.PodToken:
+		answer(w, http.StatusOK, map[string]any{
+			"AccountId": c.Role.Account, "AccessKeyId": c.Role.ID, "SecretAccessKey": c.Role.Secret, "Token": c.Role.Token, "Expiration": time.Now().Add(time.Hour),
+		})
+	case path == "/v1/credentials":
+		w.WriteHeader(http.StatusUnauthorized)
 	case strings.HasPrefix(path, "/v4/") && strings.HasSuffix(path, "/task"):
 		for _, t := range c.Tasks {
 			if strings.HasSuffix(t.ARN, "/"+strings.Split(path, "/")[2]) {

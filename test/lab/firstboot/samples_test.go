@@ -49,6 +49,8 @@ func TestSamplesAreWellFormed(t *testing.T) {
 	})
 	t.Run("policies allow what they say and nothing else", func(t *testing.T) {
 		want := map[string][]string{
+			"server-assume-policy.json":  {"sts:AssumeRole"},
+			"lookup-trust-policy.json":   {"sts:AssumeRole"},
 			"server-policy.json":         {"ec2:DescribeInstances", "ecs:DescribeTasks", "iam:GetInstanceProfile"},
 			"instance-trust-policy.json": {"sts:AssumeRole"},
 		}
@@ -66,6 +68,7 @@ func TestSamplesAreWellFormed(t *testing.T) {
 				Statement []struct {
 					Sid, Effect, Action, Resource string
 					Principal                     map[string]string
+					Condition                     map[string]map[string]string
 				}
 			}
 			d := json.NewDecoder(strings.NewReader(string(text)))
@@ -79,8 +82,19 @@ func TestSamplesAreWellFormed(t *testing.T) {
 				if s.Effect != "Allow" || (s.Resource == "") == (len(s.Principal) == 0) {
 					t.Errorf("%s: %+v", file, s)
 				}
-				if s.Action == "sts:AssumeRole" && s.Principal["Service"] != "ec2.amazonaws.com" {
-					t.Errorf("%s: %v may pose as an instance", file, s.Principal)
+				switch filepath.Base(file) {
+				case "server-assume-policy.json":
+					if !strings.HasSuffix(s.Resource, ":role/assay-lookup") {
+						t.Errorf("%s: the server may assume %s", file, s.Resource)
+					}
+				case "lookup-trust-policy.json":
+					if s.Condition["StringEquals"]["sts:ExternalId"] == "" || !strings.HasSuffix(s.Principal["AWS"], ":role/assay-server") {
+						t.Errorf("%s: %v may look up, if %v", file, s.Principal, s.Condition)
+					}
+				default:
+					if s.Action == "sts:AssumeRole" && s.Principal["Service"] != "ec2.amazonaws.com" {
+						t.Errorf("%s: %v may pose as an instance", file, s.Principal)
+					}
 				}
 			}
 			slices.Sort(actions)
