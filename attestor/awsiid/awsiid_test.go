@@ -368,9 +368,14 @@ func TestAgentPathTemplate(t *testing.T) {
 	if err != nil || proof.Path != "aws_iid/us-east-1/"+instance {
 		t.Errorf("%+v, %v", proof, err)
 	}
-	judge = openJudge(t, judgeConfig+"\nagent_path_template = \"{{ .PluginName }}/{{ .Tags.tier }}\"")
-	if proof, err := judge.Judge(t.Context(), read(t, "testdata/real.json"), mustNotAsk(t)); !errors.Is(err, attestor.ErrEvidence) {
-		t.Errorf("with what is not there: %+v, %v", proof, err)
+	for template, want := range map[string]string{
+		"{{ .PluginName }}/{{ .InstanceID }}/{{ .Tags.tier }}": "no .Tags",
+		"{{ .PluginName }}/{{ .AccountID }}/{{ .Region }}":     "all instances would have one path",
+	} {
+		config := awsiid.ServerConfig{AccountIDs: []string{account}, AgentPathTemplate: template}
+		if _, err := server.Kind().Open(&config, attestor.Needs{}); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", template, err)
+		}
 	}
 }
 

@@ -78,6 +78,9 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 		template = awsiid.DefaultAgentPath
 	}
 	path, err := agentpath.Parse(template)
+	if err == nil {
+		err = tellsApart(path)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -102,6 +105,27 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	return j, err
 }
 
+// tellsApart checks that the agents of two instances have two paths, and that there is all that the template asks
+// for: else every instance would be refused, or one let in under another's ID.
+func tellsApart(path *agentpath.Template) error {
+	var made [2]string
+	for i, id := range []string{"i-0123456789abcdef0", "i-0fedcba9876543210"} {
+		one, err := path.Path(pathValues(awsiid.Document{AccountID: "123456789012", Region: "us-east-1", InstanceID: id}))
+		if err != nil {
+			return fmt.Errorf("agent_path_template: %w; there are .PluginName, .AccountID, .Region and .InstanceID, and no .Tags, which change", err)
+		}
+		made[i] = one
+	}
+	if made[0] == made[1] {
+		return errors.New("agent_path_template: all instances would have one path; put {{ .InstanceID }} into it")
+	}
+	return nil
+}
+
+func pathValues(d awsiid.Document) map[string]any {
+	return map[string]any{"PluginName": awsiid.Type, "AccountID": d.AccountID, "Region": d.Region, "InstanceID": d.InstanceID}
+}
+
 // Judge verifies the document, challenges an agent that can answer, and describes the instance.
 func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (attestor.Proof, error) {
 	if err := ctx.Err(); err != nil {
@@ -121,9 +145,7 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 	if err := j.accept(ctx, document.AccountID); err != nil {
 		return attestor.Proof{}, err
 	}
-	path, err := j.path.Path(map[string]any{
-		"PluginName": awsiid.Type, "AccountID": document.AccountID, "Region": document.Region, "InstanceID": document.InstanceID,
-	})
+	path, err := j.path.Path(pathValues(document))
 	if err != nil {
 		return attestor.Proof{}, attestor.Refusef("%w", err)
 	}
