@@ -16,7 +16,7 @@ import (
 const (
 	// roleARN and webToken are variables that EKS sets in pods whose service account has a role, and sessionName
 	// one that an operator may.
-	roleARN, webToken, sessionName = "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_SESSION_NAME"
+	roleARN, webToken, sessionName = "AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_SESSION_NAME" //nolint:gosec // names of variables
 	// fullURI and podToken are those of EKS's Pod Identity.
 	fullURI, podToken = "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE" //nolint:gosec // names of variables
 	// maxToken is the largest token in bytes.
