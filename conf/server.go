@@ -34,6 +34,10 @@ type Server struct {
 	JWTSVIDTTL  time.Duration
 	AgentTTL    time.Duration // 0: as X509SVIDTTL
 	DisableJWT  bool
+	// PruneExpiredFor is how long after their SVID expired agents are forgotten, 0 never, and PruneOnce whether
+	// those are too that cannot attest again.
+	PruneExpiredFor time.Duration
+	PruneOnce       bool
 	// NewAuthorityOnLostKey lets the server begin with a new authority if the key of the old is gone.
 	NewAuthorityOnLostKey bool
 
@@ -117,6 +121,8 @@ type serverBlock struct {
 	X509SVIDTTL string        `hcl:"default_x509_svid_ttl,optional"`
 	JWTSVIDTTL  string        `hcl:"default_jwt_svid_ttl,optional"`
 	AgentTTL    string        `hcl:"agent_ttl,optional"`
+	PruneFor    string        `hcl:"prune_attested_nodes_expired_for,optional"`
+	PruneOnce   bool          `hcl:"prune_tofu_nodes,optional"`
 	DisableJWT  bool          `hcl:"disable_jwt_svids,optional"`
 	WIT         bool          `hcl:"wit_svids,optional"`
 	WITIssuer   string        `hcl:"wit_issuer,optional"`
@@ -204,24 +210,27 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 // server checks the server block; this is where the defaults are.
 func (l *loader) server(b *serverBlock) *Server {
 	s := &Server{
-		TrustDomain:  l.trustDomain("server.trust_domain", b.TrustDomain),
-		BindAddress:  l.ip("server.bind_address", b.BindAddress, "0.0.0.0"),
-		BindPort:     l.port("server.bind_port", b.BindPort, 8081, 0),
-		SocketPath:   l.socket("server.socket_path", b.SocketPath, DefaultServerSocket),
-		DataDir:      l.directory("server.data_dir", b.DataDir, "it names the directory for the server's store and keys"),
-		AuditFile:    l.inFile("server.audit_log_file", b.AuditFile),
-		Log:          l.log("server", b.LogLevel, b.LogFormat, b.LogFile, b.LogSource),
-		CATTL:        l.duration("server.ca_ttl", b.CATTL, 24*time.Hour, time.Minute),
-		CAKeyType:    l.oneOf("server.ca_key_type", b.CAKeyType, keyTypes...),
-		JWTIssuer:    b.JWTIssuer,
-		X509SVIDTTL:  l.duration("server.default_x509_svid_ttl", b.X509SVIDTTL, time.Hour, time.Second),
-		JWTSVIDTTL:   l.duration("server.default_jwt_svid_ttl", b.JWTSVIDTTL, 5*time.Minute, time.Second),
-		AgentTTL:     l.duration("server.agent_ttl", b.AgentTTL, 0, time.Second),
-		DisableJWT:   b.DisableJWT,
-		WIT:          b.WIT,
-		WITIssuer:    b.WITIssuer,
-		AdminIDs:     l.ids("server.admin_ids", b.AdminIDs),
-		RequirePQKEM: b.RequirePQKEM,
+		TrustDomain: l.trustDomain("server.trust_domain", b.TrustDomain),
+		BindAddress: l.ip("server.bind_address", b.BindAddress, "0.0.0.0"),
+		BindPort:    l.port("server.bind_port", b.BindPort, 8081, 0),
+		SocketPath:  l.socket("server.socket_path", b.SocketPath, DefaultServerSocket),
+		DataDir:     l.directory("server.data_dir", b.DataDir, "it names the directory for the server's store and keys"),
+		AuditFile:   l.inFile("server.audit_log_file", b.AuditFile),
+		Log:         l.log("server", b.LogLevel, b.LogFormat, b.LogFile, b.LogSource),
+		CATTL:       l.duration("server.ca_ttl", b.CATTL, 24*time.Hour, time.Minute),
+		CAKeyType:   l.oneOf("server.ca_key_type", b.CAKeyType, keyTypes...),
+		JWTIssuer:   b.JWTIssuer,
+		X509SVIDTTL: l.duration("server.default_x509_svid_ttl", b.X509SVIDTTL, time.Hour, time.Second),
+		JWTSVIDTTL:  l.duration("server.default_jwt_svid_ttl", b.JWTSVIDTTL, 5*time.Minute, time.Second),
+		AgentTTL:    l.duration("server.agent_ttl", b.AgentTTL, 0, time.Second),
+
+		PruneExpiredFor: l.duration("server.prune_attested_nodes_expired_for", b.PruneFor, 0, time.Second),
+		DisableJWT:      b.DisableJWT,
+		PruneOnce:       b.PruneOnce,
+		WIT:             b.WIT,
+		WITIssuer:       b.WITIssuer,
+		AdminIDs:        l.ids("server.admin_ids", b.AdminIDs),
+		RequirePQKEM:    b.RequirePQKEM,
 
 		NewAuthorityOnLostKey: b.NewOnLost,
 

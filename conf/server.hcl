@@ -64,6 +64,11 @@ server {
   #default_jwt_svid_ttl  = "5m"
   #agent_ttl             = "1h"
 
+  # Forget agents whose SVID expired so long ago, as "agent purge" does: never by default, and those that are banned not
+  # at all. Agents that cannot attest again are kept, since they are what keeps their evidence from being used again.
+  #prune_attested_nodes_expired_for = "720h"
+  #prune_tofu_nodes                 = false
+
   # The iss claim of JWT-SVIDs, none by default; or no JWT-SVIDs at all.
   #jwt_issuer        = "https://oidc.example.org"
   #disable_jwt_svids = false

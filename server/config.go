@@ -66,6 +66,11 @@ type Config struct {
 	// bundle of that trust domain.
 	AdminIDs []spiffeid.ID
 
+	// PruneExpiredFor is how long after its SVID expired an agent is forgotten. 0: never. PruneOnce is for
+	// those too that cannot attest again.
+	PruneExpiredFor time.Duration
+	PruneOnce       bool
+
 	// RequirePQKEM refuses TLS clients that cannot do a post-quantum hybrid key exchange. Without
 	// it, such an exchange is preferred.
 	RequirePQKEM bool
@@ -297,6 +302,7 @@ func (c *Config) Check() error {
 		say(d.ttl < time.Second, "%s must be at least one second", d.name)
 	}
 	say(c.CA.AgentTTL < 0, "agent TTL is negative")
+	say(c.PruneExpiredFor < 0, "the time after which expired agents are forgotten is negative")
 	say(c.SnapshotInterval < 0 || c.SnapshotKeep < 0, "snapshot interval and number must not be negative")
 	for _, id := range c.AdminIDs {
 		say(id.IsZero() || id.Path() == "", "admin ID %q has no path", id)

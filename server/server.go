@@ -213,6 +213,12 @@ func Run(ctx context.Context, config Config) (err error) {
 	group.Go(func() error { return snapshots.Run(parts) })
 	group.Go(func() error { return authority.Run(parts) })
 	group.Go(func() error { return pictures.Run(parts) })
+	group.Go(func() error {
+		p := &pruner{
+			expiredFor: cfg.PruneExpiredFor, once: cfg.PruneOnce, pictures: pictures, desk: desk, log: log, now: cfg.Now, diary: component("prune"),
+		}
+		return p.run(parts)
+	})
 	group.Go(func() error { return followNodes(parts, judges, cfg.TrustDomain, pictures, desk, log) })
 	group.Go(func() error { return abroad.run(parts, pictures.Ready()) })
 	group.Go(func() error { return registrars.run(parts, pictures.Ready()) })

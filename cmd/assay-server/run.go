@@ -131,6 +131,7 @@ func serverConfig(from *conf.Server, d *daemon.Daemon) server.Config {
 		X509SVIDTTL: from.X509SVIDTTL, JWTSVIDTTL: from.JWTSVIDTTL, AgentTTL: from.AgentTTL,
 		JWTIssuer: from.JWTIssuer, DisableJWT: from.DisableJWT, NewAuthorityOnLostKey: from.NewAuthorityOnLostKey,
 	}
+	c.PruneExpiredFor, c.PruneOnce = from.PruneExpiredFor, from.PruneOnce
 	c.AdminIDs, c.RequirePQKEM, c.RequireSigned = from.AdminIDs, from.RequirePQKEM, from.Evidence.RequireSigned
 	c.Federation, c.Clusters = federation(from.Federation), clusters(from)
 	c.Upstream = upstreamAuthority(from.Upstream)

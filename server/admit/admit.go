@@ -75,6 +75,7 @@ const maxChallenges = 16
 type Records interface {
 	UpdateNode(ctx context.Context, id spiffeid.ID, change func(n *records.Node, exists bool) error) (*records.Node, kv.Rev, error)
 	DeleteNode(ctx context.Context, id spiffeid.ID) (kv.Rev, error)
+	DeleteNodeIf(ctx context.Context, id spiffeid.ID, still func(*records.Node) bool) (kv.Rev, error)
 }
 
 // Signer signs an agent's own SVID; *ca.CA is one.
@@ -390,6 +391,16 @@ func (d *Desk) Evict(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
 		return 0, fmt.Errorf("evict agent: %w", err)
 	}
 	d.cfg.Log.WithFields(logrus.Fields{"agent_id": id.String(), "rev": uint64(rev)}).Info("agent evicted")
+	return rev, nil
+}
+
+// Prune forgets an agent if its record is as due says, and returns records.ErrNotFound if not.
+func (d *Desk) Prune(ctx context.Context, id spiffeid.ID, due func(*records.Node) bool) (kv.Rev, error) {
+	rev, err := d.records.DeleteNodeIf(ctx, id, due)
+	if err != nil {
+		return 0, fmt.Errorf("prune agent: %w", err)
+	}
+	d.cfg.Log.WithFields(logrus.Fields{"agent_id": id.String(), "rev": uint64(rev)}).Info("agent pruned")
 	return rev, nil
 }
 

@@ -60,10 +60,14 @@ func (b *book) UpdateNode(_ context.Context, id spiffeid.ID, change func(*record
 	return n, b.rev, nil
 }
 
-func (b *book) DeleteNode(_ context.Context, id spiffeid.ID) (kv.Rev, error) {
+func (b *book) DeleteNode(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
+	return b.DeleteNodeIf(ctx, id, func(*records.Node) bool { return true })
+}
+
+func (b *book) DeleteNodeIf(_ context.Context, id spiffeid.ID, still func(*records.Node) bool) (kv.Rev, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if _, ok := b.nodes[id]; !ok {
+	if n, ok := b.nodes[id]; !ok || !still(n) {
 		return 0, records.ErrNotFound
 	}
 	delete(b.nodes, id)

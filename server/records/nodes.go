@@ -132,9 +132,18 @@ func (r *Records) moveParts(ctx context.Context, t *kv.Txn, id spiffeid.ID, had,
 // given to this very node, and nobody else may come to them. It returns the revision of the commit,
 // or ErrNotFound.
 func (r *Records) DeleteNode(ctx context.Context, id spiffeid.ID) (kv.Rev, error) {
+	return r.DeleteNodeIf(ctx, id, func(*Node) bool { return true })
+}
+
+// DeleteNodeIf is DeleteNode for a node that is, when it is deleted, as still says. For one that is not it
+// returns ErrNotFound.
+func (r *Records) DeleteNodeIf(ctx context.Context, id spiffeid.ID, still func(*Node) bool) (kv.Rev, error) {
 	var rev kv.Rev
 	err := r.retry(ctx, "node", func() error {
 		n, item, err := r.node(ctx, id)
+		if err == nil && !still(n) {
+			err = ErrNotFound
+		}
 		if err != nil {
 			return fmt.Errorf("delete node: %w", err)
 		}

@@ -158,6 +158,18 @@ func TestDeleteNode(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	t.Run("one that is not any more as whoever deletes it thinks is left alone", func(t *testing.T) {
+		r, _ := open(t)
+		admit(t, r, node)
+		asked := false
+		_, err := r.DeleteNodeIf(t.Context(), node, func(n *Node) bool { asked = n.ID == node; return false })
+		if !asked || !errors.Is(err, ErrNotFound) {
+			t.Errorf("asked %v, %v", asked, err)
+		}
+		if _, err := r.Node(t.Context(), node); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("more aliases than fit in one transaction go too", func(t *testing.T) {
 		r, _ := open(t)
 		admit(t, r, node)

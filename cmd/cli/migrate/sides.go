@@ -18,6 +18,7 @@ var serverSide = side{
 		"server.profiling_names":                                        "There is no profiling port.",
 		"server.named_pipe_name":                                        "There is no Windows version.",
 		"server.max_attested_node_info_staleness":                       "Whether an agent may call is known from memory and always fresh.",
+		"server.prune_attested_nodes_batch_size":                        "There are no batches: all agents that are due are forgotten, one by one.",
 		"server.experimental.cache_reload_interval":                     "Changes are pushed; there is nothing to reload.",
 		"server.experimental.events_based_cache":                        "Changes are pushed; there is nothing to choose.",
 		"server.experimental.full_cache_reload_interval":                "Changes are pushed; there is nothing to reload.",
