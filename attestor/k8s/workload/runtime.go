@@ -269,15 +269,16 @@ func (r *runtime) container(ctx context.Context, id string) (*container, error) 
 	}
 	c.pid = pid
 	c.reference = firstOf(st.GetImage().GetUserSpecifiedImage(), listed.GetImage().GetUserSpecifiedImage())
+	image := "" // the ID in the runtime's own form: CRI-O takes one with the algorithm before it for a name
 	for _, ref := range []string{listed.GetImageId(), st.GetImageId(), listed.GetImageRef(), st.GetImageRef()} {
-		if c.imageID == "" {
-			c.imageID = digestOf(ref)
+		if c.imageID == "" && digestOf(ref) != "" {
+			image, c.imageID = ref, digestOf(ref)
 		}
 		if strings.Contains(ref, "@sha256:") {
 			c.digests = append(c.digests, ref)
 		}
 	}
-	if err := r.describeImage(ctx, c, firstOf(c.imageID, st.GetImageRef())); err != nil {
+	if err := r.describeImage(ctx, c, firstOf(image, st.GetImageRef())); err != nil {
 		return nil, fmt.Errorf("ask for image of container: %w", err)
 	}
 	return c, nil

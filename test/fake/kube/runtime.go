@@ -29,6 +29,7 @@ type Runtime struct {
 	calls      int
 	hang       chan struct{} // not nil: calls wait for its end
 	listeners  map[chan *cri.ContainerEventResponse]struct{}
+	crio       bool
 }
 
 type running struct {
@@ -140,6 +141,15 @@ func (r *Runtime) called(ctx context.Context) error {
 	}
 }
 
+// CRIO has the runtime answer as CRI-O v1.34.0 does with its own settings, where that differs from containerd: IDs of
+// images have no algorithm before them, and one that has is taken for a short name; a container's reference is that of
+// the repository; there are no events, and their stream ends at once.
+func (r *Runtime) CRIO() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.crio = true
+}
+
 // Version answers.
 func (r *Runtime) Version(ctx context.Context, _ *cri.VersionRequest) (*cri.VersionResponse, error) {
 	return &cri.VersionResponse{RuntimeName: "containerd"}, r.called(ctx)
@@ -170,6 +180,13 @@ next:
 				continue next
 			}
 		}
+		if r.crio {
+			reply.Containers = append(reply.Containers, &cri.Container{
+				Id: id, PodSandboxId: "sandbox", Labels: one.labels(), State: cri.ContainerState_CONTAINER_RUNNING,
+				ImageId: one.container.ImageID, ImageRef: one.container.Digests[0], Image: &cri.ImageSpec{Image: one.container.Image},
+			})
+			continue
+		}
 		reply.Containers = append(reply.Containers, &cri.Container{
 			Id: id, PodSandboxId: "sandbox", Labels: one.labels(), State: cri.ContainerState_CONTAINER_RUNNING,
 			ImageRef: "sha256:" + one.container.ImageID, Image: &cri.ImageSpec{Image: "sha256:" + one.container.ImageID},
@@ -198,8 +215,12 @@ func (r *Runtime) ContainerStatus(ctx context.Context, q *cri.ContainerStatusReq
 		ref = one.container.Digests[0]
 	}
 	info, _ := json.Marshal(map[string]any{"sandboxID": "sandbox", "pid": pid}) // always JSON
+	id := ""
+	if r.crio {
+		id = one.container.ImageID
+	}
 	return &cri.ContainerStatusResponse{
-		Status: &cri.ContainerStatus{Id: q.GetContainerId(), State: state, Labels: one.labels(), ImageRef: ref},
+		Status: &cri.ContainerStatus{Id: q.GetContainerId(), State: state, Labels: one.labels(), ImageRef: ref, ImageId: id},
 		Info:   map[string]string{"info": string(info)},
 	}, nil
 }
@@ -211,15 +232,22 @@ func (r *Runtime) ImageStatus(ctx context.Context, q *cri.ImageStatusRequest) (*
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.crio && strings.HasPrefix(q.GetImage().GetImage(), "sha256:") {
+		return nil, status.Errorf(codes.Unknown, "short-name %q did not resolve to an alias and no unqualified-search registries are defined", q.GetImage().GetImage())
+	}
 	img, ok := r.images[strings.TrimPrefix(q.GetImage().GetImage(), "sha256:")]
 	if !ok {
 		return &cri.ImageStatusResponse{}, nil
+	}
+	algorithm := "sha256:"
+	if r.crio {
+		algorithm = ""
 	}
 	info, _ := json.Marshal(map[string]any{"imageSpec": map[string]any{
 		"architecture": "amd64", "os": "linux", "config": map[string]any{"Labels": img.Labels},
 	}}) // always JSON
 	return &cri.ImageStatusResponse{
-		Image: &cri.Image{Id: "sha256:" + img.ImageID, RepoTags: []string{"moved.example/other:tag"}, RepoDigests: img.Digests},
+		Image: &cri.Image{Id: algorithm + img.ImageID, RepoTags: []string{"moved.example/other:tag"}, RepoDigests: img.Digests},
 		Info:  map[string]string{"info": string(info)},
 	}, nil
 }
@@ -228,6 +256,10 @@ func (r *Runtime) ImageStatus(ctx context.Context, q *cri.ImageStatusRequest) (*
 func (r *Runtime) GetContainerEvents(_ *cri.GetEventsRequest, stream grpc.ServerStreamingServer[cri.ContainerEventResponse]) error {
 	events := make(chan *cri.ContainerEventResponse, 16)
 	r.mu.Lock()
+	if r.crio {
+		r.mu.Unlock()
+		return nil
+	}
 	r.listeners[events] = struct{}{}
 	r.mu.Unlock()
 	defer func() {
