@@ -3,7 +3,7 @@
 # what is missing and lets the tests decide (they skip loudly, or fail under REQUIRE_REAL=1).
 set -euo pipefail
 declare -A need=([gcc]=gcc [protoc]=protobuf-compiler [openssl]=openssl [jq]=jq [dockerd]=docker.io [containerd]=containerd
-	[runc]=runc [iptables]=iptables [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux
+	[runc]=runc [iptables]=iptables [ipset]=ipset [docker]=docker.io [make]=make [git]=git [setpriv]=util-linux
 	[systemd-nspawn]=systemd-container [dbus-daemon]=dbus [rpm]=rpm [swtpm]=swtpm [swtpm_setup]=swtpm-tools
 	[docker-registry]=docker-registry [nginx]=nginx-light [pip3]=python3-pip [podman]=podman [newuidmap]=uidmap [softhsm2-util]=softhsm2
 	[etcd]=etcd-server [ip]=iproute2 [cloud-init]=cloud-init [shellcheck]=shellcheck [curl]=curl [ssh-keygen]=openssh-client [wrk]=wrk)
@@ -16,7 +16,7 @@ missing=()
 for tool in "${!need[@]}"; do
 	command -v "$tool" >/dev/null 2>&1 || missing+=("${need[$tool]}")
 done
-[ -x /usr/lib/cni/bridge ] || missing+=(containernetworking-plugins) # in no path
+[ -x /usr/lib/cni/ptp ] || missing+=(containernetworking-plugins) # in no path
 [ ${#missing[@]} -eq 0 ] && exit 0
 mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
 if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

@@ -100,8 +100,10 @@ func (c Cluster) watch(ctx context.Context, dir, namespace, name string) (body i
 	}}
 	// The API server ends the stream; that it is gone without a word, the deadline finds out.
 	ctx, cancel := context.WithTimeout(ctx, awaitFor+awaitFor/2)
+	// Version 0 is what the API server has at hand, and then what changes. Without it the API server would first make
+	// sure that it has the very latest, which fails for minutes where its etcd does not tell of its progress.
 	query := url.Values{
-		"watch": {"true"}, "fieldSelector": {"metadata.name=" + name},
+		"watch": {"true"}, "resourceVersion": {"0"}, "fieldSelector": {"metadata.name=" + name},
 		"timeoutSeconds": {strconv.Itoa(int(awaitFor / time.Second))},
 	}
 	at := base + "/api/v1/namespaces/" + url.PathEscape(namespace) + "/configmaps?" + query.Encode()

@@ -66,7 +66,7 @@ func TestBundleFromAConfigMap(t *testing.T) {
 					namespace, _, _ = strings.Cut(c.configMap, "/")
 				}
 				if q := r.URL.Query(); r.URL.Path != "/api/v1/namespaces/"+namespace+"/configmaps" || q.Get("watch") != "true" ||
-					q.Get("fieldSelector") != "metadata.name=assay-bundle" || r.Header.Get("Authorization") != "Bearer the-token" {
+					q.Get("fieldSelector") != "metadata.name=assay-bundle" || q.Get("resourceVersion") != "0" || r.Header.Get("Authorization") != "Bearer the-token" {
 					w.WriteHeader(http.StatusBadRequest)
 					return
 				}

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/yaml"
 )
@@ -112,8 +113,8 @@ func TestValuesOfTheChart(t *testing.T) {
 		}
 	})
 	t.Run("two in one cluster share no name of the cluster's and no folder of the nodes'", func(t *testing.T) {
-		other := helm(t, csiDriver, `name="other"`, `csi.driverName="other.csi.spiffe.io"`, `agent.hostPaths={"sockets":"/run/other/agent","data":"/var/lib/other"}`)
-		ours := plain(t, helm(t, csiDriver))
+		other := helm(t, csiDriver, `defaultIdentity.enabled=true`, `name="other"`, `csi.driverName="other.csi.spiffe.io"`, `agent.hostPaths={"sockets":"/run/other/agent","data":"/var/lib/other"}`)
+		ours := plain(t, helm(t, csiDriver, `defaultIdentity.enabled=true`))
 		for name := range plain(t, other) {
 			if ours[name] != nil && !strings.HasPrefix(name, "CustomResourceDefinition ") {
 				t.Errorf("%s is made by both", name)
@@ -129,6 +130,31 @@ func TestValuesOfTheChart(t *testing.T) {
 		}
 		if got := container(t, pod(t, other, "DaemonSet", "other-csi"))["args"]; !cmp.Equal(got, []any{"run", "-driverName", "other.csi.spiffe.io"}) {
 			t.Errorf("the driver runs with %v", got)
+		}
+	})
+	t.Run("agents that stand by are what the first are, and policies and scrapers know them", func(t *testing.T) {
+		all := helm(t, `agent.hotStandby=true`, `monitoring.podMonitor.enabled=true`)
+		standsBy(t, all)
+		for _, o := range all {
+			if (o.GetKind() == "NetworkPolicy" || o.GetKind() == "PodMonitor") && o.GetName() == "assay-agent" && !strings.Contains(text(t, o), "assay-agent-standby") {
+				t.Errorf("%s of the agents is not about those that stand by", o.GetKind())
+			}
+		}
+	})
+	t.Run("who scrapes may be somebody else, or nobody", func(t *testing.T) {
+		for set, want := range map[string]string{
+			`networkPolicies.metricsFrom=[{"podSelector":{"matchLabels":{"app":"prometheus"}}}]`: "prometheus",
+			`networkPolicies.metricsFrom=[]`: "",
+		} {
+			for _, o := range helm(t, set) {
+				if o.GetKind() != "NetworkPolicy" {
+					continue
+				}
+				convert(t, o, &networkingv1.NetworkPolicy{})
+				if got := text(t, o); strings.Contains(got, "monitoring") || !strings.Contains(got, want) || strings.Contains(got, "metrics") != (want != "") {
+					t.Errorf("with %s it is %s", set, got)
+				}
+			}
 		}
 	})
 	t.Run("what is in the values is in the configuration, and cannot break out of it", func(t *testing.T) {
@@ -218,5 +244,38 @@ func TestValuesOfTheChart(t *testing.T) {
 				t.Errorf("want %q, have %v", bad.words, err)
 			}
 		})
+	}
+}
+
+// text is an object as YAML.
+func text(t *testing.T, o *unstructured.Unstructured) string {
+	t.Helper()
+	out, err := yaml.Marshal(o.Object)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+// standsBy checks that there is a second DaemonSet of agents with all that the first has, and pods of its own.
+func standsBy(t *testing.T, all []*unstructured.Unstructured) {
+	t.Helper()
+	specs := map[string]any{}
+	for _, o := range all {
+		if o.GetKind() != "DaemonSet" || !strings.HasPrefix(o.GetName(), "assay-agent") {
+			continue
+		}
+		label, _, _ := unstructured.NestedString(o.Object, "spec", "selector", "matchLabels", "app.kubernetes.io/name")
+		of, _, _ := unstructured.NestedString(o.Object, "spec", "template", "metadata", "labels", "app.kubernetes.io/name")
+		if label != o.GetName() || of != label {
+			t.Errorf("%s selects %q, and its pods are %q", o.GetName(), label, of)
+		}
+		specs[o.GetName()], _, _ = unstructured.NestedMap(o.Object, "spec", "template", "spec")
+	}
+	if len(specs) != 2 || specs["assay-agent-standby"] == nil {
+		t.Fatalf("there are %d DaemonSets of agents", len(specs))
+	}
+	if d := cmp.Diff(specs["assay-agent"], specs["assay-agent-standby"]); d != "" {
+		t.Errorf("the one that stands by is another (-first +standby):\n%s", d)
 	}
 }

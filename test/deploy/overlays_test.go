@@ -50,6 +50,21 @@ func TestOverlays(t *testing.T) {
 	}
 }
 
+func TestAgentsThatStandByAreWhatTheFirstAre(t *testing.T) {
+	all := kustomize(t, "../labk8s/overlay-standby")
+	for _, o := range all {
+		decode(t, o)
+	}
+	standsBy(t, all)
+	references(t, all)
+	for _, o := range all {
+		if o.GetKind() == "NetworkPolicy" && o.GetName() == "assay-agent-standby" {
+			return
+		}
+	}
+	t.Error("no NetworkPolicy is about them")
+}
+
 // decode holds an object to the API's own types. Those of CRDs are checked by a real API server in test/lab.
 func decode(t *testing.T, o *unstructured.Unstructured) {
 	t.Helper()

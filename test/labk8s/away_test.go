@@ -4,7 +4,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -14,12 +16,13 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// away is how long parts stay away beyond what a test needs. Ten minutes are passed by hand: LAB_AWAY=10m.
+// away is how long both parts stay away: longer than a kubelet's or a token's answer is held by anybody, and than the
+// lifetime of the shortest SVID. Ten minutes are passed by hand: LAB_AWAY=10m.
 func away(t *testing.T) time.Duration {
 	t.Helper()
 	text := os.Getenv("LAB_AWAY")
 	if text == "" {
-		return 0
+		return 25 * time.Second
 	}
 	d, err := time.ParseDuration(text)
 	must(t, err)
@@ -58,25 +61,33 @@ func (w *world) withoutKubelet(t *testing.T, p *corev1.Pod) {
 	w.gone(t, next)
 }
 
-// withoutBoth shows that nothing is noticed while nobody but the runtime answers.
-func (w *world) withoutBoth(t *testing.T, r *report, p *corev1.Pod) {
+// withoutBoth shows that nothing is noticed while nobody but the runtime answers: the stream of one pod stays as it is,
+// new processes are attested and served all the while, and the SVID of a pod that has a short life is renewed.
+func (w *world) withoutBoth(t *testing.T, r *report, p, rotating *corev1.Pod) {
 	w.Kill("kube-apiserver")
 	w.Stop("kubelet")
 	began := time.Now()
-	w.another(t, p)
-	if d := away(t); d > 0 {
+	d, asked, renewed := away(t), 0, began
+	for until := began.Add(d); time.Now().Before(until); asked++ {
+		w.another(t, p)
 		select {
-		case <-time.After(d):
+		case <-time.After(min(d/5, 10*time.Second)): // the passing of the time is what is tried
 		case <-t.Context().Done():
 		}
-		w.another(t, p)
-		r.note("API server and kubelet away, nothing noticed for", time.Since(began).Round(time.Second).String())
 	}
+	w.another(t, p)
+	for range 2 { // that of before ends, and the one that took its place
+		renewed = w.until(t, rotating, renewed, "svid", short).At
+	}
+	r.note("API server and kubelet away, nothing noticed for", time.Since(began).Round(time.Second).String())
+	r.note("processes attested and served meanwhile", fmt.Sprint(asked+1))
 	if all := w.explain(t, p); !strings.Contains(all, "k8s:sa:default") {
 		t.Errorf("a pod that is known says %s", all)
 	}
-	if slices.ContainsFunc(w.lines(p, "main"), func(s said) bool { return s.At.After(began) && s.What == "none" }) {
-		t.Errorf("the pod noticed: %v", w.lines(p, "main"))
+	for _, one := range []*corev1.Pod{p, rotating} {
+		if slices.ContainsFunc(w.lines(one, "main"), func(s said) bool { return s.At.After(began) && s.What == "none" }) {
+			t.Errorf("pod %s noticed: %v", one.Name, w.lines(one, "main"))
+		}
 	}
 	must(t, w.StartAPIServer(t.Context()))
 	must(t, w.StartKubelet(t.Context()))
@@ -104,15 +115,101 @@ func (w *world) containerID(t *testing.T, p *corev1.Pod) string {
 	return line[strings.LastIndexByte(line, '/')+1:]
 }
 
-// agentDeleted deletes the agent's pod, which no rollout prepares.
+// agentDeleted deletes the agent's pod, which no rollout prepares: Kubernetes starts the next one when it is gone, and
+// the node is without an agent that long. With the component hot-standby another agent is there already.
 func (w *world) agentDeleted(t *testing.T, r *report, p *corev1.Pod) {
-	pods, err := w.Client.CoreV1().Pods(space).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name=assay-agent"})
+	r.add("agent's pod deleted by hand: stream without an agent", w.deleteAgent(t, p))
+	w.kubectl(t, "apply", "-k", "overlay-standby")
+	var without []time.Duration
+	for range 3 {
+		eventually(t, "two agents are ready", func() error {
+			pods, err := w.agentPods(t)
+			if err != nil || len(pods) != 2 {
+				return fmt.Errorf("there are %d pods (%w)", len(pods), err)
+			}
+			for _, one := range pods {
+				ready := slices.ContainsFunc(one.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue })
+				if one.DeletionTimestamp != nil || !ready {
+					return fmt.Errorf("%s is not", one.Name)
+				}
+			}
+			return nil
+		})
+		began := time.Now()
+		without = append(without, w.deleteAgent(t, p))
+		for _, line := range w.audit(t, `"event":"svid.x509.new","outcome":"allow"`, `"spiffe_id":"`+cart+`"`) {
+			if line.Time.After(began) {
+				t.Error("an SVID was signed again that is still valid")
+			}
+		}
+	}
+	r.add("agent's pod deleted by hand, another stands by: stream without an agent", without...)
+	eventually(t, "an agent stands by", func() error {
+		serves, stand := w.agents(t)
+		if len(stand) != 1 {
+			return fmt.Errorf("%d do", len(stand))
+		}
+		r.note("memory of the agent that serves, and of the one that stands by (VmRSS)", rssOf(serves)+", "+rssOf(stand[0]))
+		return nil
+	})
+}
+
+// agents are the processes of agents on the node: the one that serves, and those that stand by.
+func (w *world) agents(t *testing.T) (serves int, stand []int) {
+	t.Helper()
+	eventually(t, "an agent serves", func() error {
+		serves, stand = 0, nil
+		locks, err := os.ReadFile("/proc/locks")
+		if err != nil {
+			return err
+		}
+		holds := map[string]bool{} // the node's data directory is locked by the agent that serves
+		for line := range strings.Lines(string(locks)) {
+			if fields := strings.Fields(line); len(fields) > 4 && fields[1] == "FLOCK" {
+				holds[fields[4]] = true
+			}
+		}
+		each(func(pid int, dir string) {
+			cgroup, _ := os.ReadFile(filepath.Join(dir, "cgroup"))
+			line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
+			switch {
+			case !strings.Contains(string(cgroup), "kubepods"), !strings.HasPrefix(string(line), "/bin/assay-agent\x00run"):
+			case holds[strconv.Itoa(pid)]:
+				serves = pid
+			default:
+				stand = append(stand, pid)
+			}
+		})
+		if serves == 0 {
+			return errors.New("none does")
+		}
+		return nil
+	})
+	return serves, stand
+}
+
+// deleteAgent deletes the pod of the agent that serves, and returns how long a stream was without one.
+func (w *world) deleteAgent(t *testing.T, p *corev1.Pod) time.Duration {
+	t.Helper()
+	pods, err := w.agentPods(t)
 	must(t, err)
-	if len(pods.Items) != 1 {
-		t.Fatal(errors.New("there is not one agent"))
+	serves, _ := w.agents(t)
+	cgroup, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", serves))
+	must(t, err)
+	i := slices.IndexFunc(pods, func(one corev1.Pod) bool { return strings.Contains(string(cgroup), "pod"+string(one.UID)+"/") })
+	if i < 0 {
+		t.Fatalf("none of %d pods is that of the agent that serves", len(pods))
 	}
 	began := time.Now()
-	must(t, w.Client.CoreV1().Pods(space).Delete(t.Context(), pods.Items[0].Name, metav1.DeleteOptions{}))
+	must(t, w.Client.CoreV1().Pods(space).Delete(t.Context(), pods[i].Name, metav1.DeleteOptions{}))
 	lost := w.until(t, p, began, "none", "").At
-	r.add("agent's pod deleted by hand: stream without an agent", w.until(t, p, lost, "svid", cart).At.Sub(lost))
+	return w.until(t, p, lost, "svid", cart).At.Sub(lost)
+}
+
+func (w *world) agentPods(t *testing.T) ([]corev1.Pod, error) {
+	list, err := w.Client.CoreV1().Pods(space).List(t.Context(), metav1.ListOptions{LabelSelector: "app.kubernetes.io/name in (assay-agent, assay-agent-standby)"})
+	if err != nil {
+		return nil, err
+	}
+	return list.Items, nil
 }

@@ -44,6 +44,7 @@ type world struct {
 	socket    string // the server's, for its commands
 	installed time.Duration
 	applied   time.Time // when the quickstart was
+	helmBuilt string
 }
 
 func start(t *testing.T) *world {
@@ -81,16 +82,17 @@ func start(t *testing.T) *world {
 	for _, name := range []string{"assay-server", "assay-agent", "assay-csi"} { // of `make images`
 		must(t, c.Load(ctx, filepath.Join(bin, "images", name+".tar")))
 	}
+	must(t, c.WaitForNames(ctx))
 	return w
 }
 
 // tellAll logs what may say why a test failed.
 func (w *world) tellAll(t *testing.T) {
 	t.Helper()
-	for _, name := range []string{"kubelet", "containerd", "kube-proxy"} {
+	for _, name := range []string{"kubelet", "containerd", "kube-proxy", "netpol"} {
 		t.Logf("%s: %s", name, tail(w.Log(name)))
 	}
-	logs, _ := filepath.Glob(filepath.Join(w.PodLogs(), space+"_*", "*", "*.log"))
+	logs, _ := filepath.Glob(filepath.Join(w.PodLogs(), "[!"+shop[:1]+"]*", "*", "*.log"))
 	for _, path := range logs {
 		t.Logf("%s: %s", path, tail(path))
 	}

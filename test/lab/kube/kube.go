@@ -30,10 +30,11 @@ const (
 	NodeName  = "lab-node"
 	NodeIP    = "10.97.0.1"
 	serviceIP = "10.96.0.1"
-	podNet    = "10.98.0"
-	link      = "assay-k8s0"
-	bridge    = "assay-k8s1"
-	etcdURL   = "http://127.0.0.1:23790"
+	// serviceNet is where services have their addresses.
+	serviceNet = "10.96.0.0/16"
+	podNet     = "10.98.0"
+	link       = "assay-k8s0"
+	etcdURL    = "http://127.0.0.1:23790"
 )
 
 // startTime is how long a part may take to start; on a busy small machine they are slow.
@@ -56,7 +57,6 @@ type Cluster struct {
 	parts map[string]*part
 	node  bool
 	mine  *os.File // the lock of turn
-	names *names   // nil without a node
 }
 
 type part struct {
@@ -65,7 +65,7 @@ type part struct {
 }
 
 // Binaries are what a cluster needs from `make k8s`: the first is enough for Start, StartNode needs all.
-var Binaries = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"}
+var Binaries = []string{"kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl", "coredns", "netpol"}
 
 // Available says why there can be no private cluster here, or nil; bin is where the binaries are.
 func Available(bin string, node bool) error {
@@ -75,7 +75,7 @@ func Available(bin string, node bool) error {
 	tools := []string{"etcd", "ip"}
 	need := Binaries[:1]
 	if node {
-		tools, need = append(tools, "containerd", "runc", "iptables", "ctr", "unshare", "nsenter"), Binaries
+		tools, need = append(tools, "containerd", "runc", "iptables", "ipset", "ctr", "unshare", "nsenter"), Binaries
 	}
 	for _, tool := range tools {
 		if _, err := find(tool); err != nil {
@@ -88,7 +88,7 @@ func Available(bin string, node bool) error {
 		}
 	}
 	if node {
-		if _, err := os.Stat("/usr/lib/cni/bridge"); err != nil {
+		if _, err := os.Stat("/usr/lib/cni/ptp"); err != nil {
 			return fmt.Errorf("%w (Debian: apt-get install containernetworking-plugins)", err)
 		}
 	}
@@ -184,7 +184,7 @@ func (c *Cluster) up(ctx context.Context) error {
 func (c *Cluster) StartAPIServer(ctx context.Context) error {
 	pki := func(name string) string { return c.path("pki", name) }
 	if err := c.start("kube-apiserver", filepath.Join(c.bin, "kube-apiserver"),
-		"--etcd-servers="+etcdURL, "--service-cluster-ip-range=10.96.0.0/16",
+		"--etcd-servers="+etcdURL, "--service-cluster-ip-range="+serviceNet,
 		"--bind-address="+NodeIP, "--advertise-address="+NodeIP, "--secure-port=6443",
 		"--tls-cert-file="+pki("apiserver.crt"), "--tls-private-key-file="+pki("apiserver.key"), "--client-ca-file="+pki("ca.crt"),
 		"--kubelet-client-certificate="+pki("admin.crt"), "--kubelet-client-key="+pki("admin.key"), "--kubelet-certificate-authority="+pki("ca.crt"),

@@ -57,11 +57,13 @@ func (c *Cluster) StartNode(ctx context.Context, pause string) error {
 	if err := c.startProxy(); err != nil {
 		return err
 	}
-	var err error
-	if c.names, err = serveNames(c.Client); err != nil {
+	if err := c.StartKubelet(ctx); err != nil {
 		return err
 	}
-	return c.StartKubelet(ctx)
+	if err := c.preparePolicies(ctx); err != nil {
+		return err
+	}
+	return c.startNames(ctx)
 }
 
 // nodeFolders are where a node has things, and where in the cluster's own folder they are here. The parts of
@@ -113,8 +115,7 @@ func (c *Cluster) OnNode(path string) string {
 	return filepath.Join("/proc", strconv.Itoa(c.parts["namespace"].cmd.Process.Pid), "root", path)
 }
 
-// startProxy starts kube-proxy. Everything it forwards is masqueraded: pods of one bridge would otherwise answer
-// each other past it.
+// startProxy starts kube-proxy. Who asks a service is seen by who answers: NetworkPolicies are about that.
 func (c *Cluster) startProxy() error {
 	config := fmt.Sprintf(`apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -124,7 +125,7 @@ hostnameOverride: %s
 clusterCIDR: %s.0/24
 healthzBindAddress: 127.0.0.1:10256
 metricsBindAddress: 127.0.0.1:10249
-iptables: {masqueradeAll: true, syncPeriod: 30s, minSyncPeriod: 100ms}
+iptables: {masqueradeAll: false, syncPeriod: 30s, minSyncPeriod: 100ms}
 conntrack: {maxPerCore: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}
 `, c.Kubeconfig("proxy"), NodeName, podNet)
 	if err := os.WriteFile(c.path("proxy.yaml"), []byte(config), 0o600); err != nil {
@@ -146,8 +147,9 @@ func (c *Cluster) startContainerd(ctx context.Context) error {
 		return err
 	}
 	files := map[string]string{
-		c.path("cni", "10-lab.conflist"): fmt.Sprintf(`{"cniVersion":"0.4.0","name":"lab","plugins":[{"type":"bridge","bridge":%q,"isGateway":true,"ipMasq":false,
-"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"%s.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}}]}`, bridge, c.path("ipam"), podNet),
+		// ptp: all that pods say to each other is routed, and so NetworkPolicies are about it.
+		c.path("cni", "10-lab.conflist"): fmt.Sprintf(`{"cniVersion":"0.4.0","name":"lab","plugins":[{"type":"ptp","ipMasq":false,
+"ipam":{"type":"host-local","dataDir":%q,"ranges":[[{"subnet":"%s.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}}]}`, c.path("ipam"), podNet),
 		// restrict_oom_score_adj: a machine may lack CAP_SYS_RESOURCE, without which runc cannot lower it.
 		c.path("cd", "config.toml"): fmt.Sprintf(`version = 2
 root = %q
@@ -209,7 +211,7 @@ maxPods: 250
 registryPullQPS: 0
 imageGCHighThresholdPercent: 100
 evictionHard: {memory.available: "50Mi"}
-`, c.RuntimeSocket(), NodeIP, c.path("pki", "kubelet-server.crt"), c.path("pki", "kubelet-server.key"), c.CA(), NodeIP, c.path("podlogs"), c.path("plugins"))
+`, c.RuntimeSocket(), NodeIP, c.path("pki", "kubelet-server.crt"), c.path("pki", "kubelet-server.key"), c.CA(), namesIP, c.path("podlogs"), c.path("plugins"))
 	if err := os.WriteFile(c.path("kubelet.yaml"), []byte(config), 0o600); err != nil {
 		return err
 	}
@@ -357,8 +359,8 @@ func (c *Cluster) closeNode() {
 	c.Stop("kube-proxy")
 	_ = run(ctx, filepath.Join(c.bin, "kube-proxy"), "--cleanup")
 	c.Stop("namespace") // and with it everything that was mounted in it
-	c.names.close()
-	_ = run(ctx, "ip", "link", "del", bridge)
+	c.Stop("netpol")
+	_ = cleanPolicies(ctx) // there may be none
 	for _, root := range []string{"/sys/fs/cgroup/*/kubepods", "/sys/fs/cgroup/*/k8s.io", "/sys/fs/cgroup/kubepods"} {
 		found, _ := filepath.Glob(root)
 		for _, dir := range found {

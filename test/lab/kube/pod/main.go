@@ -1,12 +1,14 @@
 // Command pod is what the pods of the private cluster run: "pause" waits for its end, as every pod's sandbox
 // does; "watch" keeps a stream of the Workload API open and prints a line of JSON at its start, and each time
-// it has another identity or none; "fetch" has it once; "hammer" fetches its identity from eight connections for some seconds, each
+// it has another identity or none; "fetch" has it once; "dial"
+// says which of the addresses it is given can be connected to; "hammer" fetches its identity from eight connections for some seconds, each
 // time on a new one and then on those that it has, and prints how often it had it.
 package main
 
 import (
 	"context"
 	"encoding/json"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -43,6 +45,16 @@ func main() {
 			os.Exit(1)
 		}
 		say("svid", svid.ID.String(), nil)
+	case "dial":
+		for _, address := range os.Args[2:] {
+			conn, err := (&net.Dialer{Timeout: 2 * time.Second}).DialContext(ctx, "tcp", address)
+			if err != nil {
+				say("closed", address, err)
+				continue
+			}
+			_ = conn.Close()
+			say("open", address, nil)
+		}
 	case "hammer":
 		hammer(ctx, os.Args[2])
 		<-ctx.Done()

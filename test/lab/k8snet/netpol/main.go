@@ -1,4 +1,4 @@
-// Command policies enforces NetworkPolicies on one node with kube-router's controller, which makes iptables rules and
+// Command netpol enforces NetworkPolicies on one node with kube-router's controller, which makes iptables rules and
 // ipsets of them. kube-router's own program has the same and beside it a router and a proxy, which the labs need not.
 package main
 
@@ -28,7 +28,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, *kubeconfig, *node, *services); err != nil {
-		fmt.Fprintln(os.Stderr, "policies:", err)
+		fmt.Fprintln(os.Stderr, "netpol:", err)
 		os.Exit(1)
 	}
 }

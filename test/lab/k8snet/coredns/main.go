@@ -1,4 +1,4 @@
-// Command names is CoreDNS with the plugins that a cluster's Corefile has. Those of cloud providers are left out:
+// Command coredns is CoreDNS with the plugins that a cluster's Corefile has. Those of cloud providers are left out:
 // they are most of what CoreDNS takes to build.
 package main
 
