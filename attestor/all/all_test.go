@@ -123,29 +123,12 @@ const (
 
 func openNode(t testing.TB, body string, needs attestor.Needs) attestor.Node {
 	t.Helper()
-	config, diags := attestortest.Decode(nodeKind.Config, body)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	n, err := nodeKind.Open(config, needs)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
+	return attestortest.OpenNode(t, nodeKind, body, needs)
 }
 
 func openJudge(t testing.TB, body string, needs attestor.Needs) attestor.Judge {
 	t.Helper()
-	config, diags := attestortest.Decode(judgeKind.Config, body)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	needs.TrustDomain = attestortest.TrustDomain
-	j, err := judgeKind.Open(config, needs)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return j
+	return attestortest.OpenJudge(t, judgeKind, body, needs)
 }
 
 func TestSuite(t *testing.T) {

@@ -28,7 +28,7 @@ func Decode(config func() any, body string) (any, hcl.Diagnostics) {
 	return into, diags
 }
 
-func mustDecode(t *testing.T, config func() any, body string) any {
+func mustDecode(t testing.TB, config func() any, body string) any {
 	t.Helper()
 	into, diags := Decode(config, body)
 	if diags.HasErrors() {
@@ -75,7 +75,7 @@ func checkKeysDocumented(t *testing.T, config any) {
 	}
 }
 
-func fill(t *testing.T, needs attestor.Needs) attestor.Needs {
+func fill(t testing.TB, needs attestor.Needs) attestor.Needs {
 	t.Helper()
 	if needs.TrustDomain.IsZero() {
 		needs.TrustDomain = TrustDomain

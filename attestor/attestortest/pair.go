@@ -85,22 +85,34 @@ func (p Pair) open(t *testing.T) (attestor.Node, attestor.Judge) {
 	if p.Needs != nil {
 		needs = p.Needs(t)
 	}
-	needs = fill(t, needs)
-	node, err := p.Node.Open(mustDecode(t, p.Node.Config, p.NodeConfig), needs)
+	return OpenNode(t, p.Node, p.NodeConfig, needs), OpenJudge(t, p.Judge, p.JudgeConfig, needs)
+}
+
+// OpenNode opens the agent's side of an attestor by the body of its configuration block, and closes it when the test
+// ends. Trust domain, log and clock are filled in where needs leaves them out. What cannot be opened ends the test.
+func OpenNode(t testing.TB, kind attestor.NodeKind, body string, needs attestor.Needs) attestor.Node {
+	t.Helper()
+	node, err := kind.Open(mustDecode(t, kind.Config, body), fill(t, needs))
 	if err != nil {
 		t.Fatalf("open the agent's side: %v", err)
 	}
 	closeAtEnd(t, node)
-	judge, err := p.Judge.Open(mustDecode(t, p.Judge.Config, p.JudgeConfig), needs)
+	return node
+}
+
+// OpenJudge is OpenNode of the server's side.
+func OpenJudge(t testing.TB, kind attestor.JudgeKind, body string, needs attestor.Needs) attestor.Judge {
+	t.Helper()
+	judge, err := kind.Open(mustDecode(t, kind.Config, body), fill(t, needs))
 	if err != nil {
 		t.Fatalf("open the server's side: %v", err)
 	}
 	closeAtEnd(t, judge)
-	return node, judge
+	return judge
 }
 
 // closeAtEnd ends what an attestor runs by itself, as agents and servers do when they end.
-func closeAtEnd(t *testing.T, part any) {
+func closeAtEnd(t testing.TB, part any) {
 	t.Helper()
 	if closer, ok := part.(io.Closer); ok {
 		t.Cleanup(func() {

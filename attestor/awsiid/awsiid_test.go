@@ -104,15 +104,7 @@ func looking(c *aws.Cloud) string {
 
 func openJudge(t testing.TB, body string) attestor.Judge {
 	t.Helper()
-	config, diags := attestortest.Decode(server.Kind().Config, body)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	judge, err := server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return judge
+	return attestortest.OpenJudge(t, server.Kind(), body, attestor.Needs{})
 }
 
 func openNode(t testing.TB, c *aws.Cloud, td string) ([]byte, attestor.Ask) {

@@ -95,15 +95,7 @@ func TestSuite(t *testing.T) {
 
 func openJudge(t *testing.T, body string) attestor.Judge {
 	t.Helper()
-	config, diags := attestortest.Decode(server.Kind().Config, body)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	judge, err := server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return judge
+	return attestortest.OpenJudge(t, server.Kind(), body, attestor.Needs{})
 }
 
 func evidence(t *testing.T, c *aws.Cloud, arn, td string) ([]byte, attestor.Ask) {

@@ -70,15 +70,7 @@ func (m *maker) make(name string) string {
 
 func openNode(t testing.TB, body string) attestor.Node {
 	t.Helper()
-	config, diags := attestortest.Decode(node.Kind().Config, body)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	n, err := node.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
+	return attestortest.OpenNode(t, node.Kind(), body, attestor.Needs{})
 }
 
 func evidence(t testing.TB, body string) ([]byte, attestor.Ask) {
@@ -92,15 +84,7 @@ func evidence(t testing.TB, body string) ([]byte, attestor.Ask) {
 
 func openJudge(t testing.TB, body string) attestor.Judge {
 	t.Helper()
-	config, diags := attestortest.Decode(server.Kind().Config, body)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	judge, err := server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return judge
+	return attestortest.OpenJudge(t, server.Kind(), body, attestor.Needs{})
 }
 
 // hashOf reads the hash of the endorsement key off a proof.
@@ -267,15 +251,7 @@ func TestForgeries(t *testing.T) {
 		t.Run(why, func(t *testing.T) { refuse(t, listed, payload, spoiled(c.spoil), c.want) })
 	}
 	t.Run("a quote for another key of an agent's", func(t *testing.T) {
-		config, diags := attestortest.Decode(node.Kind().Config, configOf(one))
-		if diags.HasErrors() {
-			t.Fatal(diags)
-		}
-		n, err := node.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
-		if err != nil {
-			t.Fatal(err)
-		}
-		payload, answer, err := attestor.Gather(t.Context(), n, attestor.KeyHash{1})
+		payload, answer, err := attestor.Gather(t.Context(), openNode(t, configOf(one)), attestor.KeyHash{1})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -91,15 +91,7 @@ func (p *plant) judgeConfig() string {
 
 func open(t testing.TB, nodeBody string) ([]byte, attestor.Ask) {
 	t.Helper()
-	config, diags := attestortest.Decode(node.Kind().Config, nodeBody)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	n, err := node.Kind().Open(config, attestor.Needs{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	payload, answer, err := n.Evidence(t.Context())
+	payload, answer, err := attestortest.OpenNode(t, node.Kind(), nodeBody, attestor.Needs{}).Evidence(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,15 +100,7 @@ func open(t testing.TB, nodeBody string) ([]byte, attestor.Ask) {
 
 func openJudge(t testing.TB, body string, now func() time.Time) attestor.Judge {
 	t.Helper()
-	config, diags := attestortest.Decode(server.Kind().Config, body)
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	judge, err := server.Kind().Open(config, attestor.Needs{Now: now})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return judge
+	return attestortest.OpenJudge(t, server.Kind(), body, attestor.Needs{Now: now})
 }
 
 func parse(t testing.TB, payload []byte) (e tpmdevid.Evidence) {
@@ -433,14 +417,7 @@ func TestAgentSaysWhatIsWrong(t *testing.T) {
 		nodeConfig(one, d, "wrong"):         "certify the DevID's key",
 		nodeConfig("/nowhere", d, "secret"): "find TPM",
 	} {
-		config, diags := attestortest.Decode(node.Kind().Config, body)
-		if diags.HasErrors() {
-			t.Fatal(diags)
-		}
-		n, err := node.Kind().Open(config, attestor.Needs{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		n := attestortest.OpenNode(t, node.Kind(), body, attestor.Needs{})
 		if _, _, err := n.Evidence(t.Context()); err == nil || !strings.Contains(err.Error(), says) {
 			t.Errorf("%v, want %q", err, says)
 		}

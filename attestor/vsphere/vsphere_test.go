@@ -16,7 +16,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/sirupsen/logrus"
 	"github.com/vmware/govmomi"
 	"github.com/vmware/govmomi/object"
 	"github.com/vmware/govmomi/property"
@@ -105,26 +104,12 @@ func (c *center) inside(vm *object.VirtualMachine, uuid string) string {
 
 func (c *center) judge(more string) attestor.Judge {
 	c.t.Helper()
-	config, diags := attestortest.Decode(server.Kind().Config, c.judgeConfig(more))
-	if diags.HasErrors() {
-		c.t.Fatal(diags)
-	}
-	log := logrus.New()
-	log.SetOutput(c.t.Output())
-	judge, err := server.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain, Log: log})
-	c.must(err)
-	return judge
+	return attestortest.OpenJudge(c.t, server.Kind(), c.judgeConfig(more), attestor.Needs{})
 }
 
 func (c *center) evidence(inside string) ([]byte, attestor.Ask) {
 	c.t.Helper()
-	config, diags := attestortest.Decode(node.Kind().Config, inside)
-	if diags.HasErrors() {
-		c.t.Fatal(diags)
-	}
-	n, err := node.Kind().Open(config, attestor.Needs{TrustDomain: attestortest.TrustDomain})
-	c.must(err)
-	payload, answer, err := n.Evidence(c.t.Context())
+	payload, answer, err := attestortest.OpenNode(c.t, node.Kind(), inside, attestor.Needs{}).Evidence(c.t.Context())
 	c.must(err)
 	return payload, answer
 }

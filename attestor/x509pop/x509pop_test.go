@@ -110,15 +110,7 @@ func openJudge(t testing.TB, now time.Time, bundles ...string) attestor.Judge {
 
 func openNode(t *testing.T, kind string) ([]byte, attestor.Ask) {
 	t.Helper()
-	config, diags := attestortest.Decode(node.Kind().Config, nodeConfig(kind))
-	if diags.HasErrors() {
-		t.Fatal(diags)
-	}
-	n, err := node.Kind().Open(config, attestor.Needs{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	payload, answer, err := n.Evidence(t.Context())
+	payload, answer, err := attestortest.OpenNode(t, node.Kind(), nodeConfig(kind), attestor.Needs{}).Evidence(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,12 +12,10 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"io"
-	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -28,6 +26,8 @@ import (
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	v4 "github.com/aws/aws-sdk-go-v2/aws/signer/v4"
+
+	"github.com/assay-id/assay/test/fake/pki"
 )
 
 // Server is both services.
@@ -66,39 +66,12 @@ func New(t testing.TB) *Server {
 		ARN: "arn:aws:acm-pca:eu-central-1:123456789012:certificate-authority/11111111-2222-3333-4444-555555555555", Page: 5,
 		keys: map[string]*key{}, aliases: map[string]string{}, issued: map[string]*issued{},
 	}
-	root, rootKey := authority(t, "AWS root", nil, nil)
-	issuing, issuingKey := authority(t, "AWS issuing", root, rootKey)
+	root, rootKey := pki.Authority(t, "AWS root", nil, nil)
+	issuing, issuingKey := pki.Authority(t, "AWS issuing", root, rootKey)
 	s.chain, s.signer = []*x509.Certificate{issuing, root}, issuingKey
 	s.Server = httptest.NewTLSServer(http.HandlerFunc(s.serve))
 	t.Cleanup(s.Close)
 	return s
-}
-
-func authority(t testing.TB, name string, parent *x509.Certificate, by crypto.Signer) (*x509.Certificate, crypto.Signer) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: serial(), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, IsCA: true, BasicConstraintsValid: true,
-	}
-	if parent == nil {
-		parent, by = c, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, parent, key.Public(), by)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if c, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	return c, key
-}
-
-func serial() *big.Int {
-	n, _ := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
-	return n.Add(n, big.NewInt(1))
 }
 
 // Live counts keys that are not scheduled for deletion.
@@ -336,7 +309,7 @@ func (s *Server) issue(w http.ResponseWriter, in *request) {
 	}
 	// The template passes subject and alternative names through, and sets the rest.
 	c := &x509.Certificate{
-		SerialNumber: serial(), RawSubject: csr.RawSubject, URIs: csr.URIs, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Unix(in.Validity.Value, 0),
+		SerialNumber: pki.Serial(), RawSubject: csr.RawSubject, URIs: csr.URIs, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Unix(in.Validity.Value, 0),
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign | x509.KeyUsageDigitalSignature, IsCA: true, BasicConstraintsValid: true,
 		MaxPathLenZero: strings.Contains(in.TemplateArn, "PathLen0"),
 	}

@@ -4,14 +4,10 @@ package certmanager
 
 import (
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
 	"encoding/pem"
-	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -20,6 +16,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/assay-id/assay/test/fake/pki"
 )
 
 // Server is the API server.
@@ -41,22 +39,8 @@ type Server struct {
 
 // New starts a server.
 func New(t testing.TB) *Server {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "cert-manager root"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, IsCA: true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if c, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	s := &Server{Token: "token-" + rand.Text(), Namespace: "trust", Issuer: "roots", requests: map[string]map[string]any{}, asks: map[string]int{}, root: c, signer: key}
+	root, key := pki.Authority(t, "cert-manager root", nil, nil)
+	s := &Server{Token: "token-" + rand.Text(), Namespace: "trust", Issuer: "roots", requests: map[string]map[string]any{}, asks: map[string]int{}, root: root, signer: key}
 	s.Server = httptest.NewTLSServer(http.HandlerFunc(s.serve))
 	t.Cleanup(s.Close)
 	return s
@@ -191,9 +175,8 @@ func (s *Server) issue(in map[string]any) {
 		in["status"] = end("Ready", "False", "Failed", err.Error())
 		return
 	}
-	n, _ := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
 	c := &x509.Certificate{
-		SerialNumber: n, RawSubject: csr.RawSubject, URIs: csr.URIs, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(life),
+		SerialNumber: pki.Serial(), RawSubject: csr.RawSubject, URIs: csr.URIs, NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(life),
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, IsCA: spec.IsCA, BasicConstraintsValid: true,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, c, s.root, csr.PublicKey, s.signer)

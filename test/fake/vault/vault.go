@@ -10,12 +10,10 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"math/big"
 	"net/http"
 	"net/http/httptest"
 	"slices"
@@ -23,6 +21,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/assay-id/assay/test/fake/pki"
 )
 
 // Server is a Vault that listens.
@@ -55,39 +55,12 @@ func New(t testing.TB) *Server {
 		tokens: map[string]bool{}, keys: map[string]*key{},
 	}
 	s.tokens[s.Token] = true
-	root, rootKey := authority(t, "Vault root", nil, nil)
-	issuing, issuingKey := authority(t, "Vault issuing", root, rootKey)
+	root, rootKey := pki.Authority(t, "Vault root", nil, nil)
+	issuing, issuingKey := pki.Authority(t, "Vault issuing", root, rootKey)
 	s.chain, s.signer = []*x509.Certificate{issuing, root}, issuingKey
 	s.Server = httptest.NewTLSServer(http.HandlerFunc(s.serve))
 	t.Cleanup(s.Close)
 	return s
-}
-
-func authority(t testing.TB, name string, parent *x509.Certificate, by crypto.Signer) (*x509.Certificate, crypto.Signer) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &x509.Certificate{
-		SerialNumber: serial(), Subject: pkix.Name{CommonName: name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
-		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, IsCA: true, BasicConstraintsValid: true,
-	}
-	if parent == nil {
-		parent, by = c, key
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, parent, key.Public(), by)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if c, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	return c, key
-}
-
-func serial() *big.Int {
-	n, _ := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
-	return n.Add(n, big.NewInt(1))
 }
 
 // CAPEM is what verifies the server's own certificate.
@@ -298,7 +271,7 @@ func (s *Server) intermediate(w http.ResponseWriter, in map[string]any) {
 		return
 	}
 	c := &x509.Certificate{
-		SerialNumber: serial(), RawSubject: csr.RawSubject, URIs: csr.URIs, NotBefore: time.Now().Add(-30 * time.Second), NotAfter: time.Now().Add(life),
+		SerialNumber: pki.Serial(), RawSubject: csr.RawSubject, URIs: csr.URIs, NotBefore: time.Now().Add(-30 * time.Second), NotAfter: time.Now().Add(life),
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, IsCA: true, BasicConstraintsValid: true,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, c, s.chain[0], csr.PublicKey, s.signer)
