@@ -9,6 +9,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -108,8 +109,8 @@ func (m *Maker) Make(ctx context.Context, name string) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
 	for {
-		if _, err := os.Stat(socket); err == nil {
-			return socket, nil
+		if conn, err := net.Dial("unix", socket); err == nil { // the file is there a moment before anybody listens
+			return socket, conn.Close()
 		}
 		select {
 		case <-time.After(20 * time.Millisecond):
