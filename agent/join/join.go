@@ -352,7 +352,7 @@ func (j *Joiner) Run(ctx context.Context) error {
 			if err := j.bootstrap(ctx); err != nil && said.due(how, err, j.now()) {
 				j.log.WithError(err).Error("server cannot be verified: the bundle that is held is of no use, and there is no other")
 			}
-			j.sleep(ctx, wait, true)
+			sleep(ctx, wait, j.wake)
 			continue
 		}
 		if j.try(ctx, how, failures, &said) {
@@ -397,7 +397,7 @@ func (j *Joiner) try(ctx context.Context, how action, failures int, said *notice
 	if !j.Banned() && said.due(how, err, j.now()) {
 		j.complain(how, err, wait)
 	}
-	j.sleep(ctx, wait, false)
+	sleep(ctx, wait, nil)
 	return false
 }
 
@@ -522,14 +522,10 @@ func (j *Joiner) count(how action, err error) {
 	j.attestations.WithLabelValues(how.String(), result).Inc()
 }
 
-// sleep waits; a poke ends it if early says so.
-func (j *Joiner) sleep(ctx context.Context, wait time.Duration, early bool) {
+// sleep waits, until ctx ends or, unless it is nil, wake says so.
+func sleep(ctx context.Context, wait time.Duration, wake <-chan struct{}) {
 	timer := time.NewTimer(wait)
 	defer timer.Stop()
-	wake := j.wake
-	if !early {
-		wake = nil
-	}
 	select {
 	case <-ctx.Done():
 	case <-timer.C:

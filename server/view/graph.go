@@ -204,7 +204,7 @@ func (g *graph) applyBundle(c records.BundleChange, rev kv.Rev) int {
 	touched := 0
 	for a := range g.nodes.all() {
 		if a.picture == nil || a.picture.body.names(c.TrustDomain) {
-			g.touch(a, rev, true)
+			g.regroup(a, rev)
 			touched++
 		}
 	}
@@ -287,7 +287,7 @@ func (w *walker) from(e *identity.Entry) {
 			continue
 		}
 		if x.agent != nil {
-			w.g.touch(x.agent, w.rev, false)
+			w.g.touch(x.agent, w.rev)
 			w.touched++
 		}
 		if w.g.reserved(id) {
@@ -308,7 +308,7 @@ func (w *walker) above(e *identity.Entry) {
 		return
 	}
 	for a := range w.g.nodesWith(e.Selectors) {
-		w.g.touch(a, w.rev, true)
+		w.g.regroup(a, w.rev)
 		w.touched++
 	}
 }

@@ -124,7 +124,7 @@ func (g *graph) applyNode(c records.NodeChange, rev kv.Rev) int {
 		a.node = c.Node
 		return 0
 	}
-	g.touch(a, rev, true)
+	g.regroup(a, rev)
 	g.unpost(a)
 	if c.Node == nil {
 		g.nodes.remove(a)
@@ -150,14 +150,19 @@ func (g *graph) addNode(n *records.Node, rev kv.Rev) {
 	g.stranger.wakeAll()
 }
 
-// touch marks an agent's picture as out of date and wakes those who follow it. Shared is false if
-// only what hangs on the agent's own ID has changed, not its aliases or what they lead to.
-func (g *graph) touch(a *agent, rev kv.Rev, shared bool) {
-	a.body = nil
-	if shared && a.group != nil {
+// regroup marks an agent's picture as out of date whose aliases, or what they lead to, have changed: what it shares
+// with others is not what it was. It wakes those who follow it.
+func (g *graph) regroup(a *agent, rev kv.Rev) {
+	if a.group != nil {
 		g.groups.leave(a.group)
 		a.group = nil
 	}
+	g.touch(a, rev)
+}
+
+// touch is regroup of an agent of which only what hangs on its own ID has changed.
+func (g *graph) touch(a *agent, rev kv.Rev) {
+	a.body = nil
 	g.outdate(a, rev)
 }
 
@@ -174,7 +179,7 @@ func (g *graph) outdate(a *agent, rev kv.Rev) {
 
 func (g *graph) touchAll(rev kv.Rev) int {
 	for a := range g.nodes.all() {
-		g.touch(a, rev, true)
+		g.regroup(a, rev)
 	}
 	g.stranger.wakeAll()
 	return g.nodes.size
