@@ -105,7 +105,7 @@ func (n *node) start() *node {
 	return n
 }
 
-// workload is a process that calls the Workload API.
+// process is one that calls the Workload API.
 type process struct {
 	t      *testing.T
 	client workload.SpiffeWorkloadAPIClient

@@ -41,7 +41,7 @@ func (p *JWTProfile) fits(id spiffeid.ID, audience []string) bool {
 	})
 }
 
-// profile returns the profile of a token, or one that changes nothing.
+// jwtProfile returns the profile of a token, or one that changes nothing.
 func (c *CA) jwtProfile(id spiffeid.ID, audience []string) *JWTProfile {
 	for n := range c.cfg.JWTProfiles {
 		if p := &c.cfg.JWTProfiles[n]; p.fits(id, audience) {

@@ -20,7 +20,7 @@ import (
 
 var update = flag.Bool("update", false, "write testdata/v1 anew (only before version 1 is released)")
 
-// full values have every field set; a test checks that.
+// fullEntry and those below have every field set; a test checks that.
 func fullEntry() *identity.Entry {
 	return &identity.Entry{
 		ID: "id-1", SPIFFEID: spiffeid.RequireFromPath(domain, "/web"), ParentID: agent("x509pop/1"),

@@ -40,7 +40,7 @@ type stockAgent struct {
 	conn *grpc.ClientConn // with the agent's SVID
 }
 
-// server returns a connection to the server's TCP port without a client certificate.
+// anonymous returns a connection to the server's TCP port without a client certificate.
 func (a *stockAgent) anonymous(t *testing.T) *grpc.ClientConn {
 	t.Helper()
 	return dial(t, a.site, tlsconfig.TLSClientConfig(bundleOf(t, a.site), tlsconfig.AuthorizeID(serverID(a.td))))

@@ -20,7 +20,7 @@ import (
 
 const mib = 1 << 20
 
-// many does something n times, on several goroutines, and returns how often it failed.
+// crowd does something n times, on several goroutines, and returns how often it failed.
 func crowd(n int, do func(i int) error) (failed int) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex

@@ -42,7 +42,7 @@ func (p packaged) journal() string {
 	return out
 }
 
-// package_ finds what "make packages" made.
+// findPackage finds what "make packages" made.
 func findPackage(t *testing.T, pattern string) string {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join("..", "..", "bin", "packages", pattern))

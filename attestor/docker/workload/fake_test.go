@@ -78,7 +78,7 @@ func (b fakeBench) up(t *testing.T) {
 
 func TestSuiteOnFake(t *testing.T) { runSuite(t, newFake(t)) }
 
-// container runs one container on a new fake.
+// runOne runs one container on a new fake.
 func runOne(t *testing.T, b fakeBench, layout fake.Layout) (image, id string, pid int) {
 	t.Helper()
 	image = b.Build(map[string]string{"app": "shop"})

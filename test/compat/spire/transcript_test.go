@@ -240,7 +240,7 @@ func (w *words) refusal(err error) string {
 	return text
 }
 
-// real says whether it is SPIRE that is asked.
+// isReal says whether it is SPIRE that is asked.
 func isReal() bool { return os.Getenv("BLACKBOX_SERVER") != "" }
 
 // TestMessages plays every transcript to a server of its own.
