@@ -7,6 +7,7 @@ import (
 	"errors"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/api/caller"
+	"github.com/assay-id/assay/server/wire/evidencev1"
 )
 
 // grants are roles as a test gives them.
@@ -208,6 +210,51 @@ func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
 	t.Run("administrators stay what they are", func(t *testing.T) {
 		if _, err := w.agents().ListAgents(w.context(), &agentv1.ListAgentsRequest{}); err != nil {
 			t.Error(err)
+		}
+	})
+}
+
+func TestARoleSeesOfAnImageWhatIsWithin(t *testing.T) {
+	reader := &caller.Role{Name: "reader", Verbs: []string{"evidence:read"}, Paths: []string{"/shop"}}
+	w := start(t, withEvidence(t, `scan_policy "prod" {
+  sources = ["local"]
+}`), func(c *Config) { c.Roles = &grants{svid: []*caller.Role{reader}} })
+	for _, path := range []string{"/shop/till", "/bank"} {
+		w.create(&types.Entry{SpiffeId: id(path), ParentId: id("/node"), Selectors: selectors("unix:uid:1", "scan:policy:prod")})
+	}
+	if _, err := w.push(scanned(t, time.Now())); err != nil {
+		t.Fatal(err)
+	}
+	see := func(t *testing.T, conn grpc.ClientConnInterface) (shown, told string) {
+		t.Helper()
+		evidence := evidencev1.NewEvidenceClient(conn)
+		whole, err := evidence.Show(w.context(), &evidencev1.ShowRequest{Image: image})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range whole.GetEntries() {
+			shown += e.GetSpiffeId() + " "
+		}
+		story, err := evidence.Explain(w.context(), &evidencev1.ExplainRequest{Image: image})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return shown, strings.Join(story.GetLines(), "\n")
+	}
+	t.Run("an administrator sees every entry that demands evidence", func(t *testing.T) {
+		shown, told := see(t, w.local)
+		for _, text := range []string{shown, told} {
+			if !strings.Contains(text, "example.org/bank") || !strings.Contains(text, "example.org/shop/till") {
+				t.Error(text)
+			}
+		}
+	})
+	t.Run("a role sees those within its paths", func(t *testing.T) {
+		shown, told := see(t, w.minted("/team/shop"))
+		for _, text := range []string{shown, told} {
+			if strings.Contains(text, "bank") || !strings.Contains(text, "example.org/shop/till") {
+				t.Error(text)
+			}
 		}
 	})
 }

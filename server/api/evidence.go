@@ -21,6 +21,7 @@ import (
 	"github.com/assay-id/assay/server/verdict/policy"
 	"github.com/assay-id/assay/server/verdict/trust"
 	"github.com/assay-id/assay/server/wire/evidencev1"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 // Evidence is who judges images; *verdict.Service is one.
@@ -29,8 +30,8 @@ type Evidence interface {
 	Push(ctx context.Context, who verdict.Pusher, d verdict.Document) (*verdict.Pushed, error)
 	Summaries(digests []string) []verdict.Summary
 	List(status string, running bool, after string, limit int) ([]verdict.Summary, string)
-	Show(text string) (*verdict.Whole, error)
-	Explain(text, policy string) (digest string, lines []string, err error)
+	Show(text string, see func(*identity.Entry) bool) (*verdict.Whole, error)
+	Explain(text, policy string, see func(*identity.Entry) bool) (digest string, lines []string, err error)
 	Simulate(ctx context.Context, policies []*policy.ScanPolicy, running bool) (int, []verdict.Difference, error)
 	PutException(ctx context.Context, e policy.Exception, who string) (policy.Exception, error)
 	Exceptions() []policy.Exception
@@ -295,19 +296,19 @@ func (s *evidenceService) List(_ context.Context, req *evidencev1.ListRequest) (
 	return resp, nil
 }
 
-func (s *evidenceService) Show(_ context.Context, req *evidencev1.ShowRequest) (*evidencev1.ShowResponse, error) {
+func (s *evidenceService) Show(ctx context.Context, req *evidencev1.ShowRequest) (*evidencev1.ShowResponse, error) {
 	judge, err := s.on()
 	if err != nil {
 		return nil, err
 	}
-	w, err := judge.Show(req.GetImage())
+	w, err := judge.Show(req.GetImage(), reached(ctx))
 	if err != nil {
 		return nil, fail("failed to show the image", err)
 	}
 	return wholeWire(w), nil
 }
 
-func (s *evidenceService) Explain(_ context.Context, req *evidencev1.ExplainRequest) (*evidencev1.ExplainResponse, error) {
+func (s *evidenceService) Explain(ctx context.Context, req *evidencev1.ExplainRequest) (*evidencev1.ExplainResponse, error) {
 	judge, err := s.on()
 	if err != nil {
 		return nil, err
@@ -315,7 +316,7 @@ func (s *evidenceService) Explain(_ context.Context, req *evidencev1.ExplainRequ
 	if err := tooLong("policy", req.GetPolicy()); err != nil {
 		return nil, err
 	}
-	digest, lines, err := judge.Explain(req.GetImage(), req.GetPolicy())
+	digest, lines, err := judge.Explain(req.GetImage(), req.GetPolicy(), reached(ctx))
 	if err != nil {
 		return nil, fail("failed to explain the image", err)
 	}

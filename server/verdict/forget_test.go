@@ -24,7 +24,7 @@ func TestWhatNobodyUsesIsForgotten(t *testing.T) {
 	}
 	w.run(running, 1)
 	w.run(manifest, 1)
-	known := func(digest string) bool { _, err := w.Show(digest); return err == nil }
+	known := func(digest string) bool { _, err := w.Show(digest, nil); return err == nil }
 	// days lets time pass as it does, with its rounds.
 	days := func(n int) {
 		for range n {
@@ -144,12 +144,12 @@ func TestNothingIsForgottenThatCouldNotBeWritten(t *testing.T) {
 	store := &brokenStore{Store: w.Store, broken: true}
 	w.Store = store
 	w.pass(3 * day)
-	if _, err := w.Show(image); err != nil {
+	if _, err := w.Show(image, nil); err != nil {
 		t.Errorf("it is forgotten: %v", err)
 	}
 	store.broken = false
 	w.pass(longest)
-	if _, err := w.Show(image); err == nil {
+	if _, err := w.Show(image, nil); err == nil {
 		t.Error("it is still known")
 	}
 }

@@ -172,8 +172,9 @@ func (s *Service) find(text string) (*image, error) {
 	return nil, fmt.Errorf("%w: %q means %d images: %s", ErrNoImage, clip(text), len(found), strings.Join(slices.Sorted(maps.Keys(found))[:min(len(found), 4)], ", "))
 }
 
-// Show returns everything about one image.
-func (s *Service) Show(text string) (*Whole, error) {
+// Show returns everything about one image, which text names by a digest of any kind or the beginning of one. Of the
+// entries that demand evidence it shows those that see lets through; nil: all.
+func (s *Service) Show(text string, see func(*identity.Entry) bool) (*Whole, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	i, err := s.find(text)
@@ -207,7 +208,7 @@ func (s *Service) Show(text string) (*Whole, error) {
 	if i.published != nil {
 		w.Selectors, w.Seq = i.published.Selectors.Strings(), i.published.Seq
 	}
-	w.Gates = s.gates(i)
+	w.Gates = s.gates(i, see)
 	return w, nil
 }
 
@@ -235,11 +236,11 @@ func (s *Service) piece(d *document, i *image) Piece {
 	return p
 }
 
-// gates returns the entries that demand evidence and could be for this image.
-func (s *Service) gates(i *image) []Gate {
+// gates returns the entries that demand evidence and could be for this image, of those that see lets through.
+func (s *Service) gates(i *image, see func(*identity.Entry) bool) []Gate {
 	var list []Gate
 	for after := ""; ; {
-		entries, next := s.View.ListEntries(view.EntryFilter{}, after, 1000)
+		entries, next := s.View.ListEntries(view.EntryFilter{Keep: see}, after, 1000)
 		for _, e := range entries {
 			if !e.Gated() {
 				continue
@@ -267,9 +268,9 @@ func (s *Service) gates(i *image) []Gate {
 	}
 }
 
-// Explain tells the story of one image in sentences, under one policy or all.
-func (s *Service) Explain(text, only string) (digest string, lines []string, err error) {
-	w, err := s.Show(text)
+// Explain tells the story of one image in sentences, under one policy or all. It takes text and see as Show does.
+func (s *Service) Explain(text, only string, see func(*identity.Entry) bool) (digest string, lines []string, err error) {
+	w, err := s.Show(text, see)
 	if err != nil {
 		return "", nil, err
 	}

@@ -59,7 +59,7 @@ func TestAFilteredCopyOfARealScanClearsNothing(t *testing.T) {
 			if _, err := w.send(image, full); err != nil {
 				t.Fatal(err)
 			}
-			before, err := w.Show(image)
+			before, err := w.Show(image, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -67,7 +67,7 @@ func TestAFilteredCopyOfARealScanClearsNothing(t *testing.T) {
 			if _, err := w.send(image, filtered); !errors.Is(err, ErrStale) {
 				t.Errorf("the filtered copy of the same scan is answered with %v", err)
 			}
-			after, err := w.Show(image)
+			after, err := w.Show(image, nil)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -356,7 +356,7 @@ evidence_source "ci" {
 	w.wantGate(image, true)
 	t.Run("it is remembered which run has pushed, and that says nothing of the image", func(t *testing.T) {
 		w.restart()
-		whole, err := w.Show(image)
+		whole, err := w.Show(image, nil)
 		if err != nil || len(whole.Documents) != 1 || whole.Documents[0].PushedWith[trust.FieldRunInvocationURI] != "https://ci.example.org/run/7" {
 			t.Errorf("got %+v, %v", whole, err)
 		}

@@ -300,7 +300,7 @@ func (w *world) gate(digest, name string) bool {
 func (w *world) wantGate(digest string, open bool) {
 	w.t.Helper()
 	if got := w.gate(digest, "prod"); got != open {
-		_, told, err := w.Explain(digest, "")
+		_, told, err := w.Explain(digest, "", nil)
 		w.t.Fatalf("gate open: %t, want %t\n%s%v", got, open, strings.Join(told, "\n"), err)
 	}
 }
