@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	logtest "github.com/sirupsen/logrus/hooks/test"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	workloadattestorv1 "github.com/spiffe/spire-plugin-sdk/proto/spire/plugin/agent/workloadattestor/v1"
 	"google.golang.org/grpc"
@@ -312,6 +313,18 @@ func TestPlugin(t *testing.T) {
 		}
 	})
 
+	t.Run("one that floods its output is answered to all the same, and the log stays small", func(t *testing.T) {
+		s := newSetup(t, spireplugin.Workload, "flood")
+		log, hook := logtest.NewNullLogger()
+		s.Log = log
+		if _, err := attest(t.Context(), s.open(t), patience); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(hook.AllEntries()); n == 0 || n > 20_000 { // of 160,000
+			t.Errorf("%d lines were logged", n)
+		}
+	})
+
 	t.Run("what it says of its errors fits a line", func(t *testing.T) {
 		p := newSetup(t, spireplugin.Workload, "error").open(t)
 		_, err := attest(t.Context(), p, patience)
@@ -330,6 +343,8 @@ func TestRefusedAtTheStart(t *testing.T) {
 	defer func() { _ = listener.Close() }()
 	for _, c := range []struct{ name, kind, mode, want string }{
 		{"it ends", "workload+crash", "", "it ended before it said where it listens: exit status 3"},
+		{"it ends at once, content", "workload+exit", "", "it ended before it said where it listens: exit status 0"},
+		{"it is of another version of SPIRE's plugins", "workload+next", "", `it is a plugin of version "2", not 1`},
 		{"it says something else", "workload+chatter", "", `it said "hello, I am no plugin"`},
 		{"it says too much", "workload+flood", "", "its first line is longer than 4096 bytes"},
 		{"it listens at TCP", "workload+tcp", "", "only Unix sockets are spoken to"},

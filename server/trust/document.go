@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"bytes"
 	"crypto"
 	"encoding/json"
 	"maps"
@@ -30,6 +31,9 @@ func parse(td spiffeid.TrustDomain, text []byte) (*identity.Bundle, error) {
 	}
 	if n := len(numbers.Keys); n > 2*identity.MaxAuthorities {
 		return nil, refuse("it has %d authorities, the limit is %d", n, identity.MaxAuthorities)
+	}
+	if err := unambiguous(text, numbers.Keys); err != nil {
+		return nil, err
 	}
 	doc, err := spiffebundle.Parse(td, text)
 	if err != nil {
@@ -67,6 +71,54 @@ func parse(td spiffeid.TrustDomain, text []byte) (*identity.Bundle, error) {
 		return nil, err
 	}
 	return b, nil
+}
+
+// unambiguous refuses a document that says a thing twice: of two members with one name, or two keys with one ID, each
+// reader takes the one it likes (RFC 8259 section 4, RFC 7517 section 4.5), and so what is believed would be the
+// reader's to say. The same key twice is the same key.
+func unambiguous(text []byte, keys []json.RawMessage) error {
+	if name := twice(text); name != "" {
+		return refuse("it says %q twice", clip(name))
+	}
+	seen := map[string]json.RawMessage{}
+	for _, key := range keys {
+		if name := twice(key); name != "" {
+			return refuse("one of its keys says %q twice", clip(name))
+		}
+		var of struct{ Use, Kid string }
+		if json.Unmarshal(key, &of) != nil || of.Kid == "" {
+			continue // whatever it is, it is not looked up by its ID
+		}
+		id := of.Use + " " + of.Kid
+		if before, known := seen[id]; known && !bytes.Equal(before, key) {
+			return refuse("two of its keys for %q have the ID %q", clip(of.Use), clip(of.Kid))
+		}
+		seen[id] = key
+	}
+	return nil
+}
+
+// twice returns a name that an object has more than once. Letter case does not tell names apart to every reader.
+func twice(object []byte) string {
+	in := json.NewDecoder(bytes.NewReader(object))
+	if start, err := in.Token(); err != nil || start != json.Delim('{') {
+		return ""
+	}
+	seen := map[string]bool{}
+	for in.More() {
+		token, err := in.Token()
+		name, ok := token.(string)
+		var value json.RawMessage
+		if err != nil || !ok || in.Decode(&value) != nil {
+			return "" // it is no JSON, which is somebody else's to say
+		}
+		folded := strings.ToLower(name)
+		if seen[folded] {
+			return name
+		}
+		seen[folded] = true
+	}
+	return ""
 }
 
 func checkedKeys(kind string, keys map[string]crypto.PublicKey) ([]identity.JWTAuthority, error) {

@@ -9,6 +9,7 @@ import (
 	stdlog "log" //nolint:depguard // net/http takes no other
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -135,6 +136,14 @@ func TestHostileEndpoint(t *testing.T) {
 		{"redirects to plain HTTP, where a good one is", func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, plain.URL, http.StatusTemporaryRedirect)
 		}, true},
+		{"redirects to another host", func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://169.254.169.254/latest/meta-data/", http.StatusTemporaryRedirect)
+		}, true},
+		{"says its sequence number twice", text(strings.Replace(string(good), `{`, `{"spiffe_sequence":1,`, 1)), true},
+		{"says its keys twice", text(strings.Replace(string(good), `{`, `{"Keys":[],`, 1)), true},
+		{"has two keys of one ID", text(strings.Replace(string(good), `"keys":[`, `"keys":[`+fmt.Sprintf(key, 1)+strings.Replace(fmt.Sprintf(key, 1), `"kty"`, `"alg":"ES256","kty"`, 1), 1)), true},
+		{"has a key that says its use twice", text(strings.Replace(string(good), `"keys":[`, `"keys":[{"use":"jwt-svid",`+strings.TrimPrefix(fmt.Sprintf(key, 1), "{"), 1)), true},
+		{"has an empty key", text(strings.Replace(string(good), `"keys":[`, `"keys":[{},`, 1)), true},
 		{"says not found", status(http.StatusNotFound), false},
 		{"says it is broken", status(http.StatusInternalServerError), false},
 		{"is empty", text(""), true},
@@ -190,11 +199,29 @@ func TestHostileEndpoint(t *testing.T) {
 			if after := s.held(t); after.Sequence != before.Sequence {
 				t.Errorf("the bundle went from %d to %d", before.Sequence, after.Sequence)
 			}
+			if line := s.lines.last(); c.refused && err != nil && (line.Outcome != audit.Deny || line.Event != "federation.fetch" || line.Reason != err.Error() || line.Peer == "") {
+				t.Errorf("the audit log says %+v of %v", line, err)
+			}
 			if err != nil && strings.Contains(err.Error(), "secret") {
 				t.Errorf("what came is repeated: %v", err)
 			}
 		})
 	}
+	t.Run("what type it says that its answer has, is nobody's business: the document says what it is", func(t *testing.T) {
+		s.do(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/html; charset=utf-16")
+			_, _ = w.Write(good)
+		})
+		if err := s.refresh(t); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("the same key twice is the same key", func(t *testing.T) {
+		s.do(text(strings.Replace(strings.Replace(string(good), `"spiffe_sequence":7`, `"spiffe_sequence":8`, 1), `"keys":[`, `"keys":[`+fmt.Sprintf(key, 1)+fmt.Sprintf(key, 1), 1)))
+		if err := s.refresh(t); err != nil || len(s.held(t).JWT) != 1 {
+			t.Errorf("%v, %d keys", err, len(s.held(t).JWT))
+		}
+	})
 	t.Run("after all that a good one is taken", func(t *testing.T) {
 		s.do(doc(bundle(other, 8, s.ca, newAuthority(t, other))))
 		if err := s.refresh(t); err != nil || len(s.held(t).X509) != 2 {
@@ -212,6 +239,15 @@ func TestSlowEndpoint(t *testing.T) {
 			_, _ = io.WriteString(w, "{")
 			w.(http.Flusher).Flush()
 			<-r.Context().Done()
+		},
+		"drips": func(w http.ResponseWriter, r *http.Request) {
+			for r.Context().Err() == nil { // never still for long, and never done
+				if _, err := io.WriteString(w, " "); err != nil {
+					return
+				}
+				w.(http.Flusher).Flush()
+				runtime.Gosched()
+			}
 		},
 	} {
 		t.Run("an endpoint that "+name+" is given up", func(t *testing.T) {

@@ -3,10 +3,13 @@ package aws_test
 import (
 	"crypto"
 	"crypto/sha256"
+	"encoding/json"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -73,6 +76,42 @@ func TestPCA(t *testing.T) {
 		if _, err := a.Sign(t.Context(), upstream.Request{}); err == nil || !strings.Contains(err.Error(), path) {
 			t.Errorf("got %v", err)
 		}
+	})
+}
+
+func TestLyingPCA(t *testing.T) {
+	upstreamtest.RunLies(t, func(t *testing.T, lie func(crypto.PublicKey) upstreamtest.Lie) upstream.Authority {
+		s := fake.New(t)
+		var mu sync.Mutex // guards told
+		var told upstreamtest.Lie
+		s.Answer = func(w http.ResponseWriter, r *http.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			switch _, operation, _ := strings.Cut(r.Header.Get("X-Amz-Target"), "."); operation {
+			case "IssueCertificate":
+				var in struct{ Csr []byte }
+				if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+					t.Error(err)
+				}
+				told = lie(upstreamtest.Public(t, in.Csr))
+				_ = json.NewEncoder(w).Encode(map[string]any{"CertificateArn": s.ARN + "/certificate/1"})
+			case "GetCertificate":
+				switch {
+				case told.Hang:
+					_, _ = io.Copy(io.Discard, r.Body) // or nobody notices that the caller has left
+					<-r.Context().Done()
+					return true
+				case told.Text == "":
+					told.Text = upstreamtest.PEM(told.Chain[0])
+				}
+				above := append(told.Chain[min(1, len(told.Chain)):], told.Roots...)
+				_ = json.NewEncoder(w).Encode(map[string]any{"Certificate": told.Text, "CertificateChain": upstreamtest.PEM(above...)})
+			default:
+				return false
+			}
+			return true
+		}
+		return awspca.New(client(t, s, aws.PCA, s.Secret), awspca.Config{ARN: s.ARN})
 	})
 }
 

@@ -2,9 +2,12 @@ package vault_test
 
 import (
 	"context"
+	"crypto"
 	"crypto/x509"
+	"encoding/json"
 	"encoding/pem"
 	"errors"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -15,6 +18,7 @@ import (
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/ca/keys/keystest"
 	"github.com/assay-id/assay/server/ca/keys/transit"
+	"github.com/assay-id/assay/server/ca/upstream"
 	"github.com/assay-id/assay/server/ca/upstream/upstreamtest"
 	"github.com/assay-id/assay/server/ca/upstream/vaultpki"
 	"github.com/assay-id/assay/server/ca/vault"
@@ -61,6 +65,39 @@ func TestTransit(t *testing.T) {
 func TestPKI(t *testing.T) {
 	s := fake.New(t)
 	upstreamtest.Run(t, vaultpki.New(client(t, s, nil), "", upstreamtest.TD), upstreamtest.Options{})
+}
+
+func TestLyingPKI(t *testing.T) {
+	upstreamtest.RunLies(t, func(t *testing.T, lie func(crypto.PublicKey) upstreamtest.Lie) upstream.Authority {
+		s := fake.New(t)
+		s.Answer = func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasSuffix(r.URL.Path, "/root/sign-intermediate") {
+				return false
+			}
+			var in struct {
+				CSR string `json:"csr"`
+			}
+			if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+				t.Error(err)
+			}
+			l := lie(upstreamtest.Public(t, []byte(in.CSR)))
+			switch {
+			case l.Hang:
+				_, _ = io.Copy(io.Discard, r.Body) // or nobody notices that the caller has left
+				<-r.Context().Done()
+				return true
+			case l.Text == "":
+				l.Text = upstreamtest.PEM(l.Chain[0])
+			}
+			var above []string
+			for _, cert := range append(l.Chain[min(1, len(l.Chain)):], l.Roots...) {
+				above = append(above, upstreamtest.PEM(cert))
+			}
+			_ = json.NewEncoder(w).Encode(map[string]any{"data": map[string]any{"certificate": l.Text, "ca_chain": above}})
+			return true
+		}
+		return vaultpki.New(client(t, s, nil), "", upstreamtest.TD)
+	})
 }
 
 func TestLogin(t *testing.T) {

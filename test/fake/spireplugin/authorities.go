@@ -235,11 +235,20 @@ func (a *authority) MintX509CAAndSubscribe(in *upstreamauthorityv1.MintX509CAReq
 	case "other-domain":
 		uris = []*url.URL{{Scheme: "spiffe", Host: "elsewhere.test"}}
 	}
-	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
+	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), RawSubject: csr.RawSubject, URIs: uris,
 		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Duration(max(in.GetPreferredTtl(), 3600)) * time.Second),
 		KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign, BasicConstraintsValid: true, IsCA: true,
-	}, root, signed, key)
+	}
+	switch config.Mode {
+	case "no-ca":
+		template.IsCA, template.SubjectKeyId = false, []byte("key")
+	case "expired":
+		template.NotAfter = time.Now().Add(-time.Second)
+	case "constrained":
+		template.PermittedURIDomains, template.PermittedDNSDomainsCritical = []string{"elsewhere.test"}, true
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, root, signed, key)
 	if err != nil {
 		return status.Error(codes.Internal, err.Error())
 	}
@@ -260,6 +269,8 @@ func (a *authority) MintX509CAAndSubscribe(in *upstreamauthorityv1.MintX509CAReq
 			return err
 		}
 		answer.UpstreamX509Roots = []*types.X509Certificate{{Asn1: other.Raw}}
+	case "huge":
+		answer.X509CaChain[0].Asn1 = make([]byte, 4<<20)
 	case "garbage":
 		answer.X509CaChain[0].Asn1 = []byte("garbage")
 	case "many":

@@ -4,6 +4,7 @@
 package spireplugin
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -94,6 +95,11 @@ func Run(kind string) {
 		select {}
 	case "crash":
 		os.Exit(3)
+	case "exit":
+		os.Exit(0)
+	case "next": // of a version of SPIRE's plugins that is not there yet
+		fmt.Println("1|2|unix|/nowhere|grpc|")
+		select {}
 	case "chatter":
 		fmt.Println("hello, I am no plugin")
 		select {}
@@ -285,6 +291,8 @@ func (p *Plugin) mode(ctx context.Context) (*Config, error) {
 			_ = os.WriteFile(config.Directory+"/crashed", nil, 0o600)
 			os.Exit(6)
 		}
+	case "flood":
+		flood()
 	case "measure":
 		return config, p.measure(ctx)
 	case "identity":
@@ -293,4 +301,15 @@ func (p *Plugin) mode(ctx context.Context) (*Config, error) {
 		return nil, status.Error(codes.Internal, "it went wrong\nin \x1b[31mtwo lines"+strings.Repeat("!", 10_000))
 	}
 	return config, nil
+}
+
+// flood writes megabytes to everything that the host may read: the descriptors themselves, and what go-plugin sends on.
+func flood() {
+	line := []byte(strings.Repeat("x", 99) + "\n")
+	block := bytes.Repeat(line, 1000)
+	for _, to := range []*os.File{os.NewFile(1, "stdout"), os.NewFile(2, "stderr"), os.Stdout, os.Stderr} {
+		for range 40 { // 4 MB
+			_, _ = to.Write(block)
+		}
+	}
 }

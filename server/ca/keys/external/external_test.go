@@ -1,6 +1,7 @@
 package external_test
 
 import (
+	"context"
 	"crypto"
 	"crypto/sha256"
 	"errors"
@@ -159,6 +160,17 @@ func TestLies(t *testing.T) {
 			}
 		})
 	}
+	t.Run("one that hangs costs the patience of who asks, no more", func(t *testing.T) {
+		m := must(t, t.TempDir(), "hang")
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		if _, err := m.Generate(ctx, "a", keys.EC256); err == nil {
+			t.Error("there is a key")
+		}
+		if names, err := m.List(t.Context()); err != nil || len(names) != 0 {
+			t.Errorf("left behind %v, %v", names, err)
+		}
+	})
 	t.Run("a fingerprint that changes is nothing to worry about: the signature is verified", func(t *testing.T) {
 		key, err := must(t, t.TempDir(), "other-fingerprint").Generate(t.Context(), "a", keys.EC256)
 		if err == nil {

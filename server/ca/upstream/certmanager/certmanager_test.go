@@ -1,12 +1,17 @@
 package certmanager
 
 import (
+	"bytes"
 	"context"
+	"crypto"
+	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -30,6 +35,47 @@ func TestSuite(t *testing.T) {
 	if n := s.Left(); n != 0 {
 		t.Errorf("%d requests are left", n)
 	}
+}
+
+func TestLyingIssuer(t *testing.T) {
+	upstreamtest.RunLies(t, func(t *testing.T, lie func(crypto.PublicKey) upstreamtest.Lie) upstream.Authority {
+		s := fake.New(t)
+		var mu sync.Mutex // guards told
+		var told upstreamtest.Lie
+		s.Answer = func(w http.ResponseWriter, r *http.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			switch r.Method {
+			case http.MethodPost:
+				text, err := io.ReadAll(r.Body)
+				r.Body = io.NopCloser(bytes.NewReader(text))
+				var in struct {
+					Spec struct{ Request []byte }
+				}
+				if err = errors.Join(err, json.Unmarshal(text, &in)); err != nil {
+					t.Error(err)
+				}
+				told = lie(upstreamtest.Public(t, in.Spec.Request))
+				return false
+			case http.MethodGet:
+				switch {
+				case told.Hang:
+					_, _ = io.Copy(io.Discard, r.Body) // or nobody notices that the caller has left
+					<-r.Context().Done()
+					return true
+				case told.Text == "":
+					told.Text = upstreamtest.PEM(told.Chain...)
+				}
+				_ = json.NewEncoder(w).Encode(map[string]any{"status": map[string]any{
+					"conditions":  []any{map[string]any{"type": "Ready", "status": "True", "reason": "Issued"}},
+					"certificate": []byte(told.Text), "ca": []byte(upstreamtest.PEM(told.Roots...)),
+				}})
+				return true
+			}
+			return false
+		}
+		return open(t, s, s.Token)
+	})
 }
 
 func TestRefusals(t *testing.T) {

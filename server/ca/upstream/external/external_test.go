@@ -81,6 +81,10 @@ func TestLies(t *testing.T) {
 	for _, c := range []struct{ mode, want string }{
 		{"other-key", "answer of the upstream authority is refused"},
 		{"other-domain", "answer of the upstream authority is refused"},
+		{"no-ca", "is no CA certificate"},
+		{"expired", "has expired at"},
+		{"constrained", "nobody would accept what its certificate signs"},
+		{"huge", "received message larger than max"},
 		{"other-root", "leads to none of its root certificates"},
 		{"no-chain", "it contains no certificate"},
 		{"no-roots", "it contains no root certificate"},

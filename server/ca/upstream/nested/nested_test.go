@@ -51,6 +51,7 @@ type spire struct {
 	asked  chan struct{} // a token for each GetBundle
 	refuse error
 	domain string
+	lie    func(crypto.PublicKey) upstreamtest.Lie
 }
 
 // svid makes an SVID of the trust domain.
@@ -123,7 +124,34 @@ func (a *agentOf) FetchX509SVID(_ *workload.X509SVIDRequest, stream grpc.ServerS
 	return nil
 }
 
-func (s *spire) NewDownstreamX509CA(_ context.Context, r *svidv1.NewDownstreamX509CARequest) (*svidv1.NewDownstreamX509CAResponse, error) {
+// told is a lie on the wire.
+func told(ctx context.Context, l upstreamtest.Lie) (*svidv1.NewDownstreamX509CAResponse, error) {
+	out := new(svidv1.NewDownstreamX509CAResponse)
+	switch {
+	case l.Hang:
+		<-ctx.Done()
+		return nil, ctx.Err()
+	case l.Text != "":
+		return &svidv1.NewDownstreamX509CAResponse{CaCertChain: [][]byte{[]byte(l.Text)}}, nil
+	}
+	for _, cert := range l.Chain {
+		out.CaCertChain = append(out.CaCertChain, cert.Raw)
+	}
+	for _, cert := range l.Roots {
+		out.X509Authorities = append(out.X509Authorities, cert.Raw)
+	}
+	return out, nil
+}
+
+func TestLyingServer(t *testing.T) {
+	upstreamtest.RunLies(t, func(t *testing.T, lie func(crypto.PublicKey) upstreamtest.Lie) upstream.Authority {
+		s := newSPIRE(t, "/spire/server")
+		s.lie = lie
+		return s.authority(t)
+	})
+}
+
+func (s *spire) NewDownstreamX509CA(ctx context.Context, r *svidv1.NewDownstreamX509CARequest) (*svidv1.NewDownstreamX509CAResponse, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.refuse != nil {
@@ -135,6 +163,9 @@ func (s *spire) NewDownstreamX509CA(_ context.Context, r *svidv1.NewDownstreamX5
 	}
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, "invalid CSR")
+	}
+	if s.lie != nil {
+		return told(ctx, s.lie(csr.PublicKey))
 	}
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), RawSubject: csr.RawSubject, URIs: csr.URIs,
