@@ -38,7 +38,7 @@ func TestAgentCommands(t *testing.T) {
 	s := serverAlone(t)
 	o := site.AgentOptions{Extra: `workload_hold = "10ms"`}
 	admin := filepath.Join(s.Dir, "agent", "private", "admin.sock")
-	if isReal() {
+	if realAgent() {
 		o.Extra = fmt.Sprintf("admin_socket_path = %q", admin)
 	}
 	g, a := field(t, s, "agent", o)

@@ -59,7 +59,7 @@ func TestAgentMessages(t *testing.T) {
 	s := serverAlone(t)
 	admin := filepath.Join(s.Dir, "agent", "private", "admin.sock")
 	o := site.AgentOptions{Extra: "authorized_delegates = [\"spiffe://example.org/two\"]\n"}
-	if isReal() {
+	if realAgent() {
 		o.Extra += fmt.Sprintf("admin_socket_path = %q", admin)
 	} else {
 		o.Extra += `workload_hold = "10ms"`

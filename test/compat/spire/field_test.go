@@ -84,7 +84,10 @@ func field(t *testing.T, s *site.Site, name string, o site.AgentOptions) (*targe
 		address: fmt.Sprintf("127.0.0.1:%d", s.Port), domain: site.TrustDomain,
 	}
 	if s.SPIRE.Server != "" {
-		g.server, g.agent = s.SPIRE.Server, s.SPIRE.Agent
+		g.server = s.SPIRE.Server
+	}
+	if s.SPIRE.Agent != "" {
+		g.agent = s.SPIRE.Agent
 	}
 	if g.conn, err = grpc.NewClient("unix://"+g.serverSocket, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		t.Fatal(err)

@@ -12,7 +12,8 @@
 //	BLACKBOX_TRUST_DOMAIN   the trust domain
 //
 // It makes entries below /blackbox and deletes them again. With the two commands alone, BLACKBOX_SERVER and
-// BLACKBOX_AGENT, it starts servers and agents of that SPIRE as it starts ours, and plays everything to them.
+// BLACKBOX_AGENT, it starts servers and agents of that SPIRE as it starts ours, and plays everything to them. With one
+// of the two, the suites are played to SPIRE's servers with our agents, or to ours with SPIRE's agents.
 package spire
 
 import (

@@ -34,7 +34,7 @@ func TestDelegatedIdentity(t *testing.T) {
 	s := serverAlone(t)
 	extra := "authorized_delegates = [\"spiffe://example.org/blackbox/delegate\"]"
 	admin := filepath.Join(s.Dir, "agent", "private", "admin.sock")
-	if isReal() {
+	if realAgent() {
 		extra += fmt.Sprintf("\n  admin_socket_path = %q", admin)
 	}
 	g, _ := field(t, s, "agent", site.AgentOptions{Extra: extra})

@@ -40,6 +40,9 @@ import (
 // agent/TOKEN (an agent that an earlier question attested) or a path, whose SVID is minted. Answers are written
 // with names in the place of what is another at each run (words_test.go).
 //
+// realAgent says whether agents are SPIRE's; servers may be ours then, or the other way round.
+func realAgent() bool { return os.Getenv("BLACKBOX_AGENT") != "" }
+
 // TestMessages plays them to Assay; with BLACKBOX_SERVER alone it plays them to the spire-server of that path,
 // and with BLACKBOX_RECORD too it writes down what that answers.
 
