@@ -52,8 +52,10 @@ func setup() *cobra.Command {
 	c := &cobra.Command{
 		Use: "setup", Short: "Finds out where it runs and writes the configuration", Args: cli.NoArgs,
 		Long: `Finds out where it runs (EC2, ECS, vSphere, Kubernetes, a machine with a certificate or a TPM), writes a
-configuration that proves that, and tests the connection to the server. What it cannot find out it takes from
-flags, or asks if it runs at a terminal. A file that is there is replaced only with -force, or when the answer is yes.`,
+configuration that proves that, gathers what is to prove it, and tests the connection to the server. What it cannot
+find out it takes from flags, or asks if it runs at a terminal. A file that is there is replaced only with -force, or
+when the answer is yes. It ends with status 1 if there is nothing to show, or no server; the file is written then, too,
+and the agent tries both again by itself.`,
 		Example: `  assay-agent setup -trustDomain example.org -serverAddress assay.example.org -trustBundle /etc/assay/bundle.pem`,
 	}
 	flags := c.Flags()

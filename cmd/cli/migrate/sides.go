@@ -35,7 +35,7 @@ var serverSide = side{
 		"telemetry.Statsd":                                              "There is no counterpart; Prometheus has the numbers.",
 		"telemetry.DogStatsd":                                           "There is no counterpart; Prometheus has the numbers.",
 		"telemetry.M3":                                                  "There is no counterpart; Prometheus has the numbers.",
-		"+plugins.NodeAttestor.aws_iid":                                 "Add account_ids, or verify_organization, which say whose instances are accepted: SPIRE accepts every account's, and here one is accepted that is named.",
+		"+plugins.NodeAttestor.aws_iid":                                 "Add account_ids, or verify_organization, which say whose instances are accepted: SPIRE accepts those of every account that it can look up, and here one is accepted that is named.",
 		"+plugins.NodeAttestor.http_challenge":                          "A pattern must match the whole name, where SPIRE's match anywhere in it, and there must be one: [\".*\"] is what SPIRE does without.",
 		"plugins.NodeAttestor.aws_iid.account_ids_for_local_validation": "Name those accounts in account_ids.",
 		"plugins.NodeAttestor.aws_iid.partition":                        "The partition is that of the region.",
