@@ -104,8 +104,9 @@ func TestTransport(t *testing.T) {
 						}
 					}
 					c.hungUp("after headers without an end")
-					if sent >= 64*mib {
-						t.Error("64 MiB of headers were taken in")
+					// What the two ends of a connection may hold between them is less.
+					if sent >= 24*mib {
+						t.Errorf("%d MiB of headers were taken in", sent/mib)
 					}
 				})
 			})
@@ -128,6 +129,7 @@ func TestTransport(t *testing.T) {
 						c.got(func() { end = c.resets > 0 || c.answers > 0 || c.goAway })
 						return end
 					})
+					c.unanswered("forty million bytes of headers, unpacked")
 					_ = c.conn.Close()
 				})
 			})
@@ -157,6 +159,7 @@ func TestTransport(t *testing.T) {
 						c.got(func() { end = c.resets > 0 || c.answers > 0 })
 						return end
 					})
+					c.unanswered("a thousand headers")
 					_ = c.conn.Close()
 				})
 			})

@@ -153,6 +153,16 @@ func (c *client) hungUp(what string) {
 	}
 }
 
+// unanswered checks that a call was refused by the transport, and that no method was asked.
+func (c *client) unanswered(what string) {
+	c.t.Helper()
+	c.got(func() {
+		if c.answers > 0 {
+			c.t.Errorf("a call with %s was answered", what)
+		}
+	})
+}
+
 const (
 	getBundle     = "/spire.api.server.bundle.v1.Bundle/GetBundle"
 	getAuthorized = "/spire.api.server.entry.v1.Entry/GetAuthorizedEntries"
