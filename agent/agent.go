@@ -56,6 +56,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return err
 	}
 	defer turn.End()
+	cfg.warnOfOthers()
 	keys, err := openKeys(cfg)
 	if err == nil {
 		defer func() {

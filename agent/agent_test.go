@@ -497,7 +497,7 @@ func TestCheck(t *testing.T) {
 	t.Run("a socket that cannot be made ends the start", func(t *testing.T) {
 		c := good()
 		c.SocketPath = filepath.Join(c.TrustBundlePath, "below-a-file", "api.sock")
-		if err := agent.Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "serve workload API") {
+		if err := agent.Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "socket_path: listen on") {
 			t.Errorf("got %v", err)
 		}
 	})

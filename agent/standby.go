@@ -62,17 +62,33 @@ func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
 	return turn, socket, nil
 }
 
-// vacant says why the agent cannot have its sockets, or nil. It is asked before anything is done that cannot be
-// undone: a join token is good once.
-func (c Config) vacant() error {
-	paths := map[string]string{"admin_socket_path": c.AdminSocketPath}
+// sockets returns the paths of the agent's sockets by their keys in the configuration.
+func (c Config) sockets() map[string]string {
+	paths := map[string]string{}
+	if c.AdminSocketPath != "" {
+		paths["admin_socket_path"] = c.AdminSocketPath
+	}
 	if !c.DisableWorkloadAPI {
 		paths["socket_path"] = c.SocketPath
 	}
-	for key, path := range paths {
-		if path == "" {
-			continue
+	return paths
+}
+
+// warnOfOthers tells of sockets that somebody else could put others in the place of: workloads would have their
+// identity from him.
+func (c Config) warnOfOthers() {
+	for key, path := range c.sockets() {
+		if who := peer.Exposed(path); who != "" {
+			c.Log.WithFields(logrus.Fields{"component": "agent", "key": key, "socket": path}).
+				Warn("somebody else could put another socket in this one's place: " + who)
 		}
+	}
+}
+
+// vacant says why the agent cannot have its sockets, or nil. It is asked before anything is done that cannot be
+// undone: a join token is good once.
+func (c Config) vacant() error {
+	for key, path := range c.sockets() {
 		if err := peer.Vacant(path); errors.Is(err, peer.ErrInUse) {
 			return fmt.Errorf("%s: %w; end it, or name another path", key, err)
 		} else if err != nil {

@@ -311,6 +311,30 @@ func makeDir(dir string, mode fs.FileMode) error {
 	return os.Chmod(dir, mode)
 }
 
+// exposed says which directory above a socket somebody else could put another socket in, so that callers would reach
+// him; empty: none. A sticky one, as /tmp, lets nobody take what is not his.
+func exposed(path string) string {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return ""
+	}
+	for dir := filepath.Dir(path); ; dir = filepath.Dir(dir) {
+		info, err := os.Stat(dir)
+		if err == nil {
+			st, ok := info.Sys().(*syscall.Stat_t)
+			switch {
+			case ok && st.Uid != 0 && int(st.Uid) != os.Geteuid():
+				return fmt.Sprintf("%s belongs to user %d: give it to root, or to the user this runs as", dir, st.Uid)
+			case info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0:
+				return fmt.Sprintf("%s can be written by everybody (mode %#o): run chmod o-w %s", dir, info.Mode().Perm(), dir)
+			}
+		}
+		if dir == filepath.Dir(dir) {
+			return ""
+		}
+	}
+}
+
 // listenUnix opens the private socket. A socket that nobody listens at is what a killed server left
 // behind and is replaced; anything else at the path is not ours to remove.
 func listenUnix(path string) (net.Listener, error) {

@@ -484,6 +484,9 @@ func listen(cfg *Config, refusals *refusals) (*open, error) {
 			return nil, err
 		}
 		o.unix = hearing{o.unix, refusals}
+		if who := exposed(cfg.SocketPath); who != "" {
+			refusals.log.WithField("socket", cfg.SocketPath).Warn("somebody else could put another socket in this one's place: " + who)
+		}
 	}
 	return o, nil
 }

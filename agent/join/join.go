@@ -120,6 +120,12 @@ func New(store Store, cfg Config) (*Joiner, error) {
 		wake:    make(chan struct{}, 1),
 		changed: make(chan struct{}),
 	}
+	// Alerts are about increases, and there is none from nothing to one.
+	for _, how := range []string{"attest", "renew"} {
+		for _, result := range []string{"ok", "refused", "banned", "failed"} {
+			j.attestations.WithLabelValues(how, result)
+		}
+	}
 	for _, c := range []prometheus.Collector{j.attestations, j.expiry} {
 		if err := cfg.Metrics.Register(c); err != nil {
 			return nil, fmt.Errorf("register metrics: %w", err)

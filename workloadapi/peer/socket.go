@@ -5,9 +5,11 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -156,6 +158,30 @@ func vacant(path string) error {
 		return nil
 	}
 	return fmt.Errorf("listen on %s: %w: process %d already listens there", path, ErrInUse, pid)
+}
+
+// Exposed says which directory above a socket somebody else could put another socket in, so that callers would reach
+// him; empty: none. A sticky one, as /tmp, lets nobody take what is not his.
+func Exposed(path string) string {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return ""
+	}
+	for dir := filepath.Dir(path); ; dir = filepath.Dir(dir) {
+		info, err := os.Stat(dir) //nolint:gosec // the path is the operator's
+		if err == nil {
+			st, ok := info.Sys().(*syscall.Stat_t)
+			switch {
+			case ok && st.Uid != 0 && int(st.Uid) != os.Geteuid():
+				return fmt.Sprintf("%s belongs to user %d: give it to root, or to the user this runs as", dir, st.Uid)
+			case info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0:
+				return fmt.Sprintf("%s can be written by everybody (mode %#o): run chmod o-w %s", dir, info.Mode().Perm(), dir)
+			}
+		}
+		if dir == filepath.Dir(dir) {
+			return ""
+		}
+	}
 }
 
 func listenerPID(c net.Conn) (int, error) {

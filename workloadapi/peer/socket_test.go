@@ -130,3 +130,40 @@ func TestListen(t *testing.T) {
 		}
 	})
 }
+
+func TestExposed(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "not", "yet", "api.sock")
+	if who := Exposed(path); who != "" {
+		t.Errorf("a directory of one's own: %s", who)
+	}
+	for _, c := range []struct {
+		name string
+		mode os.FileMode
+		want string
+	}{
+		{"everybody's", 0o777, "can be written by everybody (mode 0777): run chmod o-w " + dir},
+		{"everybody's, where nobody takes what is another's", 0o777 | os.ModeSticky, ""},
+		{"the group's", 0o770, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if err := os.Chmod(dir, c.mode); err != nil {
+				t.Fatal(err)
+			}
+			if who := Exposed(path); !strings.HasSuffix(who, c.want) || (who == "") != (c.want == "") {
+				t.Errorf("got %q, want %q", who, c.want)
+			}
+		})
+	}
+	t.Run("another user's", func(t *testing.T) {
+		if os.Getuid() != 0 {
+			t.Skip("only root can give it away")
+		}
+		if err := os.Chown(dir, 4711, 4711); err != nil {
+			t.Fatal(err)
+		}
+		if who := Exposed(path); !strings.Contains(who, "belongs to user 4711") {
+			t.Errorf("got %q", who)
+		}
+	})
+}
