@@ -130,8 +130,10 @@ func TestAThousandIdleConnections(t *testing.T) {
 }
 
 func TestConnectionLimits(t *testing.T) {
+	// So long that it is a limit that hangs up, and not the end of a handshake's time.
+	const patient = time.Hour
 	t.Run("connections of one address", func(t *testing.T) {
-		w := start(t, func(c *Config) { c.Limits.MaxPerSource = 2 })
+		w := start(t, func(c *Config) { c.Limits.MaxPerSource, c.Limits.Handshake = 2, patient })
 		open := func() *tls.Conn {
 			t.Helper()
 			conn := tls.Client(w.raw(t, "127.0.0.3"), w.clientTLS(nil))
@@ -157,12 +159,40 @@ func TestConnectionLimits(t *testing.T) {
 		t.Errorf("no room after one left: %v", err)
 	})
 	t.Run("connections in all", func(t *testing.T) {
-		w := start(t, func(c *Config) { c.Limits.MaxConnections = 1 })
+		w := start(t, func(c *Config) { c.Limits.MaxConnections, c.Limits.Handshake = 1, patient })
 		conn := tls.Client(w.raw(t, "127.0.0.3"), w.clientTLS(nil))
 		if err := conn.HandshakeContext(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		hungUp(t, w.raw(t, "127.0.0.4"))
+		w.unharmed()
+	})
+	t.Run("unfinished handshakes of one address", func(t *testing.T) {
+		w := start(t, func(c *Config) { c.Limits.MaxHalfOpen, c.Limits.Handshake = 2, patient })
+		w.raw(t, "127.0.0.3")
+		silent := w.raw(t, "127.0.0.3")
+		hungUp(t, w.raw(t, "127.0.0.3"))
+		shake := func(from string) error {
+			return tls.Client(w.raw(t, from), w.clientTLS(nil)).HandshakeContext(t.Context())
+		}
+		if err := shake("127.0.0.4"); err != nil {
+			t.Errorf("another address: %v", err)
+		}
+		if err := silent.Close(); err != nil {
+			t.Fatal(err)
+		}
+		// Those whose handshake is done do not count, as soon as the server knows that it is.
+		for range 4 {
+			var err error
+			for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
+				if err = shake("127.0.0.3"); err == nil {
+					break
+				}
+			}
+			if err != nil {
+				t.Errorf("no room after one left: %v", err)
+			}
+		}
 		w.unharmed()
 	})
 }
