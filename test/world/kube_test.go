@@ -19,6 +19,7 @@ import (
 	"github.com/assay-id/assay/server/kube"
 	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/wire/evidencev1"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 const bySA = "spiffe://{{ .TrustDomain }}/ns/{{ .PodMeta.Namespace }}/sa/{{ .PodSpec.ServiceAccountName }}"
@@ -134,6 +135,15 @@ func TestRulesOfACluster(t *testing.T) {
 			return len(resp.GetEntries()) == 1 && resp.GetEntries()[0].GetHint() == "second", fmt.Sprint(resp.GetEntries())
 		})
 	})
+	t.Run("of two rules for one pod each gives its identity, and takes no more than that back", func(t *testing.T) {
+		c := newCluster(t)
+		c.rule("first", map[string]any{"spiffeIDTemplate": bySA})
+		c.rule("second", map[string]any{"spiffeIDTemplate": "spiffe://example.org/second/{{ .PodMeta.Name }}"})
+		c.create(pod("shop", "a", nil))
+		c.has("/ns/shop/sa/web k8s:pod-uid:uid-shop-a", "/second/a k8s:pod-uid:uid-shop-a")
+		c.drop("clusterspiffeids", "first")
+		c.has("/second/a k8s:pod-uid:uid-shop-a")
+	})
 	t.Run("a fallback is for pods that no other rule is for", func(t *testing.T) {
 		c := newCluster(t)
 		c.rule("rest", map[string]any{"spiffeIDTemplate": "spiffe://example.org/rest/{{ .PodMeta.Name }}", "fallback": true})
@@ -191,6 +201,15 @@ func TestRulesOfACluster(t *testing.T) {
 	})
 }
 
+// many are texts with a number in each.
+func many(format string, n int) []any {
+	var all []any
+	for i := range n {
+		all = append(all, fmt.Sprintf(format, i))
+	}
+	return all
+}
+
 func TestBadRulesOfACluster(t *testing.T) {
 	fence, err := kube.ParseTemplate("fence", "/ns/{{ .PodMeta.Namespace }}/")
 	if err != nil {
@@ -219,6 +238,9 @@ func TestBadRulesOfACluster(t *testing.T) {
 		{"an endless name", map[string]any{"spiffeIDTemplate": "spiffe://example.org/ns/shop/{{ printf \"%09000d\" 1 }}"}, "RenderFailures", "it writes more than"},
 		{"a selector that is none", map[string]any{"spiffeIDTemplate": bySA, "workloadSelectorTemplates": []any{"nothing"}}, "RenderFailures", "no selector"},
 		{"a DNS name that is none", map[string]any{"spiffeIDTemplate": bySA + "/x", "dnsNameTemplates": []any{"-a-"}}, "EntryFailures", "DNS name"},
+		{"a DNS name beyond limits", map[string]any{"spiffeIDTemplate": bySA + "/x", "dnsNameTemplates": []any{"{{ printf \"a%0300d\" 1 }}"}}, "EntryFailures", "DNS name"},
+		{"more DNS names than an entry may have", map[string]any{"spiffeIDTemplate": bySA + "/x", "dnsNameTemplates": many("{{ .PodMeta.Name }}-%d.example.org", identity.MaxDNSNames+1)}, "EntryFailures", "DNS names"},
+		{"a hint beyond limits", map[string]any{"spiffeIDTemplate": bySA + "/x", "hint": strings.Repeat("x", identity.MaxHint+1)}, "EntryFailures", "hint"},
 		{"a reserved path", map[string]any{"spiffeIDTemplate": "spiffe://example.org/spire/agent/x"}, "RenderFailures", "fenced"},
 		{"a negative lifetime", map[string]any{"spiffeIDTemplate": bySA, "ttl": "-1s"}, "InvalidSpec", "negative"},
 		{"a field of the wrong kind", map[string]any{"spiffeIDTemplate": bySA, "admin": "yes"}, "InvalidSpec", "spec"},
