@@ -107,6 +107,8 @@ func cureUplink(st Status, x explanation) string {
 		return "A token works once, and only for a time. Make one on the server, hand it to the agent as join_token or -joinToken, and restart it: assay-server token generate" + name
 	case has("read trust bundle"):
 		return bundle
+	case has("get trust bundle"):
+		return "The ConfigMap that trust_bundle_config_map in agent.hcl names is written by the server: does it run, and has server.hcl a bundle_config_map of that name for the agents' namespace? The agent's role needs get and watch on it."
 	case has("fetch trust bundle"):
 		return "Is trust_bundle_url in agent.hcl right? Whoever answers there has to show a certificate that this machine's own authorities vouch for, as for any https page."
 	case has("certificate has expired or is not yet valid"):

@@ -243,6 +243,8 @@ func TestPages(t *testing.T) {
 		{"bad-bundle", situation{[]attestor.Finding{unix}, nil, nil, with(fresh, "read trust bundle /etc/assay/bundle.pem: no certificate in it"), 0, nil, nil}},
 		{"bad-bundle-url", situation{[]attestor.Finding{unix}, nil, nil, with(fresh,
 			`fetch trust bundle: Get "https://bundle.example.org/": tls: failed to verify certificate: x509: certificate signed by unknown authority`), 0, nil, nil}},
+		{"no-config-map", situation{[]attestor.Finding{unix}, nil, nil, with(fresh,
+			"get trust bundle: waiting for bundle.pem in ConfigMap assay/assay-bundle, which the server writes: not there yet"), 0, nil, nil}},
 		{"other-server", situation{[]attestor.Finding{unix}, nil, nil, with(fresh,
 			`attest with join_token: rpc error: code = Unavailable desc = connection error: desc = "transport: authentication handshake failed: x509svid: could not verify leaf certificate: x509: certificate signed by unknown authority"`), 0, nil, nil}},
 		{"spent-token", situation{[]attestor.Finding{unix}, []*identity.Entry{alias, all}, nil, with(gone,

@@ -487,6 +487,8 @@ func (j *Joiner) complain(how action, err error, wait time.Duration) {
 			tokenAdvice + "; workloads are served from what is held meanwhile")
 	case isRefusal(err):
 		log.Error("server refuses the agent; workloads are served from what is held meanwhile")
+	case errors.Is(err, errAwaited):
+		log.Warn("waiting for the server's bundle, by which the agent knows it; workloads are served from what is held meanwhile")
 	case summary(err) != "":
 		log.Warn("waiting for the server to " + how.String() + " the agent; workloads are served from what is held meanwhile")
 	default:
