@@ -17,6 +17,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"time"
 
@@ -196,6 +197,19 @@ type Needs struct {
 	// JoinToken is the token the operator gave this agent on the command line, in its config or in
 	// a file; set on the agent only, empty if none.
 	JoinToken string
+}
+
+// Filled returns needs with a log and a clock where there is none: nothing is logged, and the time is the machine's.
+func (n Needs) Filled() Needs {
+	if n.Log == nil {
+		quiet := logrus.New()
+		quiet.SetOutput(io.Discard)
+		n.Log = quiet
+	}
+	if n.Now == nil {
+		n.Now = time.Now
+	}
+	return n
 }
 
 // TokenBurner spends a join token exactly once, however many ask at the same time.

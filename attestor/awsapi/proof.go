@@ -86,17 +86,9 @@ type Session struct{ Account, Role, Name string }
 func (c *Client) Challenge(ctx context.Context, region, trustDomain string, ask attestor.Ask) (Session, error) {
 	nonce := make([]byte, NonceSize)
 	_, _ = rand.Read(nonce)
-	question, err := json.Marshal(Challenge{Region: region, Nonce: nonce})
-	if err != nil {
-		return Session{}, err
-	}
-	said, err := ask(ctx, question)
-	if err != nil {
-		return Session{}, fmt.Errorf("ask challenge: %w", err)
-	}
 	var response Response
-	if len(said) > attestor.MaxEvidence || json.Unmarshal(said, &response) != nil {
-		return Session{}, attestor.Refusef("read proof: it is not the JSON it should be")
+	if err := attestor.Challenge(ctx, ask, Challenge{Region: region, Nonce: nonce}, &response); err != nil {
+		return Session{}, err
 	}
 	account, arn, err := c.caller(ctx, region, trustDomain, nonce, response)
 	if err != nil {

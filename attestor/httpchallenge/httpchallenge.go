@@ -7,7 +7,6 @@ package httpchallenge
 
 import (
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"regexp"
 	"strings"
@@ -65,14 +64,6 @@ type Evidence struct {
 // Challenge is what must be there.
 type Challenge struct {
 	Nonce string `json:"nonce"`
-}
-
-// Decode reads one JSON message.
-func Decode(message []byte, into any) error {
-	if json.Unmarshal(message, into) != nil {
-		return errors.New("message is not the JSON it should be") // the parser's text would echo it
-	}
-	return nil
 }
 
 // IsNonce reports whether a text is a nonce in its form.

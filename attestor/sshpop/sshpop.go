@@ -12,7 +12,6 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -68,14 +67,6 @@ type Challenge struct {
 type Response struct {
 	Nonce     []byte
 	Signature *ssh.Signature
-}
-
-// Decode reads one JSON message.
-func Decode(message []byte, into any) error {
-	if json.Unmarshal(message, into) != nil {
-		return errors.New("message is not the JSON it should be") // the parser's text would echo it
-	}
-	return nil
 }
 
 // Digest is what gets signed: the SHA-256 of the server's nonce followed by the agent's.

@@ -7,8 +7,6 @@ package tpm
 
 import (
 	"crypto/sha256"
-	"encoding/json"
-	"errors"
 
 	"github.com/assay-id/assay/attestor"
 )
@@ -67,14 +65,6 @@ type Response struct {
 	Quote     []byte   `json:"quote"`
 	Signature []byte   `json:"signature"`
 	Values    [][]byte `json:"values"`
-}
-
-// Decode reads one JSON message.
-func Decode(message []byte, into any) error {
-	if json.Unmarshal(message, into) != nil {
-		return errors.New("message is not the JSON it should be") // the parser's text would echo it
-	}
-	return nil
 }
 
 // QualifyingData is what a quote must hold: the nonce, bound to the trust domain and the agent's own key that

@@ -6,11 +6,6 @@
 // either side works with SPIRE's other one. TPM structures travel in the TPM's own encoding.
 package tpmdevid
 
-import (
-	"encoding/json"
-	"errors"
-)
-
 // Type is the attestor's name in configuration, in evidence, in selectors and in agent IDs.
 const Type = "tpm_devid"
 
@@ -82,12 +77,4 @@ type Credential struct {
 type Response struct {
 	DevID          []byte
 	CredActivation []byte
-}
-
-// Decode reads one JSON message.
-func Decode(message []byte, into any) error {
-	if json.Unmarshal(message, into) != nil {
-		return errors.New("message is not the JSON it should be") // the parser's text would echo it
-	}
-	return nil
 }

@@ -8,7 +8,6 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"reflect"
@@ -136,14 +135,6 @@ func IsKey(text string) bool { return keyForm.MatchString(text) }
 // writes no other.
 func IsAnswer(answer, key string) bool {
 	return IsKey(key) && answer == AnswerPrefix+strings.TrimPrefix(key, KeyPrefix)
-}
-
-// Decode reads one JSON message.
-func Decode(message []byte, into any) error {
-	if json.Unmarshal(message, into) != nil {
-		return errors.New("message is not the JSON it should be") // the parser's text would echo it
-	}
-	return nil
 }
 
 // MAC is what an agent answers with: the nonce is the key, and the transcript has all that the two sides

@@ -13,7 +13,6 @@ import (
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/big"
@@ -88,14 +87,6 @@ type ECDSASignature struct {
 	Nonce []byte `json:"nonce"`
 	R     []byte `json:"r"`
 	S     []byte `json:"s"`
-}
-
-// Decode reads one JSON message and nothing after it.
-func Decode(message []byte, into any) error {
-	if err := json.Unmarshal(message, into); err != nil {
-		return errors.New("message is not the JSON it should be") // the parser's text would echo the message
-	}
-	return nil
 }
 
 // Digest is what gets signed: the SHA-256 of the server's nonce followed by the agent's.

@@ -130,7 +130,7 @@ func TestMessagesAreSPIREs(t *testing.T) {
 	})
 	t.Run("a message with fields of a later version is read", func(t *testing.T) {
 		var c x509pop.Challenge
-		if err := x509pop.Decode([]byte(`{"ecdsa_signature":{"nonce":"AQID","x":1},"later":{}}`), &c); err != nil || c.ECDSA == nil {
+		if err := attestor.Decode([]byte(`{"ecdsa_signature":{"nonce":"AQID","x":1},"later":{}}`), &c); err != nil || c.ECDSA == nil {
 			t.Errorf("%v, %v", c, err)
 		}
 	})

@@ -104,7 +104,7 @@ func answer(ctx context.Context, answers map[string]attestor.Ask, message []byte
 		return nil, errors.New("challenge is too large")
 	}
 	var challenge all.Challenge
-	if err := all.Decode(message, &challenge); err != nil {
+	if err := attestor.Decode(message, &challenge); err != nil {
 		return nil, fmt.Errorf("decode challenge: %w", err)
 	}
 	answer, known := answers[challenge.Type]

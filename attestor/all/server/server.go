@@ -238,7 +238,7 @@ func (j *judge) parse(payload []byte) (*combination, map[string][]byte, error) {
 		return nil, nil, errors.New("it is too large")
 	}
 	var evidence all.Evidence
-	if err := all.Decode(payload, &evidence); err != nil {
+	if err := attestor.Decode(payload, &evidence); err != nil {
 		return nil, nil, err
 	}
 	c := j.combinations[evidence.Combination]
@@ -278,7 +278,7 @@ func through(kind string, ask attestor.Ask) attestor.Ask {
 			return nil, attestor.Refusef("read answer: it is too large")
 		}
 		var response all.Response
-		if err := all.Decode(said, &response); err != nil {
+		if err := attestor.Decode(said, &response); err != nil {
 			return nil, attestor.Refusef("read answer: %w", err)
 		}
 		if response.Type != kind {

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"slices"
 	"time"
 
 	"github.com/moby/moby/api/types/events"
 	"github.com/sirupsen/logrus"
 
+	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/cgroup"
 )
 
@@ -52,12 +52,7 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 		}
 		missed = true
 		w.log.WithError(err).WithField("pause", pause).Debug("no events from the container engine")
-		wait := time.NewTimer(pause/2 + rand.N(pause)) //nolint:gosec // jitter is no secret
-		select {
-		case <-wait.C:
-		case <-ctx.Done():
-			wait.Stop()
-		}
+		attestor.Pause(ctx, pause)
 		pause = min(2*pause, maxPause)
 	}
 	return nil //nolint:nilerr // the end of its context is how it ends, not a fault

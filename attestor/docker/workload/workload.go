@@ -17,7 +17,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -89,15 +88,8 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 	if !ok {
 		return nil, fmt.Errorf("docker configuration is a %T", config)
 	}
+	needs = needs.Filled()
 	log, now := needs.Log, needs.Now
-	if log == nil {
-		quiet := logrus.New()
-		quiet.SetOutput(io.Discard)
-		log = quiet
-	}
-	if now == nil {
-		now = time.Now
-	}
 	locator, err := newLocator(c.CgroupMatchers, c.KubernetesPods)
 	if err != nil {
 		return nil, err

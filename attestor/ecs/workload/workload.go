@@ -16,7 +16,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -75,17 +74,10 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 	if !ok {
 		return nil, fmt.Errorf("ecs configuration is a %T", config)
 	}
+	needs = needs.Filled()
 	w := &workload{
 		log: needs.Log, now: needs.Now, timeout: defaultTimeout, sidecar: c.Sidecar, layout: layout{sidecar: c.Sidecar},
 		known: map[string][]attestor.Selector{}, missed: map[int]missed{},
-	}
-	if w.log == nil {
-		quiet := logrus.New()
-		quiet.SetOutput(io.Discard)
-		w.log = quiet
-	}
-	if w.now == nil {
-		w.now = time.Now
 	}
 	if c.Timeout != "" {
 		timeout, err := time.ParseDuration(c.Timeout)

@@ -152,7 +152,7 @@ func (d *desk) answer(ctx context.Context, message []byte) ([]byte, error) {
 		return nil, errors.New("challenge is too large")
 	}
 	var challenge httpchallenge.Challenge
-	if err := httpchallenge.Decode(message, &challenge); err != nil {
+	if err := attestor.Decode(message, &challenge); err != nil {
 		return nil, fmt.Errorf("decode challenge: %w", err)
 	}
 	if !httpchallenge.IsNonce(challenge.Nonce) {

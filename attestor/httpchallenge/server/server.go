@@ -182,7 +182,7 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 		return attestor.Proof{}, attestor.Refusef("read evidence: it is too large")
 	}
 	var evidence httpchallenge.Evidence
-	if err := httpchallenge.Decode(payload, &evidence); err != nil {
+	if err := attestor.Decode(payload, &evidence); err != nil {
 		return attestor.Proof{}, attestor.Refusef("read evidence: %w", err)
 	}
 	host, err := j.check(evidence)

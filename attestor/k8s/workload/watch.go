@@ -12,6 +12,8 @@ import (
 	"net/url"
 	"strconv"
 	"time"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 // errGone says that the version to go on from is no longer kept: everything must be listed anew.
@@ -173,12 +175,7 @@ func (t *table) keep(ctx context.Context, k keeper, seen func(error)) {
 			k.live(false)
 			seen(err)
 		}
-		wait := time.NewTimer(pause/2 + rand.N(pause)) //nolint:gosec // jitter is no secret
-		select {
-		case <-wait.C:
-		case <-ctx.Done():
-			wait.Stop()
-		}
+		attestor.Pause(ctx, pause)
 		pause = min(2*pause, maxPause)
 	}
 }

@@ -14,7 +14,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -98,15 +97,8 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 	if !ok {
 		return nil, fmt.Errorf("k8s configuration is a %T", config)
 	}
+	needs = needs.Filled()
 	log, now := needs.Log, needs.Now
-	if log == nil {
-		quiet := logrus.New()
-		quiet.SetOutput(io.Discard)
-		log = quiet
-	}
-	if now == nil {
-		now = time.Now
-	}
 	asked, err := openRuntime(c, log, now)
 	if err != nil {
 		return nil, err

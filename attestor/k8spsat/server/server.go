@@ -73,12 +73,7 @@ func open(config any, needs attestor.Needs) (attestor.Judge, error) {
 	if !ok {
 		return nil, fmt.Errorf("k8s_psat configuration is a %T", config)
 	}
-	log := needs.Log
-	if log == nil {
-		quiet := logrus.New()
-		quiet.SetLevel(logrus.PanicLevel)
-		log = quiet
-	}
+	log := needs.Filled().Log
 	if len(c.Clusters) == 0 {
 		return nil, errors.New(`no cluster: add a block cluster "name" { service_account_allow_list = ["namespace:account"] }`)
 	}

@@ -75,7 +75,7 @@ func answer(signer ssh.Signer, message []byte) ([]byte, error) {
 		return nil, errors.New("challenge is too large")
 	}
 	var challenge sshpop.Challenge
-	if err := sshpop.Decode(message, &challenge); err != nil {
+	if err := attestor.Decode(message, &challenge); err != nil {
 		return nil, fmt.Errorf("decode challenge: %w", err)
 	}
 	nonce := make([]byte, sshpop.NonceSize)

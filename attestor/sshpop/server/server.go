@@ -10,7 +10,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -139,7 +138,7 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 		return attestor.Proof{}, attestor.Refusef("read evidence: it is too large")
 	}
 	var evidence sshpop.Evidence
-	if err := sshpop.Decode(payload, &evidence); err != nil {
+	if err := attestor.Decode(payload, &evidence); err != nil {
 		return attestor.Proof{}, attestor.Refusef("read evidence: %w", err)
 	}
 	cert, err := sshpop.ParseCertificate(evidence.Certificate)
@@ -192,20 +191,9 @@ func (j *judge) verify(cert *ssh.Certificate) (string, error) {
 func challenge(ctx context.Context, cert *ssh.Certificate, ask attestor.Ask) error {
 	nonce := make([]byte, sshpop.NonceSize)
 	_, _ = rand.Read(nonce)
-	question, err := json.Marshal(sshpop.Challenge{Nonce: nonce})
-	if err != nil {
-		return err
-	}
-	said, err := ask(ctx, question)
-	if err != nil {
-		return fmt.Errorf("ask challenge: %w", err)
-	}
-	if len(said) > attestor.MaxEvidence {
-		return attestor.Refusef("read answer: it is too large")
-	}
 	var response sshpop.Response
-	if err := sshpop.Decode(said, &response); err != nil {
-		return attestor.Refusef("read answer: %w", err)
+	if err := attestor.Challenge(ctx, ask, sshpop.Challenge{Nonce: nonce}, &response); err != nil {
+		return err
 	}
 	digest, err := sshpop.Digest(nonce, response.Nonce)
 	if err != nil {

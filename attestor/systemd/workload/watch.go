@@ -4,10 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 // firstPause and maxPause bound the wait before the bus is tried again.
@@ -33,12 +34,7 @@ func (w *workload) Watch(ctx context.Context, changed func(pids ...int)) error {
 		}
 		missed = true
 		w.log.WithError(err).WithField("pause", pause).Debug("no word from the system's manager")
-		wait := time.NewTimer(pause/2 + rand.N(pause)) //nolint:gosec // jitter is no secret
-		select {
-		case <-wait.C:
-		case <-ctx.Done():
-			wait.Stop()
-		}
+		attestor.Pause(ctx, pause)
 		pause = min(2*pause, maxPause)
 	}
 	return nil //nolint:nilerr // the end of its context is how it ends, not a fault

@@ -73,13 +73,7 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 			return nil, fmt.Errorf("slices: units in %s are made by users; none of them proves anything", name)
 		}
 	}
-	log := needs.Log
-	if log == nil {
-		quiet := logrus.New()
-		quiet.SetOutput(io.Discard)
-		log = quiet
-	}
-	return &workload{slices: c.Slices, manager: newBus(c.BusAddress), address: c.BusAddress, log: log}, nil
+	return &workload{slices: c.Slices, manager: newBus(c.BusAddress), address: c.BusAddress, log: needs.Filled().Log}, nil
 }
 
 // Attest returns what is proved about the process: nothing for one that is in no unit of the

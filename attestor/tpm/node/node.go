@@ -131,7 +131,7 @@ func (n *node) answer(ctx context.Context, own attestor.KeyHash, challenge []byt
 	if len(challenge) > attestor.MaxEvidence {
 		return nil, errors.New("challenge is too large")
 	}
-	if err := tpm.Decode(challenge, &c); err != nil {
+	if err := attestor.Decode(challenge, &c); err != nil {
 		return nil, fmt.Errorf("read challenge: %w", err)
 	}
 	if len(c.Nonce) != tpm.NonceSize || len(c.Credential) == 0 || len(c.Secret) == 0 {

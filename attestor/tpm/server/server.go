@@ -16,7 +16,6 @@ import (
 	"crypto/subtle"
 	"crypto/x509"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"regexp"
@@ -91,7 +90,7 @@ func (j *judge) JudgeFor(ctx context.Context, payload []byte, own attestor.KeyHa
 		return attestor.Proof{}, attestor.Refusef("read evidence: it is too large")
 	}
 	var evidence tpm.Evidence
-	if err := tpm.Decode(payload, &evidence); err != nil {
+	if err := attestor.Decode(payload, &evidence); err != nil {
 		return attestor.Proof{}, attestor.Refusef("read evidence: %w", err)
 	}
 	ek, hash, err := tpmchip.ReadEK(evidence.EK)
@@ -148,20 +147,10 @@ func (j *judge) challenge(ctx context.Context, ek tpm2.LabeledEncapsulationKey, 
 	if err != nil {
 		return nil, attestor.Refusef("encrypt to endorsement key: it cannot be used")
 	}
-	question, err := json.Marshal(tpm.Challenge{Credential: credential, Secret: encrypted, Nonce: nonce, PCRs: j.pcrs}) //nolint:gosec // it is encrypted
-	if err != nil {
-		return nil, err
-	}
-	said, err := ask(ctx, question)
-	if err != nil {
-		return nil, fmt.Errorf("ask challenge: %w", err)
-	}
-	if len(said) > attestor.MaxEvidence {
-		return nil, attestor.Refusef("read answer: it is too large")
-	}
+	question := tpm.Challenge{Credential: credential, Secret: encrypted, Nonce: nonce, PCRs: j.pcrs}
 	var response tpm.Response
-	if err := tpm.Decode(said, &response); err != nil {
-		return nil, attestor.Refusef("read answer: %w", err)
+	if err := attestor.Challenge(ctx, ask, question, &response); err != nil {
+		return nil, err
 	}
 	if subtle.ConstantTimeCompare(response.Secret, secret) != 1 {
 		return nil, attestor.Refusef("verify answer: the attestation key is not in the TPM of the endorsement key")

@@ -328,7 +328,7 @@ func (n *node) answer(message []byte, load func() (*keys, error)) ([]byte, error
 	if len(message) > attestor.MaxEvidence {
 		return nil, errors.New("challenge is too large")
 	}
-	if err := tpmdevid.Decode(message, &challenge); err != nil {
+	if err := attestor.Decode(message, &challenge); err != nil {
 		return nil, fmt.Errorf("read challenge: %w", err)
 	}
 	// The length keeps the DevID from signing something else: it signs whatever the server sends.

@@ -17,7 +17,6 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -74,7 +73,7 @@ func (j *judge) Judge(ctx context.Context, payload []byte, ask attestor.Ask) (at
 		return attestor.Proof{}, attestor.Refusef("read evidence: it is too large")
 	}
 	var evidence tpmdevid.Evidence
-	if err := tpmdevid.Decode(payload, &evidence); err != nil {
+	if err := attestor.Decode(payload, &evidence); err != nil {
 		return attestor.Proof{}, attestor.Refusef("read evidence: %w", err)
 	}
 	leaf, intermediates, err := readChain(evidence.DevIDCert)
@@ -222,20 +221,10 @@ func challenge(ctx context.Context, leaf *x509.Certificate, ek tpm2.LabeledEncap
 	if err != nil {
 		return attestor.Refusef("encrypt to endorsement key: it cannot be used")
 	}
-	question, err := json.Marshal(tpmdevid.Challenge{DevID: nonce, CredActivation: &tpmdevid.Credential{Credential: credential, Secret: encrypted}})
-	if err != nil {
-		return err
-	}
-	said, err := ask(ctx, question)
-	if err != nil {
-		return fmt.Errorf("ask challenge: %w", err)
-	}
-	if len(said) > attestor.MaxEvidence {
-		return attestor.Refusef("read answer: it is too large")
-	}
+	question := tpmdevid.Challenge{DevID: nonce, CredActivation: &tpmdevid.Credential{Credential: credential, Secret: encrypted}}
 	var response tpmdevid.Response
-	if err := tpmdevid.Decode(said, &response); err != nil {
-		return attestor.Refusef("read answer: %w", err)
+	if err := attestor.Challenge(ctx, ask, question, &response); err != nil {
+		return err
 	}
 	if subtle.ConstantTimeCompare(response.CredActivation, secret) != 1 {
 		return attestor.Refusef("verify answer: the attestation key is not in the TPM of the endorsement key")

@@ -9,12 +9,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -52,15 +50,8 @@ func open(config any, needs attestor.Needs) (attestor.Workload, error) {
 	if !ok {
 		return nil, fmt.Errorf("unix configuration is a %T", config)
 	}
+	needs = needs.Filled()
 	log, now := needs.Log, needs.Now
-	if log == nil {
-		quiet := logrus.New()
-		quiet.SetOutput(io.Discard)
-		log = quiet
-	}
-	if now == nil {
-		now = time.Now
-	}
 	return &workload{
 		config: *c,
 		log:    log,

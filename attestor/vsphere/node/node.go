@@ -95,7 +95,7 @@ func (n *node) answer(ctx context.Context, e vsphere.Evidence, own attestor.KeyH
 	if len(challenge) > attestor.MaxEvidence {
 		return nil, errors.New("challenge is too large")
 	}
-	if err := vsphere.Decode(challenge, &c); err != nil {
+	if err := attestor.Decode(challenge, &c); err != nil {
 		return nil, fmt.Errorf("read challenge: %w", err)
 	}
 	if !vsphere.IsKey(c.Key) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -48,12 +47,7 @@ func (v *center) follow(ctx context.Context, agents attestor.Admitted) error {
 			break
 		}
 		v.log.WithError(err).WithField("pause", pause).Warn("vCenter cannot be followed; selectors of nodes stay as they are until it can")
-		wait := time.NewTimer(pause/2 + rand.N(pause)) //nolint:gosec // jitter is no secret
-		select {
-		case <-wait.C:
-		case <-ctx.Done():
-			wait.Stop()
-		}
+		attestor.Pause(ctx, pause)
 		pause = min(2*pause, maxPause)
 	}
 	return nil //nolint:nilerr // the end of its context is how it ends, not a fault

@@ -17,7 +17,6 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -143,7 +142,7 @@ func (j *judge) JudgeFor(ctx context.Context, payload []byte, key attestor.KeyHa
 		return attestor.Proof{}, attestor.Refusef("read evidence: it is too large")
 	}
 	var evidence vsphere.Evidence
-	if err := vsphere.Decode(payload, &evidence); err != nil {
+	if err := attestor.Decode(payload, &evidence); err != nil {
 		return attestor.Proof{}, attestor.Refusef("read evidence: %w", err)
 	}
 	if !vsphere.IsUUID(evidence.BIOSUUID) || len(evidence.Nonce) != vsphere.NonceSize {
@@ -311,24 +310,15 @@ func (v *center) challenge(ctx context.Context, c *vim25.Client, ref types.Manag
 	if err := setExtra(ctx, c, ref, map[string]string{question.Key: base64.StdEncoding.EncodeToString(nonce)}); err != nil {
 		return err
 	}
-	message, err := json.Marshal(question)
-	if err != nil {
-		return err
-	}
 	limited, cancel := context.WithTimeout(ctx, challengeTime)
 	defer cancel()
-	said, err := ask(limited, message)
+	var response vsphere.Response
+	err := attestor.Challenge(limited, ask, question, &response)
 	switch {
-	case err != nil && ctx.Err() == nil && limited.Err() != nil:
+	case err != nil && ctx.Err() == nil && limited.Err() != nil && !errors.Is(err, attestor.ErrEvidence):
 		return attestor.Refusef("the virtual machine did not answer within %s", challengeTime)
 	case err != nil:
-		return fmt.Errorf("ask challenge: %w", err)
-	case len(said) > attestor.MaxEvidence:
-		return attestor.Refusef("read answer: it is too large")
-	}
-	var response vsphere.Response
-	if err := vsphere.Decode(said, &response); err != nil {
-		return attestor.Refusef("read answer: %w", err)
+		return err
 	}
 	want := vsphere.MAC(nonce, e.Nonce, question.Key, v.trustDomain, e.BIOSUUID, own)
 	if !hmac.Equal(response.MAC, want) {

@@ -78,7 +78,7 @@ func answer(key crypto.Signer, message []byte) ([]byte, error) {
 		return nil, errors.New("challenge is too large")
 	}
 	var challenge x509pop.Challenge
-	if err := x509pop.Decode(message, &challenge); err != nil {
+	if err := attestor.Decode(message, &challenge); err != nil {
 		return nil, fmt.Errorf("decode challenge: %w", err)
 	}
 	nonce := make([]byte, x509pop.NonceSize)

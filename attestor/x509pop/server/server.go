@@ -14,7 +14,6 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
-	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -136,7 +135,7 @@ func parse(payload []byte) (*x509.Certificate, *x509.CertPool, error) {
 		return nil, nil, errors.New("evidence is too large")
 	}
 	var evidence x509pop.Evidence
-	if err := x509pop.Decode(payload, &evidence); err != nil {
+	if err := attestor.Decode(payload, &evidence); err != nil {
 		return nil, nil, err
 	}
 	switch n := len(evidence.Certificates); {
@@ -213,20 +212,9 @@ func challenge(ctx context.Context, leaf *x509.Certificate, ask attestor.Ask) er
 	default:
 		question.ECDSA = &x509pop.Nonce{Nonce: nonce}
 	}
-	message, err := json.Marshal(question)
-	if err != nil {
-		return fmt.Errorf("encode challenge: %w", err)
-	}
-	said, err := ask(ctx, message)
-	if err != nil {
-		return fmt.Errorf("ask challenge: %w", err)
-	}
-	if len(said) > attestor.MaxEvidence {
-		return attestor.Refusef("read answer: answer is too large")
-	}
 	var response x509pop.Response
-	if err := x509pop.Decode(said, &response); err != nil {
-		return attestor.Refusef("read answer: %w", err)
+	if err := attestor.Challenge(ctx, ask, question, &response); err != nil {
+		return err
 	}
 	if err := checkSignature(leaf, nonce, response); err != nil {
 		return attestor.Refusef("verify answer: %w", err)
