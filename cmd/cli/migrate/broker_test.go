@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/assay-id/assay/attestor/k8s"
 	"github.com/assay-id/assay/conf"
 )
 
@@ -24,11 +25,18 @@ func TestBroker(t *testing.T) {
     ]
     colour = "blue"
   } }
+}
+plugins {
+  WorkloadAttestor "k8s" { plugin_data {
+    experimental { broker { access_policy = "enforced" brokers = [ { id = "spiffe://example.org/mesh" pod_reference_scope = "cluster" } ] } }
+  } }
 }`
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	result, err := Agent(path, Shape{File: conf.AgentShape()})
+	result, err := Agent(path, Shape{File: conf.AgentShape(), Plugins: map[string]map[string]func() any{
+		"workload_attestor": {k8s.Type: func() any { return new(k8s.Config) }},
+	}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +59,9 @@ func TestBroker(t *testing.T) {
 	for _, r := range result.Remarks {
 		told += r.line(path) + "\n"
 	}
-	if !strings.Contains(told, "left out agent.experimental.broker.colour") {
-		t.Errorf("told\n%s", told)
+	for _, want := range []string{"left out agent.experimental.broker.colour", "left out plugins.WorkloadAttestor.k8s.experimental; Brokers may refer to pods of this node without it"} {
+		if !strings.Contains(told, want) {
+			t.Errorf("told\n%s", told)
+		}
 	}
 }

@@ -84,6 +84,7 @@ var agentSide = side{
 		"telemetry.InMem":                                                "There is no counterpart; Prometheus has the numbers.",
 		"plugins.WorkloadAttestor.docker.use_new_container_locator":      "There is one way to find the container, and it is not guessing.",
 		"plugins.WorkloadAttestor.docker.verbose_container_locator_logs": "\"assay-agent explain\" tells how a container was found.",
+		"plugins.WorkloadAttestor.k8s.experimental":                      "Brokers may refer to pods of this node without it; other objects and pods elsewhere are not known to the agent, and no access review is made: allow in agent.broker says who may refer.",
 		"plugins.WorkloadAttestor.k8s.use_new_container_locator":         "There is one way to find the container, and it is not guessing.",
 		"plugins.WorkloadAttestor.k8s.verbose_container_locator_logs":    "\"assay-agent explain\" tells how a container was found.",
 		"+plugins.NodeAttestor.join_token":                               "The agent attests anew, and SPIRE's token is spent: make one with \"assay-server token generate\".",
