@@ -218,6 +218,7 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 	case *external.Config:
 		a.KeysPlugin = c
 	}
+	l.noIdentity(a)
 	a.Files = l.filesBlocks(f.Files)
 	a.Health = l.health(f.Health, agentHealthPort)
 	a.Metrics = l.metrics(f.Telemetry, agentMetricsPort)
@@ -225,6 +226,25 @@ func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.Work
 		return nil, err
 	}
 	return a, nil
+}
+
+// noIdentity refuses what only a server can give to plugins.
+func (l *loader) noIdentity(a *Agent) {
+	for _, block := range []struct {
+		role   string
+		config any
+	}{{"node_attestor", a.Node.Config}, {"key_manager", a.KeysPlugin}} {
+		l.withoutIdentity(block.role, block.config)
+	}
+	for _, w := range a.Workloads {
+		l.withoutIdentity("workload_attestor", w.Config)
+	}
+}
+
+func (l *loader) withoutIdentity(role string, config any) {
+	if c, ok := config.(*external.Config); ok && c != nil && c.Identity {
+		l.say(role+"."+external.Type+".plugin_identity", "No identity to give", "Agents have no identity to give to plugins; the key is for plugins of the server.")
+	}
 }
 
 // agent checks the agent block; this is where the defaults are.

@@ -419,6 +419,8 @@ func TestAgentMistakes(t *testing.T) {
 			`F:6,23-61: Invalid socket path; "/run/assay/agent/public/x/admin.sock" is in the directory of the Workload API's socket or below it, which is handed to workloads; choose another directory, or "" for no admin socket.`},
 		{"registers that bind nothing", goodAgent + "key_manager \"tpm\" {\n  pcrs = [7, 16, 24]\n}",
 			"F:10,10-21: Invalid register; Any program can set register 16 back; seal to others, as 0, 2, 4 and 7.\nF:10,10-21: Invalid register; 24 is no register of a TPM, which are 0 to 23."},
+		{"an identity for a plugin of an agent", goodAgent + "key_manager \"external\" {\n  name = \"hsm\"\n  plugin_cmd = \"/p\"\n  plugin_checksum = \"" + strings.Repeat("00", 32) + "\"\n  plugin_identity = true\n}",
+			`F:13,21-25: No identity to give; Agents have no identity to give to plugins; the key is for plugins of the server.`},
 		{"a TPM at no path", goodAgent + "key_manager \"tpm\" {\n  tpm_path = \"tpm0\"\n}",
 			`F:10,14-20: Invalid path; "tpm0" is no absolute path of a device.`},
 		{"two node attestors", goodAgent + `node_attestor "x509pop" {}`,
