@@ -60,6 +60,22 @@ func TestTransport(t *testing.T) {
 		{"the server", func(t *testing.T, s ...http2.Setting) *client { return overTLS(t, v.is.Address, nil, s...) }, getBundle, 4*mib - 100},
 		{"the Workload API", func(t *testing.T, s ...http2.Setting) *client { return overUnix(t, v.is.WorkloadSocket, s...) }, fetchX509, 60 << 10},
 	}
+	t.Run("more calls at once than a connection may have", func(t *testing.T) {
+		v.suffer(t, bounds{Peak: 64 * mib}, func(t *testing.T) {
+			c := overTLS(t, v.is.Address, nil)
+			const calls = 1000
+			for i := range calls {
+				if err := c.open(uint32(2*i+1), getBundle); err != nil {
+					t.Fatal(err)
+				}
+			}
+			eventually(t, "those too many to be refused", func() (end bool) {
+				c.got(func() { end = c.refused >= calls/2 })
+				return end
+			})
+			_ = c.conn.Close()
+		})
+	})
 	for _, way := range ways {
 		t.Run(way.name, func(t *testing.T) {
 			t.Run("rapid reset", func(t *testing.T) {

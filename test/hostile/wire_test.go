@@ -29,6 +29,7 @@ type client struct {
 	goAway  bool
 	code    http2.ErrCode
 	resets  int
+	refused int            // streams of those that were one too many
 	answers int            // streams that ended with trailers
 	status  map[string]int // of those, by grpc-status
 }
@@ -98,6 +99,9 @@ func (c *client) read() {
 			c.goAway, c.code = true, f.ErrCode
 		case *http2.RSTStreamFrame:
 			c.resets++
+			if f.ErrCode == http2.ErrCodeRefusedStream {
+				c.refused++
+			}
 		case *http2.HeadersFrame:
 			fields, _ := dec.DecodeFull(f.HeaderBlockFragment())
 			if f.StreamEnded() {
