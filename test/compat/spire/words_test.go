@@ -259,6 +259,8 @@ var (
 
 // plain writes names into a text.
 func (w *words) plain(text string) string {
+	// protobuf writes one space or another into its errors, by the program, so that nobody compares them.
+	text = strings.ReplaceAll(text, "\u00a0", " ")
 	text = uuid.ReplaceAllStringFunc(text, func(s string) string { return w.name("uuid", s) })
 	for _, value := range slices.SortedFunc(maps.Keys(w.names), func(a, b string) int { return len(b) - len(a) }) {
 		if len(value) > 8 {
