@@ -18,6 +18,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/api/caller"
@@ -149,32 +151,12 @@ func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	t.Run("SVIDs are minted within, and tokens made for aliases within", func(t *testing.T) {
-		svids := svidv1.NewSVIDClient(conn)
-		if _, err := svids.MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: csr(t, newKey(t), "spiffe://example.org/shop/a")}); err != nil {
-			t.Error(err)
-		}
-		_, err := svids.MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: csr(t, newKey(t), "spiffe://example.org/bank")})
-		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
-		_, err = svids.MintJWTSVID(w.context(), &svidv1.MintJWTSVIDRequest{Id: id("/bank"), Audience: []string{"a"}})
-		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
-		key, err := x509.MarshalPKIXPublicKey(newKey(t).Public())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if _, err := svids.MintWITSVID(w.context(), &svidv1.MintWITSVIDRequest{Id: id("/shop/a"), PublicKey: key, SigningAlgorithm: "ES256"}); err != nil {
-			t.Error(err)
-		}
-		_, err = svids.MintWITSVID(w.context(), &svidv1.MintWITSVIDRequest{Id: id("/bank"), PublicKey: key, SigningAlgorithm: "ES256"})
-		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
-		if line := w.denied(t, "svid.wit.mint"); line["spiffe_id"] != "spiffe://example.org/bank" {
-			t.Errorf("audit line %v", line)
-		}
+	t.Run("tokens are made for aliases within", func(t *testing.T) {
 		agents := agentv1.NewAgentClient(conn)
 		if _, err := agents.CreateJoinToken(w.context(), &agentv1.CreateJoinTokenRequest{Ttl: 60, AgentId: id("/shop/node")}); err != nil {
 			t.Error(err)
 		}
-		_, err = agents.CreateJoinToken(w.context(), &agentv1.CreateJoinTokenRequest{Ttl: 60, AgentId: id("/bank/node")})
+		_, err := agents.CreateJoinToken(w.context(), &agentv1.CreateJoinTokenRequest{Ttl: 60, AgentId: id("/bank/node")})
 		refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
 	})
 	t.Run("what is no verb of the role is refused", func(t *testing.T) {
@@ -257,4 +239,43 @@ func TestARoleSeesOfAnImageWhatIsWithin(t *testing.T) {
 			}
 		}
 	})
+}
+
+// One way to mint that forgot the paths would be a way around all the others.
+func TestEveryWayToMintIsBoundByTheRolesPaths(t *testing.T) {
+	w := start(t, func(c *Config) { c.Roles = &grants{svid: []*caller.Role{shopRole}}; c.CA.WIT = true })
+	conn := w.minted("/team/shop")
+	key := newKey(t)
+	public, err := x509.MarshalPKIXPublicKey(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ways := map[string]func(path string) proto.Message{
+		"MintX509SVID": func(path string) proto.Message {
+			return &svidv1.MintX509SVIDRequest{Csr: csr(t, key, "spiffe://example.org"+path)}
+		},
+		"MintJWTSVID": func(path string) proto.Message {
+			return &svidv1.MintJWTSVIDRequest{Id: id(path), Audience: []string{"a"}}
+		},
+		"MintWITSVID": func(path string) proto.Message {
+			return &svidv1.MintWITSVIDRequest{Id: id(path), PublicKey: public, SigningAlgorithm: "ES256"}
+		},
+	}
+	for _, method := range svidv1.SVID_ServiceDesc.Methods {
+		name := "/" + svidv1.SVID_ServiceDesc.ServiceName + "/" + method.MethodName
+		if caller.Verb(name) != "svid:mint" {
+			continue
+		}
+		t.Run(method.MethodName, func(t *testing.T) {
+			way := ways[method.MethodName]
+			if way == nil {
+				t.Fatal("it is not tried here")
+			}
+			if err := conn.Invoke(w.context(), name, way("/shop/a"), &emptypb.Empty{}); err != nil {
+				t.Errorf("within the paths: %v", err)
+			}
+			err := conn.Invoke(w.context(), name, way("/bank"), &emptypb.Empty{})
+			refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+		})
+	}
 }
