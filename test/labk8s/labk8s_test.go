@@ -77,6 +77,8 @@ func TestKubernetes(t *testing.T) {
 	w.apply(t, identities)
 	w.entry(t, till, "k8s:ns:shop", "k8s:sa:default", "k8s:pod-label:role:till", "k8s:ns-label:team:red")
 	rotating, rotatingSince := w.create(t, w.workload("rotating", map[string]string{"app": "short"}))
+	// The server's pod is new, and who enforces policies lets agents reach it some seconds after it is ready.
+	r.add("server and agent just replaced, policies in force: pod created -> SVID", w.until(t, rotating, rotatingSince, "svid", short).At.Sub(rotatingSince))
 
 	t.Run("a pod has its identity as it starts", func(t *testing.T) { w.oneByOne(t, r) })
 	p, began := w.create(t, w.workload("probe", map[string]string{"app": "cart"}))
