@@ -37,7 +37,7 @@ type Agent struct {
 	// AuthorizedDelegates may have the identities of others; none: nobody.
 	AuthorizedDelegates []spiffeid.ID
 
-	// Exactly one of the next three is set.
+	// Exactly one of the next four is set.
 	TrustBundlePath string
 	TrustBundleURL  string
 	// TrustBundleConfigMap is "name" or "namespace/name".

@@ -15,6 +15,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
 	"github.com/assay-id/assay/test/lab/envoy"
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -89,7 +90,7 @@ type pair struct {
 func (b *bench) startPair(ctx context.Context, binary string) (*pair, error) {
 	p := &pair{}
 	var err error
-	if p.port, err = freePort(ctx); err != nil {
+	if p.port, err = port.Free(); err != nil {
 		return nil, err
 	}
 	begin := func(o envoy.Options) (*envoy.Proxy, error) {

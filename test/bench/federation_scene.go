@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
-	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -23,6 +22,7 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -219,7 +219,7 @@ func (b *bench) otherServer(ctx context.Context) (*site.Site, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	port, err := freePort(ctx)
+	port, err := port.Free()
 	if err != nil {
 		return nil, "", err
 	}
@@ -236,13 +236,4 @@ func (b *bench) otherServer(ctx context.Context) (*site.Site, string, error) {
 	}
 	b.later(func() { _ = other.Stop() })
 	return other, fmt.Sprintf("https://127.0.0.1:%d/", port), nil
-}
-
-func freePort(ctx context.Context) (int, error) {
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port, nil
 }

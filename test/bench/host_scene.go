@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,21 +13,18 @@ import (
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
 // hostScene is a plain host: fifty workloads of systemd or none, path and hash of their programs asked for. It
 // measures what the agent takes while nothing happens, and what an attestation takes of a program that is known.
 func hostScene(ctx context.Context, b *bench) error {
-	free, err := net.Listen("tcp", "127.0.0.1:0")
+	free, err := port.Free()
 	if err != nil {
 		return err
 	}
-	address := free.Addr().String()
-	_, port, err := net.SplitHostPort(address)
-	if err := errors.Join(err, free.Close()); err != nil {
-		return err
-	}
+	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(free))
 	token, err := b.Token(ctx)
 	if err != nil {
 		return err
@@ -41,9 +37,9 @@ workload_attestor "unix" {
 telemetry {
   prometheus {
     host = "127.0.0.1"
-    port = %s
+    port = %d
   }
-}`, port)
+}`, free)
 	if b.agent, err = b.NewAgent(ctx, "agent", site.AgentOptions{Token: token, Blocks: blocks}); err != nil {
 		return err
 	}

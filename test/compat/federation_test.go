@@ -25,6 +25,7 @@ import (
 	localauthorityv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -41,17 +42,13 @@ type realm struct {
 // newRealm starts a server whose bundle endpoint has the profile.
 func newRealm(t *testing.T, domain, far, profile string) *realm {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	free, err := port.Free()
 	if err != nil {
-		t.Fatal(err)
-	}
-	port := listener.Addr().(*net.TCPAddr).Port
-	if err := listener.Close(); err != nil {
 		t.Fatal(err)
 	}
 	r := &realm{
 		td: spiffeid.RequireTrustDomainFromString(domain), far: spiffeid.RequireTrustDomainFromString(far),
-		url: fmt.Sprintf("https://127.0.0.1:%d/", port),
+		url: fmt.Sprintf("https://127.0.0.1:%d/", free),
 	}
 	r.Site = newSite(t, func(s *site.Site) {
 		s.Domain = domain
@@ -63,7 +60,7 @@ func newRealm(t *testing.T, domain, far, profile string) *realm {
       refresh_hint = "2s"
       %s
     }
-  }`, port, profile)
+  }`, free, profile)
 	})
 	conn, err := r.DialServer()
 	if err != nil {

@@ -9,13 +9,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -29,6 +29,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 
 	"github.com/assay-id/assay/test/lab"
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -94,13 +95,11 @@ func freePorts(t *testing.T, n int) []string {
 	t.Helper()
 	var ports []string
 	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		free, err := port.Free()
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer l.Close() // held until all are chosen, so that they differ
-		_, port, _ := net.SplitHostPort(l.Addr().String())
-		ports = append(ports, port)
+		ports = append(ports, strconv.Itoa(free))
 	}
 	return ports
 }

@@ -7,7 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -23,6 +22,7 @@ import (
 	"github.com/prometheus/common/model"
 	"sigs.k8s.io/yaml"
 
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -364,14 +364,13 @@ func (s scraped) has(t *testing.T, address, metric, label, value string) {
 	}
 }
 
-func port(t *testing.T) int {
+func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	n, err := port.Free()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	return n
 }
 
 // scrape has everything happen once that the dashboard and the rules are about, and collects what the binaries
@@ -400,7 +399,7 @@ func scrape(t *testing.T) scraped {
 			t.Fatalf("%v\n%s", err, site.Tail(s.ServerLog(), 20))
 		}
 	}
-	serverPort, agentPort := port(t), port(t)
+	serverPort, agentPort := freePort(t), freePort(t)
 	server, agentAt := fmt.Sprintf("127.0.0.1:%d", serverPort), fmt.Sprintf("127.0.0.1:%d", agentPort)
 	// A cluster that shows the server nothing.
 	forbidden := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

@@ -232,10 +232,8 @@ type front struct {
 func startNginx(n *node, program, crl string) *front {
 	n.t.Helper()
 	f := &front{roots: x509.NewCertPool()}
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	n.must(err)
-	f.address = listener.Addr().String()
-	n.must(listener.Close())
+	f.address = freeAddress(n.t)
+	var err error
 	f.bundle, err = n.WriteBundle(n.ctx)
 	n.must(err)
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -24,6 +24,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 
 	"github.com/assay-id/assay/test/lab"
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -324,12 +325,11 @@ func (w *filesWorld) clientConfig(path string) (*tls.Config, error) {
 
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	n, err := port.Free()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(n))
 }
 
 func startNginxWithFiles(w *filesWorld) server {

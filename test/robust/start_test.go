@@ -2,12 +2,12 @@ package robust
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"syscall"
 	"testing"
 
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -130,13 +130,11 @@ func mount(t *testing.T, s *site.Site, size string) {
 	})
 }
 
-// freePort returns a port that nobody listens on at the moment.
 func freePort(t *testing.T) int {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	n, err := port.Free()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	return n
 }

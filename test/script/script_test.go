@@ -8,7 +8,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -25,6 +24,7 @@ import (
 
 	"github.com/assay-id/assay/attestor/external"
 	"github.com/assay-id/assay/test/fake/spireplugin"
+	"github.com/assay-id/assay/test/lab/port"
 )
 
 var update = flag.Bool("update", false, "write the help texts as they are into the scripts")
@@ -87,12 +87,11 @@ func TestScripts(t *testing.T) {
 // session free ports.
 func setup(env *testscript.Env) error {
 	for _, name := range []string{"PORT", "PORT2", "PORT3", "PORT4"} {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+		free, err := port.Free()
 		if err != nil {
 			return err
 		}
-		defer l.Close() // held until all are chosen, so that they differ
-		env.Setenv(name, strconv.Itoa(l.Addr().(*net.TCPAddr).Port))
+		env.Setenv(name, strconv.Itoa(free))
 	}
 	env.Setenv("PATH", binaries+string(os.PathListSeparator)+env.Getenv("PATH"))
 	env.Setenv("GORACE", "atexit_sleep_ms=0 halt_on_error=1") // else each command ends a second late

@@ -12,9 +12,11 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 
 	"golang.org/x/crypto/bcrypt"
 
+	"github.com/assay-id/assay/test/lab/port"
 	"github.com/assay-id/assay/test/lab/site"
 )
 
@@ -40,14 +42,11 @@ func Available() error {
 
 // Start starts a registry that keeps what it is given in dir, and waits until it answers.
 func Start(ctx context.Context, dir string) (*Registry, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	free, err := port.Free()
 	if err != nil {
 		return nil, err
 	}
-	r := &Registry{Host: listener.Addr().String(), dir: dir}
-	if err := listener.Close(); err != nil {
-		return nil, err
-	}
+	r := &Registry{Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(free)), dir: dir}
 	return r, r.Up(ctx)
 }
 

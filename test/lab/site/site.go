@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +21,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/assay-id/assay/test/lab/port"
 )
 
 // TrustDomain is the trust domain of every site that has no other.
@@ -67,7 +68,7 @@ func New(dir, bin string) (*Site, error) {
 			return nil, fmt.Errorf("find the binaries: %w (run make first)", err)
 		}
 	}
-	port, err := freePort()
+	free, err := port.Free()
 	if err != nil {
 		return nil, err
 	}
@@ -75,16 +76,7 @@ func New(dir, bin string) (*Site, error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return nil, err
 	}
-	return &Site{Dir: dir, Bin: bin, Port: port}, nil
-}
-
-func freePort() (int, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer listener.Close()
-	return listener.Addr().(*net.TCPAddr).Port, nil
+	return &Site{Dir: dir, Bin: bin, Port: free}, nil
 }
 
 // ServerSocket is the path of the server's private socket.
