@@ -33,7 +33,7 @@ func block(t *testing.T, kind, mode string) string {
 	path, sum := spireplugin.Self(t)
 	args := spireplugin.Args(kind)
 	data := fmt.Sprintf("mode = %q\nsecret = %q", mode, "open sesame")
-	return fmt.Sprintf("name = %q\nplugin_cmd = %q\nplugin_args = [%q, %q]\nplugin_checksum = \"%x\"\nplugin_data = %q", spireplugin.Type, path, args[0], args[1], sum, data)
+	return fmt.Sprintf("name = %q\nplugin_cmd = %q\nplugin_args = [%q, %q]\nplugin_env = [%q]\nplugin_checksum = \"%x\"\nplugin_data = %q", spireplugin.Type, path, args[0], args[1], spireplugin.Env()[0], sum, data)
 }
 
 func config(t *testing.T, kind, mode string) any {

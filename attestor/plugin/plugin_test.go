@@ -61,7 +61,7 @@ const patience = time.Minute
 func config(path string, sum [sha256.Size]byte, kind, data string) plugin.Config {
 	return plugin.Config{
 		Name: "test", Type: "WorkloadAttestor", Service: workloadattestorv1.WorkloadAttestor_ServiceDesc.ServiceName,
-		Path: path, Args: spireplugin.Args(kind), Checksum: sum, Data: data,
+		Path: path, Args: spireplugin.Args(kind), Env: spireplugin.Env(), Checksum: sum, Data: data,
 		TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Patience: patience,
 	}
 }

@@ -61,7 +61,7 @@ func (m *machine) start(t *testing.T) (k *keep.Keep, stop func()) {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	elsewhere, err := external.Open(&block.Config{
-		Name: m.name, Cmd: path, Args: spireplugin.Args(spireplugin.AgentKeys), Checksum: fmt.Sprintf("%x", sum), Data: fmt.Sprintf("directory = %q", m.plugin),
+		Name: m.name, Cmd: path, Args: spireplugin.Args(spireplugin.AgentKeys), Env: spireplugin.Env(), Checksum: fmt.Sprintf("%x", sum), Data: fmt.Sprintf("directory = %q", m.plugin),
 	}, attestor.Needs{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Log: log, Now: time.Now})
 	if err != nil {
 		t.Fatal(err)
@@ -335,7 +335,7 @@ func TestLies(t *testing.T) {
 		log := logrus.New()
 		log.SetOutput(io.Discard)
 		keys, err := external.Open(&block.Config{
-			Name: "hsm", Cmd: path, Args: spireplugin.Args(spireplugin.AgentKeys), Checksum: fmt.Sprintf("%x", sum), Data: fmt.Sprintf("directory = %q", m.plugin),
+			Name: "hsm", Cmd: path, Args: spireplugin.Args(spireplugin.AgentKeys), Env: spireplugin.Env(), Checksum: fmt.Sprintf("%x", sum), Data: fmt.Sprintf("directory = %q", m.plugin),
 		}, attestor.Needs{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Log: log, Now: time.Now})
 		if err != nil {
 			t.Fatal(err)

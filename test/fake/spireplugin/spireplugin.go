@@ -57,6 +57,9 @@ func RunIfAsked() {
 	}
 }
 
+// Env is the plugin_env of every kind: a program that is checked for races takes a second to exit otherwise.
+func Env() []string { return []string{"GORACE=atexit_sleep_ms=0"} }
+
 // Args are the plugin_args of a kind.
 func Args(kind string) []string { return []string{asked, kind} }
 

@@ -268,7 +268,7 @@ func (v *Center) InsideAt(vm *object.VirtualMachine, uuid, root, dir, self strin
 	v.servers = append(v.servers, hypervisor)
 	go func() { _ = hypervisor.Serve(l) }() // until Close
 	vmtoolsd = filepath.Join(dir, "vmtoolsd")
-	script := fmt.Sprintf("#!/bin/sh\n%s='%s' exec '%s' \"$@\"\n", channel, filepath.Join(dir, "s"), self)
+	script := fmt.Sprintf("#!/bin/sh\nGORACE=atexit_sleep_ms=0 %s='%s' exec '%s' \"$@\"\n", channel, filepath.Join(dir, "s"), self)
 	return dir, vmtoolsd, errors.Join(
 		os.WriteFile(filepath.Join(root, dir, "product_uuid"), []byte(strings.ToUpper(uuid)+"\n"), 0o400),
 		os.WriteFile(filepath.Join(root, vmtoolsd), []byte(script), 0o700))

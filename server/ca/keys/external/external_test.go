@@ -35,7 +35,7 @@ func open(t *testing.T, dir, mode string) (*external.Manager, error) {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	m, err := external.Open(&block.Config{
-		Name: "hsm", Cmd: path, Args: spireplugin.Args(spireplugin.Keys), Checksum: fmt.Sprintf("%x", sum),
+		Name: "hsm", Cmd: path, Args: spireplugin.Args(spireplugin.Keys), Env: spireplugin.Env(), Checksum: fmt.Sprintf("%x", sum),
 		Data: fmt.Sprintf("mode = %q\ndirectory = %q", mode, dir),
 	}, dir, attestor.Needs{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Log: log, Now: time.Now})
 	if err == nil {

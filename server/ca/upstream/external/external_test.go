@@ -38,7 +38,7 @@ func open(t *testing.T, mode string) *external.Authority {
 	log := logrus.New()
 	log.SetOutput(io.Discard)
 	a, err := external.Open(&block.Config{
-		Name: "corporate", Cmd: path, Args: spireplugin.Args(spireplugin.Upstream), Checksum: fmt.Sprintf("%x", sum),
+		Name: "corporate", Cmd: path, Args: spireplugin.Args(spireplugin.Upstream), Env: spireplugin.Env(), Checksum: fmt.Sprintf("%x", sum),
 		Data: fmt.Sprintf("mode = %q\ndirectory = %q", mode, t.TempDir()),
 	}, attestor.Needs{TrustDomain: upstreamtest.TD, Log: log, Now: time.Now})
 	if err != nil {
