@@ -14,6 +14,7 @@
 package conf
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,6 +23,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"unicode/utf8"
 
 	"github.com/hashicorp/hcl/v2"
 	"github.com/hashicorp/hcl/v2/gohcl"
@@ -81,11 +83,17 @@ type Mistake struct {
 // String returns the mistake as one line.
 func (m Mistake) String() string { return m.Where + ": " + m.Summary + "; " + m.Detail }
 
-// Error returns one line per mistake, in the order of the file.
+// maxTold is how many mistakes are told of: more than that have few causes.
+const maxTold = 25
+
+// Error returns one line per mistake, in the order of the file, as far as anybody would read.
 func (m Mistakes) Error() string {
-	lines := make([]string, len(m))
-	for i, mistake := range m {
-		lines[i] = mistake.String()
+	var lines []string
+	for _, mistake := range m[:min(len(m), maxTold)] {
+		lines = append(lines, mistake.String())
+	}
+	if more := len(m) - maxTold; more > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more; mend these first.", more))
 	}
 	return strings.Join(lines, "\n")
 }
@@ -118,6 +126,10 @@ func open(path string, options Options) (*loader, error) {
 		source = l.expandEnv(source)
 	}
 	l.source = source
+	if at := invalidText(source); at >= 0 {
+		line, column := 1+bytes.Count(source[:at], []byte("\n")), at-bytes.LastIndexByte(source[:at], '\n')
+		return nil, Mistakes{{Where: fmt.Sprintf("%s:%d,%d", path, line, column), Summary: "Invalid character encoding", Detail: "This is no text in UTF-8; is it the right file?"}}
+	}
 	file, diags := hclsyntax.ParseConfig(source, path, hcl.InitialPos)
 	l.add(diags)
 	body, ok := file.Body.(*hclsyntax.Body)
@@ -127,6 +139,18 @@ func open(path string, options Options) (*loader, error) {
 	}
 	l.body = body
 	return l, nil
+}
+
+// invalidText returns where the first byte is that is no UTF-8, or -1.
+func invalidText(source []byte) int {
+	for at := 0; at < len(source); {
+		r, size := utf8.DecodeRune(source[at:])
+		if r == utf8.RuneError && size == 1 {
+			return at
+		}
+		at += size
+	}
+	return -1
 }
 
 // maxFile is far more than any honest file; a block device or /dev/zero must not fill the memory.
