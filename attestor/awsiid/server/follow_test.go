@@ -264,7 +264,7 @@ func TestFollow(t *testing.T) {
 			n.await(t, theInstance, tag)
 			c.Lock()
 			defer c.Unlock()
-			if failures != 4 || took < 15*time.Millisecond {
+			if failures != 4 || took < 10*time.Millisecond { // half of the first pause, 20 ms, is the least that it waits
 				t.Errorf("%d failures, %s apart at most: it does not back off", failures, took)
 			}
 		})
