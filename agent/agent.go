@@ -28,8 +28,8 @@ import (
 	"github.com/assay-id/assay/agent/uplink"
 	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/workloadapi"
-	"github.com/assay-id/assay/workloadapi/peer"
 	"github.com/assay-id/assay/workloadapi/sds"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // Run runs an agent until ctx ends. It returns an error if the agent cannot start or cannot go on
@@ -115,7 +115,7 @@ type agent struct {
 }
 
 // open builds the parts and takes over what is kept from before.
-func open(cfg Config, attest *workloadapi.Attestation, keys *keep.Keys, socket *peer.Socket) (*agent, error) {
+func open(cfg Config, attest *workloadapi.Attestation, keys *keep.Keys, socket *unixsocket.Socket) (*agent, error) {
 	a := &agent{
 		cfg: cfg, attest: attest, log: cfg.Log.WithField("component", "agent"), view: view.New(cfg.Now),
 		started: cfg.Now(), listens: make(chan struct{}), serves: make(chan struct{}),
@@ -246,7 +246,7 @@ func newAttestation(cfg Config) *workloadapi.Attestation {
 }
 
 // openWorkloadAPI makes the server of the public socket, which may have been prepared.
-func (a *agent) openWorkloadAPI(socket *peer.Socket) {
+func (a *agent) openWorkloadAPI(socket *unixsocket.Socket) {
 	log := a.cfg.Log.WithField("component", "workloadapi")
 	a.serve = workloadapi.New(a.issue, a.attest, workloadapi.Config{
 		SocketPath:                    a.cfg.SocketPath,

@@ -9,7 +9,7 @@ import (
 	"github.com/sirupsen/logrus"
 
 	"github.com/assay-id/assay/agent/keep"
-	"github.com/assay-id/assay/workloadapi/peer"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // socketPause is how often a socket is looked at on which somebody else listens.
@@ -18,7 +18,7 @@ const socketPause = 50 * time.Millisecond
 // take takes the data directory. Another agent that has it is an error, or with Standby waited for: such an
 // agent is ready all the while, for the node is served. It knows the node by its attestors then, and has a
 // socket ready that the other puts in its place; what it has is no more than this agent's to open.
-func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
+func take(ctx context.Context, cfg Config) (*keep.Turn, *unixsocket.Socket, error) {
 	turn, err := keep.Take(cfg.DataDir)
 	switch {
 	case err == nil && !cfg.Standby:
@@ -33,11 +33,11 @@ func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
 		return nil, nil, fmt.Errorf("%w%s", err, mayNot(err))
 	}
 	w := &waiting{cfg: cfg, log: cfg.Log.WithField("component", "agent").WithField("data_dir", cfg.DataDir), began: cfg.Now()}
-	var socket *peer.Socket
+	var socket *unixsocket.Socket
 	if err != nil {
 		// Before anybody is told: who hears that an agent stands by may end the other at once.
 		var unready error
-		if socket, unready = peer.Prepare(cfg.SocketPath, 0o777, 0o755); unready != nil {
+		if socket, unready = unixsocket.Prepare(cfg.SocketPath, 0o777, 0o755); unready != nil {
 			w.log.WithError(unready).Warn("no socket could be prepared: callers may be refused for a moment")
 		}
 		w.stand("waiting for the other agent to end", err)
@@ -49,7 +49,7 @@ func take(ctx context.Context, cfg Config) (*keep.Turn, *peer.Socket, error) {
 		}
 	}
 	// Agents of before there was a lock are known by their socket.
-	if err := peer.Vacant(cfg.SocketPath); socket == nil && errors.Is(err, peer.ErrInUse) {
+	if err := unixsocket.Vacant(cfg.SocketPath); socket == nil && errors.Is(err, unixsocket.ErrInUse) {
 		w.stand("waiting for whoever listens on the socket to end", err)
 		if err := awaitSocket(ctx, cfg.SocketPath); err != nil {
 			turn.End()
@@ -78,7 +78,7 @@ func (c Config) sockets() map[string]string {
 // identity from him.
 func (c Config) warnOfOthers() {
 	for key, path := range c.sockets() {
-		if who := peer.Exposed(path); who != "" {
+		if who := unixsocket.Exposed(path); who != "" {
 			c.Log.WithFields(logrus.Fields{"component": "agent", "key": key, "socket": path}).
 				Warn("somebody else could put another socket in this one's place: " + who)
 		}
@@ -89,9 +89,7 @@ func (c Config) warnOfOthers() {
 // undone: a join token is good once.
 func (c Config) vacant() error {
 	for key, path := range c.sockets() {
-		if err := peer.Vacant(path); errors.Is(err, peer.ErrInUse) {
-			return fmt.Errorf("%s: %w; end it, or name another path", key, err)
-		} else if err != nil {
+		if err := unixsocket.Vacant(path); err != nil {
 			return fmt.Errorf("%s: %w", key, err)
 		}
 	}
@@ -122,7 +120,7 @@ func (w *waiting) stand(what string, why error) {
 func awaitSocket(ctx context.Context, path string) error {
 	tick := time.NewTicker(socketPause)
 	defer tick.Stop()
-	for errors.Is(peer.Vacant(path), peer.ErrInUse) {
+	for errors.Is(unixsocket.Vacant(path), unixsocket.ErrInUse) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():

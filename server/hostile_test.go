@@ -475,10 +475,10 @@ func TestTheServerDoesNotStart(t *testing.T) {
 			c.Judges = []Judge{{Kind: attestor.JudgeKind{Type: "x", Open: func(any, attestor.Needs) (attestor.Judge, error) { return nil, errors.New("no file") }}}}
 		}, `open node attestor "x": no file`},
 		{"on a port that is in use", func(c *Config) { _, err = fmt.Sscan(taken, &c.BindPort) }, "address already in use"},
-		{"on the socket of another server", func(c *Config) { c.SocketPath = once.cfg.SocketPath }, "another server is listening there"},
+		{"on the socket of another server", func(c *Config) { c.SocketPath = once.cfg.SocketPath }, "already listens there"},
 		{"on a file that is no socket", func(c *Config) {
 			c.SocketPath = filepath.Join(used.DataDir, "file")
-		}, "there is a file that is no socket"},
+		}, "there is a file which is not a socket"},
 		{"on the store of another server", func(c *Config) { c.DataDir = once.cfg.DataDir }, "open store"},
 		{"on the store of another trust domain", func(c *Config) {
 			c.DataDir, c.TrustDomain = used.DataDir, spiffeid.RequireTrustDomainFromString("elsewhere.test")

@@ -5,22 +5,19 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"net"
-	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 
 	"google.golang.org/grpc/credentials"
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/turn"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // gate is a listener that holds connections to the limits: in all, per source address, and per
@@ -294,75 +291,14 @@ func tlsConfig(
 	return config
 }
 
-// makeDir makes the directory with the given mode, and what is missing above it so that everybody can
-// pass: an agent's public socket may lie beside. Modes hold whatever the umask is.
-func makeDir(dir string, mode fs.FileMode) error {
-	if _, err := os.Stat(dir); err == nil || !errors.Is(err, fs.ErrNotExist) {
-		return err
+// listenUnix opens the private socket, which its group administers the server by.
+func listenUnix(path string) (*unixsocket.Socket, error) {
+	if err := unixsocket.Vacant(path); err != nil {
+		return nil, fmt.Errorf("socket_path: %w", err)
 	}
-	if err := makeDir(filepath.Dir(dir), 0o755); err != nil {
-		return err
-	}
-	if err := os.Mkdir(dir, mode); errors.Is(err, fs.ErrExist) {
-		return nil // somebody else made it meanwhile, and chose its mode
-	} else if err != nil {
-		return err
-	}
-	return os.Chmod(dir, mode)
-}
-
-// exposed says which directory above a socket somebody else could put another socket in, so that callers would reach
-// him; empty: none. A sticky one, as /tmp, lets nobody take what is not his.
-func exposed(path string) string {
-	path, err := filepath.Abs(path)
+	socket, err := unixsocket.Listen(path, 0o770, 0o750)
 	if err != nil {
-		return ""
+		return nil, fmt.Errorf("socket_path: %w", err)
 	}
-	for dir := filepath.Dir(path); ; dir = filepath.Dir(dir) {
-		info, err := os.Stat(dir)
-		if err == nil {
-			st, ok := info.Sys().(*syscall.Stat_t)
-			switch {
-			case ok && st.Uid != 0 && int(st.Uid) != os.Geteuid():
-				return fmt.Sprintf("%s belongs to user %d: give it to root, or to the user this runs as", dir, st.Uid)
-			case info.Mode().Perm()&0o002 != 0 && info.Mode()&fs.ModeSticky == 0:
-				return fmt.Sprintf("%s can be written by everybody (mode %#o): run chmod o-w %s", dir, info.Mode().Perm(), dir)
-			}
-		}
-		if dir == filepath.Dir(dir) {
-			return ""
-		}
-	}
-}
-
-// listenUnix opens the private socket. A socket that nobody listens at is what a killed server left
-// behind and is replaced; anything else at the path is not ours to remove.
-func listenUnix(path string) (net.Listener, error) {
-	if err := makeDir(filepath.Dir(path), 0o750); err != nil {
-		return nil, fmt.Errorf("make socket directory: %w", err)
-	}
-	info, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, fmt.Errorf("look at socket: %w", err)
-	case info.Mode()&fs.ModeSocket == 0:
-		return nil, fmt.Errorf("listen at %s: there is a file that is no socket; remove it, or name another path as socket_path", path)
-	default:
-		if conn, err := net.DialTimeout("unix", path, time.Second); err == nil {
-			_ = conn.Close()
-			return nil, fmt.Errorf("listen at %s: another server is listening there", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, fmt.Errorf("remove stale socket: %w", err)
-		}
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, fmt.Errorf("listen at %s: %w", path, err)
-	}
-	if err := os.Chmod(path, 0o770); err != nil { //nolint:gosec // its group administers the server
-		return nil, errors.Join(fmt.Errorf("set socket mode: %w", err), l.Close())
-	}
-	return l, nil
+	return socket, nil
 }

@@ -45,6 +45,7 @@ import (
 	"github.com/assay-id/assay/server/verdict/rules"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/strict"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // Run serves until ctx ends, and then drains and closes everything and returns nil. It returns an
@@ -478,13 +479,13 @@ func listen(cfg *Config, refusals *refusals) (*open, error) {
 	}
 	o := &open{tcp: newGate(tcp, cfg.Limits, refusals)}
 	if cfg.SocketPath != "" {
-		if o.unix, err = listenUnix(cfg.SocketPath); err != nil {
-			o.unix = nil
+		socket, err := listenUnix(cfg.SocketPath)
+		if err != nil {
 			o.close()
 			return nil, err
 		}
-		o.unix = hearing{o.unix, refusals}
-		if who := exposed(cfg.SocketPath); who != "" {
+		o.unix = hearing{socket, refusals}
+		if who := unixsocket.Exposed(cfg.SocketPath); who != "" {
 			refusals.log.WithField("socket", cfg.SocketPath).Warn("somebody else could put another socket in this one's place: " + who)
 		}
 	}

@@ -47,6 +47,7 @@ import (
 	"github.com/assay-id/assay/server/wire/strict"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // Source turns facts into identities. agent/issue has it.
@@ -84,7 +85,7 @@ type Config struct {
 	// SocketPath is where the public socket goes, mode 0777.
 	SocketPath string
 	// Socket, if set, was prepared for SocketPath and listens already.
-	Socket *peer.Socket
+	Socket *unixsocket.Socket
 	// Disabled leaves the Workload API out of the socket; services that were added to it are served.
 	Disabled bool
 	// Hold is how long a caller that matches nothing waits for its entry; 0 means DefaultHold,
@@ -259,7 +260,7 @@ func (s *Server) Run(ctx context.Context) error {
 	g.Go(func() error { return tracker.Run(trackCtx) })
 	g.Go(func() error { s.announce(ctx, healthy); return nil })
 	serving := make(chan error, 1)
-	serve := func(socket *peer.Socket) {
+	serve := func(socket *unixsocket.Socket) {
 		g.Go(func() error {
 			err := srv.Serve(tracker.Listener(socket.UnixListener, s.admit))
 			select {
@@ -275,7 +276,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	s.log.WithField("socket", socket.Path()).Info("workload API is served")
 	err = s.supervise(ctx, socket, serving, serve)
-	if handed, err := peer.HandOver(s.cfg.SocketPath); err != nil {
+	if handed, err := unixsocket.HandOver(s.cfg.SocketPath); err != nil {
 		s.log.WithError(err).Warn("the next agent has to put its socket in place by itself")
 	} else if handed {
 		s.log.Info("the socket is the next agent's")
@@ -293,7 +294,7 @@ func (s *Server) Run(ctx context.Context) error {
 }
 
 // listen returns the socket that callers come to.
-func (s *Server) listen() (*peer.Socket, error) {
+func (s *Server) listen() (*unixsocket.Socket, error) {
 	if prepared := s.cfg.Socket; prepared != nil {
 		err := prepared.Install()
 		if err == nil {
@@ -302,7 +303,7 @@ func (s *Server) listen() (*peer.Socket, error) {
 		s.log.WithError(err).Warn("the prepared socket is of no use; making another")
 		prepared.Withdraw()
 	}
-	return peer.Listen(s.cfg.SocketPath, 0o777, 0o755)
+	return unixsocket.Listen(s.cfg.SocketPath, 0o777, 0o755)
 }
 
 // lookEvery is how soon a socket that somebody removed is put back.
@@ -311,7 +312,7 @@ const lookEvery = 2 * time.Second
 // supervise waits for the end, and meanwhile sees to it that there is a socket where clients look:
 // cleaners of temporary directories remove what looks old. It is put back; one that somebody put in its
 // place is left alone.
-func (s *Server) supervise(ctx context.Context, socket *peer.Socket, serving <-chan error, serve func(*peer.Socket)) error {
+func (s *Server) supervise(ctx context.Context, socket *unixsocket.Socket, serving <-chan error, serve func(*unixsocket.Socket)) error {
 	tick := time.NewTicker(lookEvery)
 	defer tick.Stop()
 	replaced := false
@@ -333,7 +334,7 @@ func (s *Server) supervise(ctx context.Context, socket *peer.Socket, serving <-c
 		log := s.log.WithField("socket", socket.Path())
 		if _, err := os.Lstat(socket.Path()); errors.Is(err, fs.ErrNotExist) {
 			// Calls on the old one go on; it ends with the server.
-			again, err := peer.Listen(s.cfg.SocketPath, 0o777, 0o755)
+			again, err := unixsocket.Listen(s.cfg.SocketPath, 0o777, 0o755)
 			if err == nil {
 				socket = again
 				serve(socket)

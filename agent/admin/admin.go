@@ -42,6 +42,7 @@ import (
 	"github.com/assay-id/assay/server/wire/strict"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // Held is the agent's picture; *agent/view.View is one.
@@ -177,7 +178,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	defer tracker.Close()
 	s.tracker = tracker
-	socket, err := peer.Listen(s.cfg.SocketPath, s.cfg.SocketMode, 0o700)
+	socket, err := unixsocket.Listen(s.cfg.SocketPath, s.cfg.SocketMode, 0o700)
 	if err != nil {
 		return err
 	}

@@ -42,6 +42,7 @@ import (
 	"github.com/assay-id/assay/workloadapi"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // Source turns facts into identities that may be handed to somebody else. agent/issue's Delegated is one.
@@ -134,7 +135,7 @@ func (s *Server) Run(ctx context.Context) error {
 	var listeners []net.Listener
 	var tcp net.Addr
 	if s.cfg.SocketPath != "" {
-		socket, err := peer.Listen(s.cfg.SocketPath, 0o777, 0o755)
+		socket, err := unixsocket.Listen(s.cfg.SocketPath, 0o777, 0o755)
 		if err != nil {
 			return err
 		}

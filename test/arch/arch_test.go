@@ -117,7 +117,7 @@ func allowed(from, to string) string {
 		return "it has no place"
 	}
 	for _, side := range sides {
-		if fits(side.from, from) && fits(side.not, to) && !fits(side.but, to) {
+		if fits(side.from, from) && fits(side.not, to) && !fitsAny(side.but, to) {
 			return "the two daemons are kept apart"
 		}
 	}

@@ -48,7 +48,7 @@ func TestStart(t *testing.T) {
 			t.Fatal(err)
 		}
 		second.DataDir = filepath.Join(second.Dir, "data")
-		refused(t, second, second.ServerSocket(), "another server is listening there")
+		refused(t, second, second.ServerSocket(), "already listens there")
 	})
 	t.Run("and the one that runs does not notice", func(t *testing.T) {
 		h.mustCreate(t, conn, newEntry("/node", "/two"))

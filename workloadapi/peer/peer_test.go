@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // TestMain lets the test binary play the processes at the other end.
@@ -29,8 +30,6 @@ func TestMain(m *testing.M) {
 	switch os.Getenv("PEER_ROLE") {
 	case "":
 		os.Exit(m.Run())
-	case "inheritor": // is started by systemd with its socket
-		os.Exit(inheritAndServe(os.Getenv("PEER_SOCKET")))
 	case "caller": // connects, says so, stays until its standard input ends
 		c, err := net.Dial("unix", os.Getenv("PEER_SOCKET"))
 		exitOn(err)
@@ -55,7 +54,7 @@ func TestMain(m *testing.M) {
 	case "stranger": // is in a PID namespace of its own and cannot see who connects
 		tr, err := Open(Config{})
 		exitOn(err)
-		s, err := Listen(os.Getenv("PEER_SOCKET"), 0o777, 0o755)
+		s, err := unixsocket.Listen(os.Getenv("PEER_SOCKET"), 0o777, 0o755)
 		exitOn(err)
 		fmt.Println("listening")
 		c, err := s.AcceptUnix()
@@ -85,7 +84,7 @@ var modes = []struct {
 
 type harness struct {
 	tracker *Tracker
-	socket  *Socket
+	socket  *unixsocket.Socket
 	listen  net.Listener
 }
 
@@ -96,7 +95,7 @@ func newHarness(t *testing.T, noPeer, noPidfd bool) *harness {
 		t.Fatal(err)
 	}
 	tr.noPeerPidfd, tr.noPidfd = noPeer, noPidfd
-	s, err := Listen(filepath.Join(shortDir(t), "s"), 0o777, 0o755)
+	s, err := unixsocket.Listen(filepath.Join(shortDir(t), "s"), 0o777, 0o755)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,10 +143,10 @@ type child struct {
 	out   *bufio.Reader
 }
 
-func start(t *testing.T, role, socket string, attr *syscall.SysProcAttr) *child {
+func start(t *testing.T, role, path string, attr *syscall.SysProcAttr) *child {
 	t.Helper()
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), "PEER_ROLE="+role, "PEER_SOCKET="+socket,
+	cmd.Env = append(os.Environ(), "PEER_ROLE="+role, "PEER_SOCKET="+path,
 		"GORACE=atexit_sleep_ms=0") // or each child of a race-checked binary takes a second to exit
 	cmd.SysProcAttr = attr
 	cmd.Stderr = os.Stderr

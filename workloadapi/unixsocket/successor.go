@@ -1,4 +1,4 @@
-package peer
+package unixsocket
 
 import (
 	"errors"
@@ -44,7 +44,7 @@ func (s *Socket) Install() error {
 	if now, err := identityOf(next); err != nil || now != s.ino {
 		return fmt.Errorf("put socket in place at %s: %w", s.path, errPassedOver)
 	}
-	if err := vacant(s.path); err != nil {
+	if err := vacant(s.path, os.Getpid()); err != nil {
 		return err
 	}
 	if err := os.Rename(next, s.path); err != nil {

@@ -1,4 +1,4 @@
-package peer
+package unixsocket
 
 import (
 	"fmt"

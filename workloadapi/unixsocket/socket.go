@@ -1,4 +1,7 @@
-package peer
+// Package unixsocket opens the Unix sockets that a daemon serves: where clients look for one there is one that
+// accepts them or none, at any moment, whoever was killed there before, whoever takes over from whom, and whether
+// systemd opened it or the daemon. Who connects is not its business: see peer.
+package unixsocket
 
 import (
 	"crypto/rand"
@@ -50,7 +53,7 @@ func Listen(path string, mode, dirMode os.FileMode) (*Socket, error) {
 	if err := makeDir(filepath.Dir(path), dirMode); err != nil {
 		return nil, fmt.Errorf("make directory of socket: %w", err)
 	}
-	if err := vacant(path); err != nil {
+	if err := vacant(path, os.Getpid()); err != nil {
 		return nil, err
 	}
 	return bind(path, path, mode)
@@ -117,7 +120,7 @@ func makeDir(dir string, mode os.FileMode) error {
 // ErrInUse is the error of a socket on which another process listens.
 var ErrInUse = errors.New("in use")
 
-// Vacant says why Listen would not take the path, or nil. The error is ErrInUse if another process listens
+// Vacant says why a daemon that starts cannot have the path, or nil. The error is ErrInUse if anybody listens
 // there.
 func Vacant(path string) error {
 	path, err := filepath.Abs(path)
@@ -127,11 +130,14 @@ func Vacant(path string) error {
 	if isInherited(path) {
 		return nil
 	}
-	return vacant(path)
+	return vacant(path, nobody)
 }
 
-// vacant says why the path cannot be taken, or nil.
-func vacant(path string) error {
+// nobody is no process.
+const nobody = 0
+
+// vacant says why a socket cannot be put at the path, or nil. One of the process may is in nobody's way.
+func vacant(path string, may int) error {
 	st, err := os.Lstat(path) //nolint:gosec // the path is the operator's
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -140,7 +146,7 @@ func vacant(path string) error {
 		return fmt.Errorf("listen on %s: %w", path, err)
 	}
 	if st.Mode().Type() != os.ModeSocket {
-		return fmt.Errorf("listen on %s: there is a file which is not a socket; remove it, or name another path in the configuration", path)
+		return fmt.Errorf("listen on %s: there is a file which is not a socket; remove it, or name another path", path)
 	}
 	c, err := net.DialTimeout("unix", path, time.Second) //nolint:gosec // the path is the operator's
 	if errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
@@ -154,10 +160,10 @@ func vacant(path string) error {
 	if err != nil {
 		return fmt.Errorf("listen on %s: read credentials of who listens: %w", path, err)
 	}
-	if pid == os.Getpid() {
+	if pid == may {
 		return nil
 	}
-	return fmt.Errorf("listen on %s: %w: process %d already listens there", path, ErrInUse, pid)
+	return fmt.Errorf("listen on %s: %w: process %d already listens there; end it, or name another path", path, ErrInUse, pid)
 }
 
 // Exposed says which directory above a socket somebody else could put another socket in, so that callers would reach

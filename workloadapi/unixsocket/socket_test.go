@@ -1,15 +1,95 @@
-package peer
+package unixsocket
 
 import (
+	"bufio"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
+
+func TestMain(m *testing.M) {
+	switch path := os.Getenv("SOCKET_PATH"); os.Getenv("SOCKET_ROLE") {
+	case "":
+		os.Exit(m.Run())
+	case "inheritor": // is started by systemd with its socket
+		os.Exit(inheritAndServe(path))
+	case "stranger": // listens, says so, stays until its standard input ends
+		if _, err := Listen(path, 0o777, 0o755); err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
+		fmt.Println("listening")
+		_, _ = io.Copy(io.Discard, os.Stdin)
+	}
+}
+
+// listenElsewhere has another process listen at the path until the test ends.
+func listenElsewhere(t *testing.T, path string) {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "SOCKET_ROLE=stranger", "SOCKET_PATH="+path, "GORACE=atexit_sleep_ms=0")
+	cmd.Stderr = os.Stderr
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = stdin.Close(); _ = cmd.Wait() })
+	if said, err := bufio.NewReader(stdout).ReadString('\n'); err != nil {
+		t.Fatalf("it said %q: %v", said, err)
+	}
+}
+
+// full listens at the path without accepting anybody, until nobody more can connect.
+func full(t *testing.T, path string) fileID {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrUnix{Name: path}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		c, err := net.DialTimeout("unix", path, time.Second)
+		if err != nil {
+			break
+		}
+		t.Cleanup(func() { _ = c.Close() })
+	}
+	id, err := identityOf(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// shortDir is a temporary directory whose path leaves room for a socket's name.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sock") //nolint:usetesting // t.TempDir is too long for a socket
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
 
 func TestListen(t *testing.T) {
 	t.Run("mode and directory are as asked whatever the umask", func(t *testing.T) {
@@ -67,14 +147,20 @@ func TestListen(t *testing.T) {
 		}
 	})
 	t.Run("a socket another process listens on is left alone", func(t *testing.T) {
-		if os.Getuid() != 0 {
-			t.Skip("the helper needs a PID namespace")
-		}
 		path := filepath.Join(shortDir(t), "s")
-		ch := start(t, "stranger", path, nil)
-		ch.line(t)
+		listenElsewhere(t, path)
 		if _, err := Listen(path, 0o777, 0o755); err == nil || !strings.Contains(err.Error(), "already listens") {
 			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("a socket whose queue is full is left alone", func(t *testing.T) {
+		path := filepath.Join(shortDir(t), "s")
+		busy := full(t, path)
+		if _, err := Listen(path, 0o777, 0o755); err == nil || !strings.Contains(err.Error(), "cannot tell whether the socket is in use") {
+			t.Errorf("got %v", err)
+		}
+		if now, err := identityOf(path); err != nil || now != busy {
+			t.Errorf("another socket is there: %v", err)
 		}
 	})
 	t.Run("the own socket is replaced without a gap", func(t *testing.T) {
@@ -129,6 +215,20 @@ func TestListen(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+}
+
+func TestVacant(t *testing.T) {
+	s, err := Listen(filepath.Join(shortDir(t), "s"), 0o777, 0o755)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Vacant(s.Path()); !errors.Is(err, ErrInUse) {
+		t.Errorf("one that this process has: %v", err)
+	}
+	_ = s.Close()
+	if err := Vacant(s.Path()); err != nil {
+		t.Errorf("one that was closed: %v", err)
+	}
 }
 
 func TestExposed(t *testing.T) {

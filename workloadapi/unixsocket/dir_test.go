@@ -1,4 +1,4 @@
-package peer_test
+package unixsocket_test
 
 import (
 	"os"
@@ -6,7 +6,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/assay-id/assay/workloadapi/peer"
+	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
 // A daemon that keeps its files to itself runs with a narrow umask, and its public socket must be
@@ -15,12 +15,12 @@ func TestDirectoriesOfASocketDoNotMindTheUmask(t *testing.T) {
 	old := syscall.Umask(0o077)
 	defer syscall.Umask(old)
 	base := t.TempDir()
-	socket, err := peer.Listen(filepath.Join(base, "run", "agent", "public", "api.sock"), 0o777, 0o755)
+	public, err := unixsocket.Listen(filepath.Join(base, "run", "agent", "public", "api.sock"), 0o777, 0o755)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer socket.Close()
-	private, err := peer.Listen(filepath.Join(base, "run", "agent", "private", "admin.sock"), 0o600, 0o700)
+	defer public.Close()
+	private, err := unixsocket.Listen(filepath.Join(base, "run", "agent", "private", "admin.sock"), 0o600, 0o700)
 	if err != nil {
 		t.Fatal(err)
 	}
