@@ -30,6 +30,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/server/trust"
 )
 
 // raw opens a TCP connection from a loopback address.
@@ -476,6 +477,9 @@ func TestTheServerDoesNotStart(t *testing.T) {
 		}, `open node attestor "x": no file`},
 		{"on a port that is in use", func(c *Config) { _, err = fmt.Sscan(taken, &c.BindPort) }, "address already in use"},
 		{"on the socket of another server", func(c *Config) { c.SocketPath = once.cfg.SocketPath }, "already listens there"},
+		{"with OIDC discovery on the socket of another server", func(c *Config) {
+			c.OIDC = &OIDCDiscovery{OIDC: trust.OIDC{Domains: []string{"oidc.example.org"}}, SocketPath: once.cfg.SocketPath}
+		}, "oidc_discovery.listen_socket_path: listen on"},
 		{"on a file that is no socket", func(c *Config) {
 			c.SocketPath = filepath.Join(used.DataDir, "file")
 		}, "there is a file which is not a socket"},

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net"
 	"runtime"
@@ -291,14 +292,16 @@ func tlsConfig(
 	return config
 }
 
-// listenUnix opens the private socket, which its group administers the server by.
-func listenUnix(path string) (*unixsocket.Socket, error) {
-	if err := unixsocket.Vacant(path); err != nil {
-		return nil, fmt.Errorf("socket_path: %w", err)
+// listenUnix opens the socket that a key of the configuration names. One on which anybody listens is not ours to
+// replace.
+func listenUnix(key, path string, mode, dirMode fs.FileMode) (*unixsocket.Socket, error) {
+	err := unixsocket.Vacant(path)
+	var socket *unixsocket.Socket
+	if err == nil {
+		socket, err = unixsocket.Listen(path, mode, dirMode)
 	}
-	socket, err := unixsocket.Listen(path, 0o770, 0o750)
 	if err != nil {
-		return nil, fmt.Errorf("socket_path: %w", err)
+		return nil, fmt.Errorf("%s: %w", key, err)
 	}
 	return socket, nil
 }

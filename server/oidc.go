@@ -5,9 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
-	"os"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -90,18 +88,10 @@ func (o *OIDCDiscovery) listen() (net.Listener, error) {
 		}
 		return l, nil
 	}
-	if info, err := os.Lstat(o.SocketPath); err == nil && info.Mode().Type() == fs.ModeSocket {
-		if err := os.Remove(o.SocketPath); err != nil {
-			return nil, fmt.Errorf("replace socket for OIDC discovery: %w", err)
-		}
-	}
-	l, err := net.Listen("unix", o.SocketPath)
-	if err != nil {
-		return nil, fmt.Errorf("listen for OIDC discovery: %w", err)
-	}
 	// The proxy runs as somebody else, and what is served is public.
-	if err := os.Chmod(o.SocketPath, 0o777); err != nil { //nolint:gosec // see above
-		return nil, errors.Join(fmt.Errorf("open socket for OIDC discovery to the proxy: %w", err), l.Close())
+	l, err := listenUnix("oidc_discovery.listen_socket_path", o.SocketPath, 0o777, 0o755)
+	if err != nil {
+		return nil, err // not a *Socket that is nil
 	}
 	return l, nil
 }

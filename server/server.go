@@ -479,7 +479,7 @@ func listen(cfg *Config, refusals *refusals) (*open, error) {
 	}
 	o := &open{tcp: newGate(tcp, cfg.Limits, refusals)}
 	if cfg.SocketPath != "" {
-		socket, err := listenUnix(cfg.SocketPath)
+		socket, err := listenUnix("socket_path", cfg.SocketPath, 0o770, 0o750) // its group administers the server
 		if err != nil {
 			o.close()
 			return nil, err

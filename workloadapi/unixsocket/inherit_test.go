@@ -58,7 +58,7 @@ func TestInherited(t *testing.T) {
 			}
 			// LISTEN_PID is only known once the process is there, so a shell becomes it.
 			cmd := exec.CommandContext(t.Context(), "sh", "-c", `LISTEN_PID=$$ exec "$0"`, self)
-			cmd.Env = append(os.Environ(), "SOCKET_ROLE=inheritor", "SOCKET_PATH="+path, "LISTEN_FDS=1", "LISTEN_FDNAMES=workloads")
+			cmd.Env = append(os.Environ(), "SOCKET_ROLE=inheritor", "SOCKET_PATH="+path, "LISTEN_FDS=1", "LISTEN_FDNAMES=workloads", "GORACE=atexit_sleep_ms=0")
 			cmd.ExtraFiles = []*os.File{file}
 			out, err := cmd.CombinedOutput()
 			if err != nil {
@@ -74,7 +74,7 @@ func TestInherited(t *testing.T) {
 	})
 	t.Run("without the socket of systemd the path is another's", func(t *testing.T) {
 		cmd := exec.CommandContext(t.Context(), self)
-		cmd.Env = append(os.Environ(), "SOCKET_ROLE=inheritor", "SOCKET_PATH="+path)
+		cmd.Env = append(os.Environ(), "SOCKET_ROLE=inheritor", "SOCKET_PATH="+path, "GORACE=atexit_sleep_ms=0")
 		if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "already listens there") {
 			t.Errorf("%v: %s", err, out)
 		}
