@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"strings"
 	"time"
 
@@ -19,12 +18,11 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/assay-id/assay/agent/dial"
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -55,7 +53,7 @@ func (j *Joiner) attest(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("gather %s evidence: %w", j.cfg.Type, err)
 	}
-	conn, err := j.dial(nil)
+	conn, err := dial.Server(j.cfg.Target, j.trust.tls(nil))
 	if err != nil {
 		return err
 	}
@@ -108,7 +106,7 @@ func (j *Joiner) renew(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	conn, err := j.dial(old)
+	conn, err := dial.Server(j.cfg.Target, j.trust.tls(old))
 	if err != nil {
 		return err
 	}
@@ -174,20 +172,6 @@ func (j *Joiner) bootstrap(ctx context.Context) error {
 	}
 	j.trust.believe(authorities, insecure)
 	return nil
-}
-
-func (j *Joiner) dial(own *keep.Own) (*grpc.ClientConn, error) {
-	conn, err := grpc.NewClient("dns:///"+j.cfg.Target,
-		grpc.WithTransportCredentials(credentials.NewTLS(j.trust.tls(own))),
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`),
-		grpc.WithDisableServiceConfig(),
-		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
-			return (&net.Dialer{Timeout: callTimeout / 4}).DialContext(ctx, "tcp", addr)
-		}))
-	if err != nil {
-		return nil, fmt.Errorf("dial server: %w", err)
-	}
-	return conn, nil
 }
 
 // converse holds the AttestAgent conversation.

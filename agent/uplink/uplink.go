@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"sync"
 	"time"
 
@@ -28,12 +27,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
+	"github.com/assay-id/assay/agent/dial"
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/agent/view"
 	"github.com/assay-id/assay/server/wire/later"
@@ -232,8 +230,6 @@ func (u *Uplink) synced(up view.Update) {
 
 // How long is waited between attempts to bring the picture up to date.
 const (
-	firstRetry  = 250 * time.Millisecond
-	maxRetry    = 30 * time.Second
 	steadyAfter = 10 * time.Second // a connection that held this long is no failure
 	remindEvery = 10 * time.Minute
 	lookAgain   = 2 * time.Second // for an SVID to call the server with
@@ -275,7 +271,7 @@ func (u *Uplink) Run(ctx context.Context) error {
 		u.state(StateConnecting, err)
 		cause := causeOf(err)
 		u.breaks.WithLabelValues(cause).Inc()
-		wait := jitter(min(firstRetry<<min(failures-1, 10), maxRetry))
+		wait := jitter(min(dial.FirstRetry<<min(failures-1, 10), dial.MaxRetry))
 		if hint, ok := later.Hint(err); ok {
 			wait = max(wait, tenth(hint))
 		}
@@ -361,30 +357,9 @@ func (u *Uplink) current(state string, own *keep.Own, rev uint64) {
 
 // connect makes a connection that shows own. It does not wait for it.
 func (u *Uplink) connect(own *keep.Own) (*grpc.ClientConn, error) {
-	dialer := &net.Dialer{
-		Timeout: 10 * time.Second,
-		// Finds out within half a minute that the other end has silently gone, without HTTP/2 pings,
-		// for which a SPIRE server ends the connection if they come more often than every five minutes.
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 10 * time.Second, Interval: 5 * time.Second, Count: 4},
-	}
-	conn, err := grpc.NewClient("dns:///"+u.cfg.Target,
-		grpc.WithTransportCredentials(credentials.NewTLS(u.self.TLS(own))),
-		// One name may stand for several servers.
-		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`),
-		grpc.WithDisableServiceConfig(),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: firstRetry, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxRetry},
-			MinConnectTimeout: 10 * time.Second,
-		}),
+	return dial.Server(u.cfg.Target, u.self.TLS(own),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 6 * time.Minute, Timeout: 20 * time.Second}),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
-		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) {
-			return dialer.DialContext(ctx, "tcp", addr)
-		}))
-	if err != nil {
-		return nil, fmt.Errorf("dial server: %w", err)
-	}
-	return conn, nil
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))
 }
 
 // maxMessage is what one message from the server may take. Pages of entries are far smaller; a page

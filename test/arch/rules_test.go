@@ -57,6 +57,7 @@ var rules = []rule{
 	{pattern: "server/audit", floor: tools},
 	{pattern: "server/turn", floor: tools},
 	{pattern: "agent/keep", floor: tools},
+	{pattern: "agent/dial", floor: tools},
 	{pattern: "agent/keep/external", floor: tools, also: []string{"agent/keep"}, why: "keeps the agent's key as keep says, in a plugin of SPIRE"},
 	{pattern: "server/verdict/image", floor: tools, why: "what a digest is proved to lead to, which nothing else of verdict needs"},
 	{pattern: "server/verdict/report", floor: tools, why: "parsers of reports, which nothing else of verdict needs"},

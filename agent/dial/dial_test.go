@@ -1,0 +1,147 @@
+package dial
+
+import (
+	"context"
+	"errors"
+	"net"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// deaf is a listener whose queue is full: the kernel drops whoever asks for a connection, as a packet filter does.
+type deaf struct {
+	address string
+	fd      int
+	waiting []net.Conn
+}
+
+func newDeaf(t *testing.T) *deaf {
+	t.Helper()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	if err := errors.Join(unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}), unix.Listen(fd, 0)); err != nil {
+		t.Fatal(err)
+	}
+	name, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := &deaf{fd: fd, address: (&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: name.(*unix.SockaddrInet4).Port}).String()}
+	for len(d.waiting) < 10 {
+		conn, err := net.DialTimeout("tcp", d.address, 200*time.Millisecond)
+		if err != nil {
+			return d
+		}
+		t.Cleanup(func() { _ = conn.Close() })
+		d.waiting = append(d.waiting, conn)
+	}
+	t.Fatal("its queue is never full")
+	return nil
+}
+
+// hear makes room in the queue.
+func (d *deaf) hear(t *testing.T) {
+	t.Helper()
+	for range d.waiting {
+		fd, _, err := unix.Accept(d.fd)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_ = unix.Close(fd)
+	}
+}
+
+func TestDial(t *testing.T) {
+	t.Run("an attempt that the network lost is joined by others, and the first answered is taken", func(t *testing.T) {
+		server := newDeaf(t)
+		var begun, ended atomic.Int32
+		d := dialer{pauses: []time.Duration{10 * time.Millisecond, time.Millisecond}, connect: func(ctx context.Context, address string) (net.Conn, error) {
+			n := begun.Add(1)
+			if n == 3 {
+				server.hear(t)
+			}
+			if n < 3 { // what the kernel would do for them comes too late
+				<-ctx.Done()
+				ended.Add(1)
+				return nil, ctx.Err()
+			}
+			return connect(ctx, address)
+		}}
+		conn, err := d.dial(t.Context(), server.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if begun.Load() < 3 {
+			t.Errorf("%d attempts", begun.Load())
+		}
+		for ended.Load() < 2 { // or the test ends by its own patience
+			time.Sleep(time.Millisecond)
+		}
+	})
+	t.Run("who is answered later is hung up on", func(t *testing.T) {
+		var hungUp atomic.Int32
+		both := make(chan struct{})
+		var begun atomic.Int32
+		d := dialer{pauses: []time.Duration{time.Millisecond, time.Hour}, connect: func(context.Context, string) (net.Conn, error) {
+			if begun.Add(1) == 2 {
+				close(both)
+			}
+			<-both
+			ours, _ := net.Pipe()
+			return counted{ours, &hungUp}, nil
+		}}
+		conn, err := d.dial(t.Context(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for hungUp.Load() == 0 {
+			time.Sleep(time.Millisecond)
+		}
+		_ = conn.Close()
+		if n := hungUp.Load(); n != 2 {
+			t.Errorf("%d are closed", n)
+		}
+	})
+	t.Run("a refusal is told at once", func(t *testing.T) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		address := l.Addr().String()
+		_ = l.Close()
+		d := dialer{pauses: []time.Duration{time.Hour}, connect: connect}
+		if _, err := d.dial(t.Context(), address); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("who does not answer is named when patience ends", func(t *testing.T) {
+		server := newDeaf(t)
+		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+		defer cancel()
+		d := dialer{pauses: []time.Duration{time.Millisecond, time.Hour}, connect: connect}
+		_, err := d.dial(ctx, server.address)
+		if !errors.Is(err, context.DeadlineExceeded) && !strings.Contains(err.Error(), "i/o timeout") || !strings.Contains(err.Error(), server.address) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+type counted struct {
+	net.Conn
+	closed *atomic.Int32
+}
+
+func (c counted) Close() error {
+	c.closed.Add(1)
+	return c.Conn.Close()
+}
