@@ -184,7 +184,7 @@ func (l *loader) pcrs(named []int) []int {
 // LoadAgent reads an agent's file and checks all of it. nodes and workloads are the attestors that
 // the program has. The error is a Mistakes with everything that is wrong.
 func LoadAgent(path string, nodes []attestor.NodeKind, workloads []attestor.WorkloadKind, options Options) (*Agent, error) {
-	l, err := open(path, options)
+	l, err := open(path, options, fileKind{"-config", `conf/agent.hcl; "assay-agent migrate" makes one of SPIRE's`})
 	if err != nil {
 		return nil, err
 	}

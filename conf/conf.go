@@ -20,6 +20,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -109,11 +110,11 @@ type loader struct {
 }
 
 // open reads and parses the file. It returns nil and the mistakes if nothing can be made of it.
-func open(path string, options Options) (*loader, error) {
+func open(path string, options Options, kind fileKind) (*loader, error) {
 	l := &loader{path: path, options: options, flags: map[string]string{}}
 	source, err := readFile(path)
 	if err != nil {
-		next := "name the file with -config"
+		next := "name the file with " + kind.flag
 		switch {
 		case errors.Is(err, fs.ErrPermission):
 			next = "give this user the right to read it"
@@ -134,6 +135,10 @@ func open(path string, options Options) (*loader, error) {
 	l.add(diags)
 	body, ok := file.Body.(*hclsyntax.Body)
 	if diags.HasErrors() || !ok {
+		if !ok || foreign(body, l.wrong[0].Summary) {
+			// What the parser says of the first word would lead nobody anywhere.
+			return nil, Mistakes{{Where: l.wrong[0].Where, Summary: "No HCL", Detail: otherFormat(source) + "; is it the right file? It must be as " + kind.sample + "."}}
+		}
 		// What follows a syntax error is guesswork, and complaints about guesses mislead.
 		return nil, l.mistakes()
 	}
@@ -141,11 +146,35 @@ func open(path string, options Options) (*loader, error) {
 	return l, nil
 }
 
-// invalidText returns where the first byte is that is no UTF-8, or -1.
+// fileKind is what is particular about a kind of file: the flag that names one, and a sample.
+type fileKind struct{ flag, sample string }
+
+// foreign says that a file has nothing that the parser knows, by what came of it and the first complaint.
+func foreign(body *hclsyntax.Body, complaint string) bool {
+	return (complaint == "Argument or block definition required" || complaint == "Invalid block definition") && len(body.Attributes) == 0 &&
+		!slices.ContainsFunc(body.Blocks, func(b *hclsyntax.Block) bool { return len(b.Body.Attributes)+len(b.Body.Blocks) > 0 })
+}
+
+// otherFormat says what a file looks like that has nothing of HCL.
+func otherFormat(source []byte) string {
+	text := bytes.TrimSpace(source)
+	switch {
+	case bytes.HasPrefix(text, []byte("{")), bytes.HasPrefix(text, []byte("[")):
+		return "This looks like JSON, and nothing in it is HCL"
+	case bytes.HasPrefix(text, []byte("---")), yamlKey.Match(text):
+		return "This looks like YAML, and nothing in it is HCL"
+	}
+	return "Nothing in this file is HCL"
+}
+
+// yamlKey is how a file in YAML begins: a word and a colon.
+var yamlKey = regexp.MustCompile(`^(#[^\n]*\n\s*)*[A-Za-z0-9_-]+:(\s|$)`)
+
+// invalidText returns where the first byte is that is no UTF-8, or that no text has, or -1.
 func invalidText(source []byte) int {
 	for at := 0; at < len(source); {
 		r, size := utf8.DecodeRune(source[at:])
-		if r == utf8.RuneError && size == 1 {
+		if r == utf8.RuneError && size == 1 || r == 0 {
 			return at
 		}
 		at += size

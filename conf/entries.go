@@ -81,7 +81,7 @@ func OwnerError(owner string) error {
 // LoadEntries reads a file of declared entries and checks all of it that needs no server. The error is a
 // Mistakes with everything that is wrong.
 func LoadEntries(path string, options Options) (*Entries, error) {
-	l, err := open(path, options)
+	l, err := open(path, options, fileKind{"-f", "conf/entries.hcl"})
 	if err != nil {
 		return nil, err
 	}
@@ -131,14 +131,14 @@ func (l *loader) entry(b entryBlock) DeclaredEntry {
 	for _, text := range b.Selectors {
 		s, err := attestor.ParseSelector(text)
 		if err != nil {
-			l.say(key+"selectors", "Invalid selector", "%q: %s.", text, err)
+			l.say(key+"selectors", "Invalid selector", "%s.", err)
 			continue
 		}
 		e.Selectors = append(e.Selectors, s)
 	}
 	for _, name := range b.FederatesWith {
 		if _, err := spiffeid.TrustDomainFromString(name); err != nil {
-			l.say(key+"federates_with", "Invalid trust domain", "%q: %s.", name, err)
+			l.say(key+"federates_with", "Invalid trust domain", "%q: %s; write one as in \"example.org\".", name, err)
 		}
 	}
 	if b.ExpiresAt != "" {

@@ -189,7 +189,7 @@ func (l *loader) federatesWith(b federatesWithBlock, own spiffeid.TrustDomain) F
 	}
 	switch {
 	case len(b.Profiles) != 1:
-		at("it needs one bundle_endpoint_profile, %s.", quoted([]string{profileSPIFFE, profileWeb}))
+		at("it needs one bundle_endpoint_profile, %q or %q, and has %d.", profileSPIFFE, profileWeb, len(b.Profiles))
 	case b.Profiles[0].Name == profileSPIFFE:
 		id, err := spiffeid.FromString(b.Profiles[0].EndpointID)
 		if err != nil || id.Path() == "" {

@@ -120,7 +120,7 @@ const filesHealthPort = 8081
 
 // LoadFiles reads the file of "assay-agent files" and checks all of it. The error is a Mistakes.
 func LoadFiles(path string, options Options) (*FilesClient, error) {
-	l, err := open(path, options)
+	l, err := open(path, options, fileKind{"-config", "conf/files.hcl"})
 	if err != nil {
 		return nil, err
 	}

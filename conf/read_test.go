@@ -16,6 +16,34 @@ func TestFilesThatAreNone(t *testing.T) {
 			t.Errorf("%v, want %s", err, want)
 		}
 	})
+	t.Run("a file that has nothing of HCL is one mistake, and is told what it looks like", func(t *testing.T) {
+		for text, looks := range map[string]string{
+			"hello world\n":                        "Nothing in this file is HCL",
+			" {\"server\": {}}":                    "This looks like JSON, and nothing in it is HCL",
+			"# ours\nserver:\n  trust_domain: a\n": "This looks like YAML, and nothing in it is HCL",
+			"---\nserver:\n":                       "This looks like YAML, and nothing in it is HCL",
+		} {
+			path := write(t, "server.hcl", text)
+			_, err := LoadServer(path, judges, Options{})
+			want := "No HCL; " + looks + `; is it the right file? It must be as conf/server.hcl; "assay-server migrate" makes one of SPIRE's.`
+			if err == nil || !strings.HasPrefix(err.Error(), path+":") || !strings.HasSuffix(err.Error(), want) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("%q: %v, want %s", text, err, want)
+			}
+		}
+	})
+	t.Run("a file of entries is named by another flag", func(t *testing.T) {
+		_, err := LoadEntries(filepath.Join(t.TempDir(), "none.hcl"), Options{})
+		if err == nil || !strings.HasSuffix(err.Error(), "no such file or directory; name the file with -f.") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("a zero byte is no text", func(t *testing.T) {
+		path := write(t, "entries.hcl", "owner = \"a\"\n\x00")
+		_, err := LoadEntries(path, Options{})
+		if want := path + ":2,1: Invalid character encoding; This is no text in UTF-8; is it the right file?"; err == nil || err.Error() != want {
+			t.Errorf("%v, want %s", err, want)
+		}
+	})
 	t.Run("more mistakes than anybody reads are counted", func(t *testing.T) {
 		var unknown strings.Builder
 		for i := range 40 {

@@ -163,7 +163,7 @@ type diskKeys struct {
 // LoadServer reads a server's file and checks all of it. judges are the node attestors that the
 // program has. The error is a Mistakes with everything that is wrong.
 func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Server, error) {
-	l, err := open(path, options)
+	l, err := open(path, options, fileKind{"-config", `conf/server.hcl; "assay-server migrate" makes one of SPIRE's`})
 	if err != nil {
 		return nil, err
 	}

@@ -129,7 +129,7 @@ func (l *loader) trustDomain(key, text string) spiffeid.TrustDomain {
 	}
 	td, err := spiffeid.TrustDomainFromString(text)
 	if err != nil {
-		next := "lower-case letters, digits, dots, dashes and underscores, as in \"example.org\""
+		next := "write one as in \"example.org\""
 		if lower := strings.ToLower(text); lower != text {
 			if _, err := spiffeid.TrustDomainFromString(lower); err == nil {
 				next = fmt.Sprintf("write %q", lower)

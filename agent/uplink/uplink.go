@@ -384,7 +384,7 @@ func (u *Uplink) replace(conn *grpc.ClientConn, own *keep.Own) {
 func (u *Uplink) postStatus(ctx context.Context, conn *grpc.ClientConn) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	_, err := agentv1.NewAgentClient(conn).PostStatus(ctx, &agentv1.PostStatusRequest{})
+	_, err := agentv1.NewAgentClient(conn).PostStatus(ctx, &agentv1.PostStatusRequest{AgentVersion: u.cfg.Version})
 	if err != nil {
 		u.log.WithError(err).Debug("server did not take the agent's status")
 	}

@@ -39,7 +39,7 @@ files "NAME" { … } in its own file.`,
 	c.RunE = func(c *cobra.Command, _ []string) error {
 		from, err := conf.LoadFiles(s.Path(), s.Options())
 		if err != nil {
-			return cli.Invalid("Assay files", err)
+			return cli.Invalid("Assay files configuration", err)
 		}
 		if *validate {
 			_, err := fmt.Fprintln(c.OutOrStdout(), "Assay files configuration file is valid.")

@@ -66,7 +66,7 @@ func load(s *cli.Settings) (*conf.Agent, error) {
 	options.TryBundle = tryBundle
 	c, err := conf.LoadAgent(s.Path(), nodes(), workloads(), options)
 	if err != nil {
-		return nil, cli.Invalid("Assay agent", err)
+		return nil, cli.Invalid("Assay agent configuration", err)
 	}
 	return c, nil
 }

@@ -31,7 +31,7 @@ const (
 func checkFormat(format *string) func() error {
 	return func() error {
 		if *format != formatPEM && *format != formatSPIFFE {
-			return fmt.Errorf("invalid format: %q", *format)
+			return fmt.Errorf("invalid format: %q; there are pem and spiffe", *format)
 		}
 		return nil
 	}
@@ -157,7 +157,7 @@ func bundleDelete() *cobra.Command {
 			return errors.New("id is required")
 		}
 		if _, ok := modes[mode]; !ok {
-			return fmt.Errorf("unsupported mode %q", mode)
+			return fmt.Errorf("unsupported mode %q; there are restrict, delete and dissociate", mode)
 		}
 		return nil
 	})

@@ -53,6 +53,18 @@ func (f *entryFlags) addTo(c *cobra.Command) {
 	flags.StringVar(&f.data, "data", "", "File with entries as JSON, in place of the other flags; - is standard input")
 }
 
+// unused tells of flags that another one leaves no room for. They are no error: SPIRE's commands take them in silence,
+// and so do scripts that call them.
+func (f *entryFlags) unused(r *remote) {
+	switch {
+	case f.data != "":
+		r.unused("-data", "parentID", "spiffeID", "selector", "federatesWith", "dns", "x509SVIDTTL", "jwtSVIDTTL", "entryExpiry", "hint",
+			"admin", "downstream", "storeSVID", "disableX509SVIDPrefetch", "jwtSVIDIncludeJTI", "node", "entryID")
+	case f.node:
+		r.unused("-node", "parentID")
+	}
+}
+
 // check looks at the flags that need no server to be told wrong.
 func (f *entryFlags) check() error {
 	if f.data != "" {
@@ -131,6 +143,7 @@ func parseSelectors(texts []string) ([]*types.Selector, error) {
 func entryCreate() *cobra.Command {
 	var f entryFlags
 	r := newRemote("create", "Creates entries", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+		f.unused(r)
 		entries, err := f.entries(r.InOrStdin())
 		if err != nil {
 			return err
@@ -165,6 +178,7 @@ func entryCreate() *cobra.Command {
 func entryUpdate() *cobra.Command {
 	var f entryFlags
 	r := newRemote("update", "Replaces what entries say", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
+		f.unused(r)
 		entries, err := f.entries(r.InOrStdin())
 		if err != nil {
 			return err

@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 
-	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/encoding/protojson"
 )
@@ -59,7 +58,7 @@ func readEntries(name string, stdin io.Reader) ([]*types.Entry, error) {
 		Next    any               `json:"next_page_token"`
 	}
 	if err := strict(text, &file); err != nil {
-		return nil, fmt.Errorf("read entries from %s: %w", name, err)
+		return nil, fmt.Errorf("read entries from %s: %w; it must be {\"entries\": [{…}]}", name, err)
 	}
 	if len(file.Entries) == 0 {
 		return nil, fmt.Errorf("read entries from %s: there are none; it must be {\"entries\": [{…}]}", name)
@@ -78,7 +77,7 @@ func parseFileEntry(raw json.RawMessage) (*types.Entry, error) {
 		SPIFFEID json.RawMessage `json:"spiffe_id"`
 	}
 	if err := json.Unmarshal(raw, &shape); err != nil {
-		return nil, err
+		return nil, plainJSON(err)
 	}
 	if bytes.HasPrefix(bytes.TrimSpace(shape.SPIFFEID), []byte("{")) {
 		e := new(types.Entry)
@@ -119,14 +118,16 @@ func readIDs(name string, stdin io.Reader) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	var req entryv1.BatchDeleteEntryRequest
-	if err := protojson.Unmarshal(text, &req); err != nil {
-		return nil, fmt.Errorf("read entry IDs from %s: %w", name, err)
+	var req struct {
+		IDs []string `json:"ids"`
 	}
-	if len(req.GetIds()) == 0 {
+	if err := strict(text, &req); err != nil {
+		return nil, fmt.Errorf("read entry IDs from %s: %w; it must be {\"ids\": [\"…\"]}", name, err)
+	}
+	if len(req.IDs) == 0 {
 		return nil, fmt.Errorf("read entry IDs from %s: there are none; it must be {\"ids\": [\"…\"]}", name)
 	}
-	return req.GetIds(), nil
+	return req.IDs, nil
 }
 
 // readData reads a file, or standard input if the name is "-".
@@ -155,10 +156,27 @@ func strict(text []byte, into any) error {
 	decoder := json.NewDecoder(bytes.NewReader(text))
 	decoder.DisallowUnknownFields()
 	if err := decoder.Decode(into); err != nil {
-		return err
+		return plainJSON(err)
 	}
 	if _, err := decoder.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("there is something after the end of the JSON")
 	}
 	return nil
+}
+
+// plainJSON says what is wrong with JSON in words of whoever wrote it, not of the program that reads it.
+func plainJSON(err error) error {
+	if shape, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		if shape.Field == "" {
+			return fmt.Errorf("it holds a JSON %s", shape.Value)
+		}
+		return fmt.Errorf("%q cannot be a %s", shape.Field, shape.Value)
+	}
+	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
+		return fmt.Errorf("it is no JSON, from byte %d on: %w", syntax.Offset, err)
+	}
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("it is no JSON: it ends too early")
+	}
+	return err
 }

@@ -55,16 +55,19 @@ func (f *entryFilter) parsed() (*entryv1.ListEntriesRequest_Filter, error) {
 			return nil, fmt.Errorf("error parsing SPIFFE ID %q: %w", f.spiffeID, err)
 		}
 	}
+	// They are looked at also where nothing is matched: whoever wrote one meant something by it.
+	for _, on := range []string{f.matchSelectorsOn, f.matchFederatesOn} {
+		if err := knownMatch(on); err != nil {
+			return nil, err
+		}
+	}
 	if len(f.selectors) > 0 {
 		if out.BySelectors, err = selectorMatch(f.selectors, f.matchSelectorsOn); err != nil {
 			return nil, err
 		}
 	}
 	if len(f.federatesWith) > 0 {
-		match, ok := types.FederatesWithMatch_MatchBehavior_value[matchNames[f.matchFederatesOn]]
-		if !ok {
-			return nil, fmt.Errorf("match behavior %q unknown", f.matchFederatesOn)
-		}
+		match := types.FederatesWithMatch_MatchBehavior_value[matchNames[f.matchFederatesOn]]
 		out.ByFederatesWith = &types.FederatesWithMatch{TrustDomains: f.federatesWith, Match: types.FederatesWithMatch_MatchBehavior(match)}
 	}
 	if f.hint != "" {
@@ -79,11 +82,19 @@ func (f *entryFilter) parsed() (*entryv1.ListEntriesRequest_Filter, error) {
 // matchNames are the ways of matching by what operators type.
 var matchNames = map[string]string{"exact": "MATCH_EXACT", "any": "MATCH_ANY", "superset": "MATCH_SUPERSET", "subset": "MATCH_SUBSET"}
 
-func selectorMatch(texts []string, on string) (*types.SelectorMatch, error) {
-	match, ok := types.SelectorMatch_MatchBehavior_value[matchNames[on]]
-	if !ok {
-		return nil, fmt.Errorf("match behavior %q unknown", on)
+// knownMatch refuses a way of matching that there is not.
+func knownMatch(on string) error {
+	if matchNames[on] == "" {
+		return fmt.Errorf("match behavior %q unknown; there are exact, any, superset and subset", on)
 	}
+	return nil
+}
+
+func selectorMatch(texts []string, on string) (*types.SelectorMatch, error) {
+	if err := knownMatch(on); err != nil {
+		return nil, err
+	}
+	match := types.SelectorMatch_MatchBehavior_value[matchNames[on]]
 	selectors, err := parseSelectors(texts)
 	if err != nil {
 		return nil, fmt.Errorf("error parsing selectors: %w", err)
@@ -107,7 +118,7 @@ func entryShow() *cobra.Command {
 			return nil
 		}, resp)
 	}).checked(func() error {
-		if entryID != "" && (f.parentID != "" || f.spiffeID != "" || len(f.selectors) > 0) {
+		if entryID != "" && (f.parentID != "" || f.spiffeID != "" || f.hint != "" || f.downstream || len(f.selectors)+len(f.federatesWith) > 0) {
 			return errors.New("the -entryID flag can't be combined with others")
 		}
 		return nil
@@ -183,6 +194,7 @@ func entryDelete() *cobra.Command {
 	r := newRemote("delete", "Deletes entries", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		ids := []string{entryID}
 		if file != "" {
+			r.unused("-file", "entryID")
 			var err error
 			if ids, err = readIDs(file, r.InOrStdin()); err != nil {
 				return err

@@ -88,7 +88,7 @@ func readRelationships(name string, stdin io.Reader) ([]*types.FederationRelatio
 		Next    any               `json:"next_page_token"`
 	}
 	if err := strict(text, &file); err != nil {
-		return nil, fmt.Errorf("read federation relationships from %s: %w", name, err)
+		return nil, fmt.Errorf("read federation relationships from %s: %w; it must be {\"federationRelationships\": [{…}]}", name, err)
 	}
 	var list []*types.FederationRelationship
 	for i, raw := range file.Written {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -180,8 +181,32 @@ func (k authorityKind) step(verb, done, short string, do authorityStep) *cobra.C
 	return r.Command
 }
 
-// errNotDone is how "status -wait" ends in vain.
-var errNotDone = errors.New("the rotation has not reached every agent in time")
+// notDone is how "status -wait" ends in vain.
+func notDone(s *adminv1.RotationStatusResponse) error {
+	const late = "the rotation has not reached every agent in time"
+	if s.GetCounts().GetHolding() > 0 && slices.ContainsFunc(s.GetAuthorities(), func(a *adminv1.RotatingAuthority) bool { return a.GetState() == "old" }) {
+		return errors.New(late + `; what an old authority signed is replaced in the course of its life, or at once with "taint"`)
+	}
+	return errors.New(late)
+}
+
+// progress tells what "status -wait" waits for.
+type progress struct {
+	last string
+	at   time.Time
+}
+
+// progressEvery is how often it is told, if it changes.
+const progressEvery = 2 * time.Second
+
+func (p *progress) say(w io.Writer, s *adminv1.RotationStatusResponse) {
+	n := s.GetCounts()
+	text := fmt.Sprintf("waiting for agents: %d of %d without the bundle, %d that still hold something of another authority …", n.GetBehind(), n.GetAgents(), n.GetHolding())
+	if text != p.last && time.Since(p.at) >= progressEvery {
+		p.last, p.at = text, time.Now()
+		fmt.Fprintln(w, text)
+	}
+}
 
 // statusEvery is how often "status -wait" looks.
 const statusEvery = 500 * time.Millisecond
@@ -191,8 +216,10 @@ func (k authorityKind) statusCommand() *cobra.Command {
 	var wait time.Duration
 	r := newRemote("status", "Says which agents have yet to follow a rotation", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
 		client := adminv1.NewAdminClient(conn)
+		told := new(progress)
 		status, err := rotationStatus(ctx, client, k.word, all)
 		for late := time.Now().Add(wait); err == nil && !settled(status) && time.Now().Before(late); {
+			told.say(r.ErrOrStderr(), status)
 			select {
 			case <-time.After(statusEvery):
 			case <-ctx.Done():
@@ -205,7 +232,7 @@ func (k authorityKind) statusCommand() *cobra.Command {
 		}
 		err = r.output.Print(r.Command, func(w io.Writer) error { k.printStatus(w, status); return nil }, status)
 		if err == nil && wait > 0 && !settled(status) {
-			return errNotDone
+			return notDone(status)
 		}
 		return err
 	})
@@ -217,6 +244,7 @@ func (k authorityKind) statusCommand() *cobra.Command {
 		if wait < 0 {
 			return errors.New("-wait must not be negative")
 		}
+		r.socket.Quiet = wait > 0
 		return nil
 	})
 	r.Flags().BoolVar(&all, "all", false, "Lists all agents, also those that are done")

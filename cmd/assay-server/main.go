@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -77,6 +78,15 @@ func newLocal(use, short string, do func(ctx context.Context, r *remote, conn *g
 	r.socket.AddTo(r.Command)
 	r.output.AddTo(r.Command)
 	return r
+}
+
+// unused tells of flags that were given and have no effect beside another.
+func (r *remote) unused(beside string, names ...string) {
+	for _, name := range names {
+		if f := r.Flags().Lookup(name); f != nil && f.Changed {
+			fmt.Fprintf(r.ErrOrStderr(), "Note: with %s, -%s has no effect.\n", beside, name)
+		}
+	}
 }
 
 // checked adds a look at the flags before anybody is asked.

@@ -39,13 +39,12 @@ func x509Mint() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("SPIFFE ID %q: %w", spiffeID, err)
 		}
+		asked := time.Now()
 		m, expires, err := mint(ctx, conn, id, dns, ttl)
 		if err != nil {
 			return err
 		}
-		if time.Until(expires) < ttl {
-			fmt.Fprintf(r.ErrOrStderr(), "X509-SVID lifetime was capped shorter than specified ttl; expires %q\n", expires.UTC().Format(time.RFC3339))
-		}
+		tellCapped(r.ErrOrStderr(), "X509-SVID", asked, expires, ttl)
 		if write != "" {
 			return writeMinted(r.OutOrStdout(), write, m)
 		}
@@ -130,6 +129,7 @@ func jwtMint() *cobra.Command {
 		if err != nil {
 			return fmt.Errorf("SPIFFE ID %q: %w", spiffeID, err)
 		}
+		asked := time.Now()
 		resp, err := svidv1.NewSVIDClient(conn).MintJWTSVID(ctx, &svidv1.MintJWTSVIDRequest{Id: id, Audience: audience, Ttl: wholeSeconds(ttl)})
 		if err != nil {
 			return fmt.Errorf("unable to mint SVID: %w", err)
@@ -138,9 +138,7 @@ func jwtMint() *cobra.Command {
 		if token == "" {
 			return errors.New("server response missing token")
 		}
-		if expires := time.Unix(resp.Svid.GetExpiresAt(), 0); time.Until(expires) < ttl {
-			fmt.Fprintf(r.ErrOrStderr(), "JWT-SVID lifetime was capped shorter than specified ttl; expires %q\n", expires.UTC().Format(time.RFC3339))
-		}
+		tellCapped(r.ErrOrStderr(), "JWT-SVID", asked, time.Unix(resp.Svid.GetExpiresAt(), 0), ttl)
 		if write != "" {
 			if err := cli.WriteFile(write, []byte(token), true); err != nil {
 				return fmt.Errorf("unable to write token: %w", err)
@@ -163,6 +161,17 @@ func jwtMint() *cobra.Command {
 	r.Flags().DurationVar(&ttl, "ttl", 0, "Lifetime of the SVID; 0s is the server's default")
 	r.Flags().StringVar(&write, "write", "", "File for the token; standard output without it")
 	return r.Command
+}
+
+// cappedBy is what a lifetime must be short of what was asked for to be worth a word: the server's clock is not
+// this one's, and an expiry has no fraction of a second.
+const cappedBy = 5 * time.Second
+
+// tellCapped says that an SVID does not live as long as it was asked for.
+func tellCapped(w io.Writer, what string, asked, expires time.Time, ttl time.Duration) {
+	if expires.Before(asked.Add(ttl - cappedBy)) {
+		fmt.Fprintf(w, "%s lifetime was capped shorter than specified ttl; expires %q\n", what, expires.UTC().Format(time.RFC3339))
+	}
 }
 
 func checkTTL(ttl time.Duration) error {

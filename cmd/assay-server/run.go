@@ -50,7 +50,7 @@ func load(s *cli.Settings) (*conf.Server, error) {
 	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind(), roles.Kind()), checkNamed
 	c, err := conf.LoadServer(s.Path(), judges(), options)
 	if err != nil {
-		return nil, cli.Invalid("Assay server", err)
+		return nil, cli.Invalid("Assay server configuration", err)
 	}
 	return c, nil
 }

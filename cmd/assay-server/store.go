@@ -51,7 +51,7 @@ func (o *offline) find() (backup.Place, spiffeid.TrustDomain, error) {
 	}
 	c, err := conf.LoadServer(o.config, judges(), conf.Options{})
 	if err != nil {
-		return backup.Place{}, spiffeid.TrustDomain{}, fmt.Errorf("%w\nName the data directory itself with -dataDir", cli.Invalid("Assay server", err))
+		return backup.Place{}, spiffeid.TrustDomain{}, fmt.Errorf("%w\nName the data directory itself with -dataDir", cli.Invalid("Assay server configuration", err))
 	}
 	p := backup.Place{DataDir: c.DataDir, KeysPath: c.KeysPath, KeysSeal: c.KeysSeal, KeysInMemory: c.KeyManager == "memory", KeysElsewhere: keyManager(c.Keys) != nil}
 	if o.keysPath != "" {

@@ -60,6 +60,7 @@ func witMint() *cobra.Command {
 		if algorithm == "" {
 			algorithm = kind.algorithm
 		}
+		asked := time.Now()
 		resp, err := svidv1.NewSVIDClient(conn).MintWITSVID(ctx, &svidv1.MintWITSVIDRequest{
 			Id: id, PublicKey: public, SigningAlgorithm: algorithm, Ttl: wholeSeconds(ttl),
 		})
@@ -70,9 +71,7 @@ func witMint() *cobra.Command {
 		if token == "" {
 			return errors.New("server response missing token")
 		}
-		if expires := time.Unix(resp.Svid.GetExpiresAt(), 0); time.Until(expires) < ttl {
-			fmt.Fprintf(r.ErrOrStderr(), "WIT-SVID lifetime was capped shorter than specified ttl; expires %q\n", expires.UTC().Format(time.RFC3339))
-		}
+		tellCapped(r.ErrOrStderr(), "WIT-SVID", asked, time.Unix(resp.Svid.GetExpiresAt(), 0), ttl)
 		jwk, err := json.Marshal(jose.JSONWebKey{Key: key, Algorithm: algorithm})
 		if err != nil {
 			return fmt.Errorf("unable to encode key: %w", err)

@@ -14,7 +14,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/attestor"
 )
@@ -37,6 +39,8 @@ type Far struct {
 	BundlePath, TokenPath, WorkloadAPI string
 	// Fetch returns a token if neither flags nor environment have one. Nil: there is none then.
 	Fetch func(ctx context.Context) (string, error)
+
+	quiet bool // as Socket.Quiet
 }
 
 // AddTo adds the flags to a command.
@@ -75,6 +79,7 @@ func AddFar(c *cobra.Command, socket *Socket) func() (*Far, error) {
 			}
 			return nil, nil // the socket is meant
 		}
+		far.quiet = socket.Quiet
 		return far, far.Check()
 	}
 }
@@ -91,9 +96,18 @@ func (f *Far) With(c *cobra.Command, do func(ctx context.Context, conn *grpc.Cli
 		return err
 	}
 	defer done()
-	waited := Patience(c.ErrOrStderr(), "waiting for "+f.Server)
-	defer waited()
-	return do(ctx, conn)
+	if !f.quiet {
+		waited := Patience(c.ErrOrStderr(), "waiting for "+f.Server)
+		defer waited()
+	}
+	err = do(ctx, conn)
+	switch {
+	case status.Code(err) == codes.Unavailable && strings.Contains(err.Error(), "rror while dialing"):
+		return fmt.Errorf("%w; is %s the server's bind_address and bind_port, and does it run?", err, f.Server)
+	case status.Code(err) == codes.Unimplemented && strings.Contains(err.Error(), "HTTP status"), unknownService(err):
+		return fmt.Errorf("%w; something else than a server answers at %s: name the port that agents connect to, its bind_port", err, f.Server)
+	}
+	return err
 }
 
 // maxToken is far more than an OIDC token has, in bytes.

@@ -115,10 +115,10 @@ func findings(err error) validity {
 }
 
 // Invalid returns what a command says of a file with mistakes: how many, and one on each line.
-func Invalid(program string, err error) error {
+func Invalid(what string, err error) error {
 	n := 1
 	if m, ok := errors.AsType[conf.Mistakes](err); ok {
 		n = len(m)
 	}
-	return fmt.Errorf("%s configuration is invalid (%s):\n%w", program, Count(n, "mistake", "mistakes"), err)
+	return fmt.Errorf("%s is invalid (%s):\n%w", what, Count(n, "mistake", "mistakes"), err)
 }

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 )
 
 // Socket is the -socketPath and -instance flags, and the environment that stands in for them. The
@@ -31,6 +32,9 @@ type Socket struct {
 	Endpoints []string
 	// Program is what listens there, as in "assay-server", for complaints.
 	Program string
+
+	// Quiet: the command says by itself what it waits for.
+	Quiet bool
 
 	path, instance string
 }
@@ -166,9 +170,20 @@ func (s *Socket) With(c *cobra.Command, do func(ctx context.Context, conn *grpc.
 	}
 	defer func() { _ = conn.Close() }()
 	path, _ := s.Path()
-	done := Patience(c.ErrOrStderr(), fmt.Sprintf("waiting for %s at %s", s.Program, path))
-	defer done()
-	return do(c.Context(), conn)
+	if !s.Quiet {
+		done := Patience(c.ErrOrStderr(), fmt.Sprintf("waiting for %s at %s", s.Program, path))
+		defer done()
+	}
+	err = do(c.Context(), conn)
+	if unknownService(err) {
+		return fmt.Errorf("%w; what listens at %s is not what this command is for, whose socket is %s by default: name it with -socketPath", err, path, s.Default)
+	}
+	return err
+}
+
+// unknownService says that whoever answered has never heard of what it was asked for.
+func unknownService(err error) bool {
+	return status.Code(err) == codes.Unimplemented && strings.Contains(err.Error(), "unknown service")
 }
 
 // Patience writes what is waited for once a second has passed, unless the returned function was called
