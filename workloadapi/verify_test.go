@@ -253,6 +253,49 @@ func TestTokensByTheLetter(t *testing.T) {
 	}
 }
 
+// TestAlgorithmIsItsKeys is about what the libraries below refuse too, so that no token shows whether we do.
+func TestAlgorithmIsItsKeys(t *testing.T) {
+	f := newForger(t)
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p521, err := ecdsa.GenerateKey(elliptic.P521(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := f.bundle[0]
+	own.JWT = append(own.JWT, identity.JWTAuthority{KeyID: "weak", Key: weak.Public()}, identity.JWTAuthority{KeyID: "p521", Key: p521.Public()})
+	for _, c := range []struct {
+		head joseHeader
+		td   spiffeid.TrustDomain
+		want string // empty: it fits
+	}{
+		{joseHeader{"ES256", "p256"}, own.TrustDomain, ""},
+		{joseHeader{"ES384", "p384"}, own.TrustDomain, ""},
+		{joseHeader{"ES512", "p521"}, own.TrustDomain, ""},
+		{joseHeader{"RS256", "rsa"}, own.TrustDomain, ""},
+		{joseHeader{"ES384", "theirs"}, f.bundle[1].TrustDomain, ""},
+		{joseHeader{"ES384", "p256"}, own.TrustDomain, "algorithm is not its key's"},
+		{joseHeader{"ES512", "p256"}, own.TrustDomain, "algorithm is not its key's"},
+		{joseHeader{"ES256", "p384"}, own.TrustDomain, "algorithm is not its key's"},
+		{joseHeader{"ES256", "p521"}, own.TrustDomain, "algorithm is not its key's"},
+		{joseHeader{"RS256", "p256"}, own.TrustDomain, "algorithm is not its key's"},
+		{joseHeader{"none", "p256"}, own.TrustDomain, "algorithm is not its key's"},
+		{joseHeader{"RS256", "weak"}, own.TrustDomain, "1024"},
+		{joseHeader{"ES384", "theirs"}, own.TrustDomain, "not known"},
+		{joseHeader{"ES256", "p256"}, f.bundle[1].TrustDomain, "not known"},
+		{joseHeader{"ES256", "nobody's"}, own.TrustDomain, "not known"},
+	} {
+		t.Run(c.head.Algorithm+" with the key "+c.head.KeyID+" of "+c.td.Name(), func(t *testing.T) {
+			err := c.head.fits(f.bundle, c.td)
+			if (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, want %q", err, c.want)
+			}
+		})
+	}
+}
+
 func decode(t *testing.T, text string) []byte {
 	t.Helper()
 	raw, err := base64.RawURLEncoding.DecodeString(text)

@@ -9,6 +9,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"crypto/sha256"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -165,35 +166,40 @@ func TestForgedCertificateIsRefused(t *testing.T) {
 		t.Fatalf("an honest host is not asked: %v", err)
 	}
 	hour := uint64(time.Hour / time.Second)
+	// The library looks at most of this too, so it is the words that tell which check has refused.
 	for why, c := range map[string]struct {
 		ca     ssh.Signer
 		change func(*ssh.Certificate)
+		says   string
 	}{
-		"it has expired":           {ca, func(c *ssh.Certificate) { c.ValidBefore = c.ValidAfter + 1 }},
-		"it is not valid yet":      {ca, func(c *ssh.Certificate) { c.ValidAfter += 2 * hour; c.ValidBefore += 2 * hour }},
-		"it is a user's":           {ca, func(c *ssh.Certificate) { c.CertType = ssh.UserCert }},
-		"it is of no type":         {ca, func(c *ssh.Certificate) { c.CertType = 3 }},
-		"another authority signed": {another, nil},
-		"it names nobody":          {ca, func(c *ssh.Certificate) { c.ValidPrincipals = nil }},
-		"it is for another domain": {ca, func(c *ssh.Certificate) { c.ValidPrincipals[0] = "web1.example.com" }},
+		"it has expired":           {ca, func(c *ssh.Certificate) { c.ValidBefore = c.ValidAfter + 1 }, "not valid now"},
+		"it is not valid yet":      {ca, func(c *ssh.Certificate) { c.ValidAfter += 2 * hour; c.ValidBefore += 2 * hour }, "not valid now"},
+		"it is a user's":           {ca, func(c *ssh.Certificate) { c.CertType = ssh.UserCert }, "is not a host's"},
+		"it is of no type":         {ca, func(c *ssh.Certificate) { c.CertType = 3 }, "is not a host's"},
+		"another authority signed": {another, nil, "signed by an unknown authority"},
+		"it names nobody":          {ca, func(c *ssh.Certificate) { c.ValidPrincipals = nil }, "names no host"},
+		"it is for another domain": {ca, func(c *ssh.Certificate) { c.ValidPrincipals[0] = "web1.example.com" }, "not in .example.org"},
 		"its domain is a part of another's": {ca, func(c *ssh.Certificate) {
 			c.ValidPrincipals[0] = "web1.notexample.org"
-		}},
-		"it is for the domain itself":           {ca, func(c *ssh.Certificate) { c.ValidPrincipals[0] = "example.org" }},
-		"only its second name is in the domain": {ca, func(c *ssh.Certificate) { c.ValidPrincipals = []string{"evil.example.com", "web1.example.org"} }},
+		}, "not in .example.org"},
+		"it is for the domain itself":     {ca, func(c *ssh.Certificate) { c.ValidPrincipals[0] = "example.org" }, "not in .example.org"},
+		"it is for nothing in the domain": {ca, func(c *ssh.Certificate) { c.ValidPrincipals[0] = ".example.org" }, "not in .example.org"},
+		"only its second name is in the domain": {ca, func(c *ssh.Certificate) {
+			c.ValidPrincipals = []string{"evil.example.com", "web1.example.org"}
+		}, "not in .example.org"},
 		"it has the critical option source-address": {ca, func(c *ssh.Certificate) {
 			c.CriticalOptions = map[string]string{"source-address": "0.0.0.0/0"}
-		}},
+		}, "critical options"},
 		"it has a critical option that nobody knows": {ca, func(c *ssh.Certificate) {
 			c.CriticalOptions = map[string]string{"confined-to@example.org": "nothing"}
-		}},
-		"its authority signed with SHA-1": {sha1Signer{rsaCA}, nil},
+		}, "critical options"},
+		"its authority signed with SHA-1": {sha1Signer{rsaCA}, nil, "SHA-1"},
 	} {
 		t.Run(why, func(t *testing.T) {
 			h := newHost(t, c.ca, "ecdsa", c.change)
 			_, err := judge.Judge(t.Context(), payloadOf(t, h.cert.Marshal()), nobody)
-			if !errors.Is(err, attestor.ErrEvidence) {
-				t.Errorf("error is %v", err)
+			if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("error is %v, want %q", err, c.says)
 			}
 		})
 	}
@@ -303,6 +309,24 @@ func TestForgedAnswerIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, other := newKey(t, "ecdsa")
+	// signedOver answers with a nonce of its own, and what is signed is over that.
+	signedOver := func(signer ssh.Signer, nonce []byte) attestor.Ask {
+		return func(_ context.Context, challenge []byte) ([]byte, error) {
+			var c sshpop.Challenge
+			if err := json.Unmarshal(challenge, &c); err != nil {
+				return nil, err
+			}
+			digest := sha256.Sum256(append(c.Nonce, nonce...))
+			s, err := signer.Sign(rand.Reader, digest[:])
+			if err != nil {
+				return nil, err
+			}
+			return json.Marshal(sshpop.Response{Nonce: nonce, Signature: s})
+		}
+	}
+	if _, err := judge.Judge(t.Context(), payload, signedOver(h.signer, make([]byte, sshpop.NonceSize))); err != nil {
+		t.Fatalf("the host key's own signature: %v", err)
+	}
 	for why, ask := range map[string]attestor.Ask{
 		"no signature":           tamper(func(r *sshpop.Response) { r.Signature = nil }),
 		"an empty signature":     tamper(func(r *sshpop.Response) { r.Signature.Blob = nil }),
@@ -317,28 +341,37 @@ func TestForgedAnswerIsRefused(t *testing.T) {
 		"the authority's signature": tamper(func(r *sshpop.Response) {
 			r.Signature = h.cert.Signature
 		}),
-		"another key's": func(_ context.Context, challenge []byte) ([]byte, error) {
-			var c sshpop.Challenge
-			if err := json.Unmarshal(challenge, &c); err != nil {
-				return nil, err
-			}
-			nonce := make([]byte, sshpop.NonceSize)
-			digest, err := sshpop.Digest(c.Nonce, nonce)
-			if err != nil {
-				return nil, err
-			}
-			s, err := other.Sign(rand.Reader, digest)
-			if err != nil {
-				return nil, err
-			}
-			return json.Marshal(sshpop.Response{Nonce: nonce, Signature: s})
-		},
+		"another key's":                signedOver(other, make([]byte, sshpop.NonceSize)),
+		"a short nonce that is signed": signedOver(h.signer, make([]byte, sshpop.NonceSize-1)),
+		"a long nonce that is signed":  signedOver(h.signer, make([]byte, sshpop.NonceSize+1)),
+		"no nonce, and that is signed": signedOver(h.signer, nil),
 	} {
 		t.Run(why, func(t *testing.T) {
 			if _, err := judge.Judge(t.Context(), payload, ask); !errors.Is(err, attestor.ErrEvidence) {
 				t.Errorf("error is %v", err)
 			}
 		})
+	}
+}
+
+func TestSignatureThatIsNoneIsNotVerified(t *testing.T) {
+	_, ca := newKey(t, "ed25519")
+	payload, _ := openNode(t, newHost(t, ca, "ecdsa", nil))
+	judge := openJudge(t, &sshpop.ServerConfig{CertAuthorities: []string{line(ca)}})
+	for why, signature := range map[string]*ssh.Signature{
+		"none":           nil,
+		"an empty one":   {Format: ssh.KeyAlgoECDSA256},
+		"one too long":   {Format: ssh.KeyAlgoECDSA256, Blob: make([]byte, sshpop.MaxSignature+1)},
+		"bytes after it": {Format: ssh.KeyAlgoECDSA256, Blob: make([]byte, 70), Rest: []byte{1}},
+	} {
+		answer, err := json.Marshal(sshpop.Response{Nonce: make([]byte, sshpop.NonceSize), Signature: signature})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = judge.Judge(t.Context(), payload, func(context.Context, []byte) ([]byte, error) { return answer, nil })
+		if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), "no signature that is one") {
+			t.Errorf("%s: error is %v", why, err)
+		}
 	}
 }
 

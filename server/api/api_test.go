@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 	"sync"
 	"testing"
@@ -26,7 +27,10 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/verdict"
+	"github.com/assay-id/assay/server/wire/evidencev1"
 	"github.com/assay-id/assay/server/wire/later"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 func TestRates(t *testing.T) {
@@ -262,6 +266,49 @@ func TestErrorsBecomeCodes(t *testing.T) {
 			t.Errorf("%v: got %s %q, want %s %q", c.err, st.Code(), st.Message(), c.code, c.text)
 		}
 	}
+}
+
+func TestPages(t *testing.T) {
+	for _, c := range []struct {
+		size  int32
+		token string
+		want  page
+		bad   bool
+	}{
+		{size: 0, want: page{}},
+		{size: 7, want: page{size: 7}},
+		{size: maxPage, want: page{size: maxPage}},
+		{size: maxPage + 1, want: page{size: maxPage}},
+		{size: math.MaxInt32, token: pageToken("x"), want: page{size: maxPage, after: "x"}},
+		{size: 5, token: pageToken(strings.Repeat("x", identity.MaxSPIFFEID)), want: page{size: 5, after: strings.Repeat("x", identity.MaxSPIFFEID)}},
+		{size: 5, token: pageToken(strings.Repeat("x", identity.MaxSPIFFEID+1)), bad: true},
+		{size: 5, token: "b1.eA", bad: true},
+		{size: -1, bad: true},
+	} {
+		if got, err := pageFromWire(c.size, c.token); got != c.want || (err != nil) != c.bad {
+			t.Errorf("a page of %d after %.20q: got %+v, %v", c.size, c.token, got, err)
+		}
+	}
+	t.Run("a page of images is as large as one may be and no larger", func(t *testing.T) {
+		for size, want := range map[int32]int{0: defaultImages, 5: 5, maxImages: maxImages, maxImages + 1: maxImages, math.MaxInt32: maxImages} {
+			judge := &lister{}
+			s := &evidenceService{api: &API{Parts: Parts{Evidence: judge}}}
+			if _, err := s.List(t.Context(), &evidencev1.ListRequest{PageSize: size}); err != nil || judge.limit != want {
+				t.Errorf("of a page of %d, %d are asked for: %v", size, judge.limit, err)
+			}
+		}
+	})
+}
+
+// lister is asked for images, and notes how many.
+type lister struct {
+	Evidence
+	limit int
+}
+
+func (l *lister) List(_ string, _ bool, _ string, limit int) ([]verdict.Summary, string) {
+	l.limit = limit
+	return nil, ""
 }
 
 func FuzzPageToken(f *testing.F) {

@@ -55,14 +55,22 @@ func TestSignWIT(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	large, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, p := range map[string]WITParams{
-		"a weak key":               {ID: workload, PublicKey: small.Public(), Algorithm: "RS256"},
-		"another kind's algorithm": {ID: workload, PublicKey: key.Public(), Algorithm: "RS256"},
-		"another curve's":          {ID: workload, PublicKey: key.Public(), Algorithm: "ES384"},
-		"no algorithm":             {ID: workload, PublicKey: key.Public()},
-		"none":                     {ID: workload, PublicKey: key.Public(), Algorithm: "none"},
-		"a symmetric one":          {ID: workload, PublicKey: key.Public(), Algorithm: "HS256"},
-		"no key":                   {ID: workload, Algorithm: "ES256"},
+		"a weak key":                 {ID: workload, PublicKey: small.Public(), Algorithm: "RS256"},
+		"another kind's algorithm":   {ID: workload, PublicKey: key.Public(), Algorithm: "RS256"},
+		"another curve's":            {ID: workload, PublicKey: key.Public(), Algorithm: "ES384"},
+		"no algorithm":               {ID: workload, PublicKey: key.Public()},
+		"none":                       {ID: workload, PublicKey: key.Public(), Algorithm: "none"},
+		"none of an RSA key":         {ID: workload, PublicKey: large.Public(), Algorithm: "none"},
+		"a symmetric one of RSA":     {ID: workload, PublicKey: large.Public(), Algorithm: "HS256"},
+		"a curve's of an RSA key":    {ID: workload, PublicKey: large.Public(), Algorithm: "ES256"},
+		"no algorithm of an RSA key": {ID: workload, PublicKey: large.Public()},
+		"a symmetric one":            {ID: workload, PublicKey: key.Public(), Algorithm: "HS256"},
+		"no key":                     {ID: workload, Algorithm: "ES256"},
 	} {
 		t.Run(name+" is refused", func(t *testing.T) {
 			if _, err := c.SignWIT(ctx, p); !errors.Is(err, ErrKey) {
