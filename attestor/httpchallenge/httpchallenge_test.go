@@ -12,6 +12,7 @@ import (
 	"net/http/httptest"
 	"net/netip"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -31,6 +32,27 @@ import (
 const host = "web1.example.org"
 
 var loopback = netip.MustParseAddr("127.0.0.1")
+
+// proxied is how often the environment's proxy was asked.
+var proxied atomic.Int32
+
+// TestMain sets the proxy for all tests: what of it net/http has once read, it reads no more.
+func TestMain(m *testing.M) {
+	proxy := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { proxied.Add(1) }))
+	for _, name := range []string{"HTTP_PROXY", "http_proxy"} {
+		if err := os.Setenv(name, proxy.URL); err != nil {
+			panic(err)
+		}
+	}
+	for _, name := range []string{"NO_PROXY", "no_proxy"} {
+		if err := os.Unsetenv(name); err != nil {
+			panic(err)
+		}
+	}
+	code := m.Run()
+	proxy.Close()
+	os.Exit(code)
+}
 
 // names starts a DNS server that knows the host, and what it is told besides.
 func names(t testing.TB, more map[string][]netip.Addr) *dns.Server {
@@ -209,38 +231,48 @@ func TestHostThatAnswersBadlyIsRefused(t *testing.T) {
 func TestClaimThatLeadsElsewhereIsRefused(t *testing.T) {
 	resolver := names(t, nil).Address()
 	w := newWeb(t, func(w http.ResponseWriter, _ *http.Request, nonce string) { fmt.Fprint(w, nonce) })
-	judge := judgeOf(t, resolver, nil)
+	judge := judgeOf(t, resolver, func(c *httpchallenge.ServerConfig) {
+		c.AllowedDNSPatterns = []string{`web[0-9]\.example\.org`, `db\.example\.org|cache\.example\.org`}
+	})
+	// What no claim may come to: from there on, any trouble of the network refuses it too.
+	ask := func(context.Context, []byte) ([]byte, error) {
+		t.Error("the agent is given a nonce")
+		return nil, errors.New("no answer")
+	}
 	for why, e := range map[string]httpchallenge.Evidence{
-		"localhost":                  {HostName: "localhost"},
-		"a name below localhost":     {HostName: "a.localhost"},
-		"an address":                 {HostName: "127.0.0.1"},
-		"a short address":            {HostName: "127.1"},
-		"an address as one number":   {HostName: "2130706433"},
-		"an address with a zone":     {HostName: "fe80::1%eth0"},
-		"an address in octal":        {HostName: "0177.0.0.1"},
-		"an address in hex":          {HostName: "0x7f000001"},
-		"an address of IPv6":         {HostName: "::1"},
-		"an address in brackets":     {HostName: "[::1]"},
-		"a port in the name":         {HostName: host + ":80"},
-		"a path in the name":         {HostName: host + "/x?"},
-		"a user in the name":         {HostName: "web2.example.org@" + host},
-		"a fragment in the name":     {HostName: "evil.test#.example.org"},
-		"a dot at the end":           {HostName: host + "."},
-		"two dots":                   {HostName: "web1..example.org"},
-		"a percent sign":             {HostName: "web1%2eexample.org"},
-		"a space":                    {HostName: "web1 .example.org"},
-		"a line break":               {HostName: "web1\r\nHost: x.example.org"},
-		"no ASCII":                   {HostName: "wéb.example.org"},
-		"a name without end":         {HostName: strings.Repeat("a.", 200) + "example.org"},
-		"a name of another domain":   {HostName: "web1.example.com"},
-		"a name with ours within":    {HostName: "web1.example.org.evil.test"},
-		"no name":                    {HostName: ""},
-		"an agent's name with dots":  {AgentName: "../../admin"},
-		"an agent's name with slash": {AgentName: "a/b"},
-		"an agent's name too long":   {AgentName: strings.Repeat("a", 33)},
-		"no agent's name":            {AgentName: "-"},
-		"port 0":                     {Port: -1},
-		"port 65536":                 {Port: 65536},
+		"localhost":                              {HostName: "localhost"},
+		"a name below localhost":                 {HostName: "a.localhost"},
+		"an address":                             {HostName: "127.0.0.1"},
+		"a short address":                        {HostName: "127.1"},
+		"an address as one number":               {HostName: "2130706433"},
+		"an address with a zone":                 {HostName: "fe80::1%eth0"},
+		"an address in octal":                    {HostName: "0177.0.0.1"},
+		"an address in hex":                      {HostName: "0x7f000001"},
+		"an address of IPv6":                     {HostName: "::1"},
+		"an address in brackets":                 {HostName: "[::1]"},
+		"a port in the name":                     {HostName: host + ":80"},
+		"a path in the name":                     {HostName: host + "/x?"},
+		"a user in the name":                     {HostName: "web2.example.org@" + host},
+		"a fragment in the name":                 {HostName: "evil.test#.example.org"},
+		"a dot at the end":                       {HostName: host + "."},
+		"two dots":                               {HostName: "web1..example.org"},
+		"a percent sign":                         {HostName: "web1%2eexample.org"},
+		"a space":                                {HostName: "web1 .example.org"},
+		"a line break":                           {HostName: "web1\r\nHost: x.example.org"},
+		"no ASCII":                               {HostName: "wéb.example.org"},
+		"a name without end":                     {HostName: strings.Repeat("a.", 200) + "example.org"},
+		"a name of another domain":               {HostName: "web1.example.com"},
+		"a name with ours within":                {HostName: "web1.example.org.evil.test"},
+		"a name with ours at its end":            {HostName: "evil-web1.example.org"},
+		"a name that begins with one of two":     {HostName: "db.example.org.evil.test"},
+		"a name that ends with the other of two": {HostName: "evil-cache.example.org"},
+		"no name":                                {HostName: ""},
+		"an agent's name with dots":              {AgentName: "../../admin"},
+		"an agent's name with slash":             {AgentName: "a/b"},
+		"an agent's name too long":               {AgentName: strings.Repeat("a", 33)},
+		"no agent's name":                        {AgentName: "-"},
+		"port 0":                                 {Port: -1},
+		"port 65536":                             {Port: 65536},
 	} {
 		t.Run(why, func(t *testing.T) {
 			if e.HostName == "" && why != "no name" {
@@ -252,14 +284,17 @@ func TestClaimThatLeadsElsewhereIsRefused(t *testing.T) {
 			if e.Port == 0 {
 				e.Port = w.port
 			}
-			_, err := judge.Judge(t.Context(), evidence(t, e), w.ask)
+			_, err := judge.Judge(t.Context(), evidence(t, e), ask)
 			if !errors.Is(err, attestor.ErrEvidence) {
 				t.Errorf("error is %v", err)
 			}
 		})
 	}
-	if w.asked.Load() != 0 {
-		t.Error("a host was asked")
+	if _, err := judge.Judge(t.Context(), evidence(t, httpchallenge.Evidence{HostName: host, AgentName: "default", Port: w.port}), w.ask); err != nil {
+		t.Errorf("an honest claim: %v", err)
+	}
+	if n := w.asked.Load(); n != 1 {
+		t.Errorf("the host was asked %d times", n)
 	}
 }
 
@@ -298,21 +333,11 @@ func TestAddressThatIsNotAllowedIsNotAsked(t *testing.T) {
 }
 
 func TestEnvironmentsProxyIsNotAsked(t *testing.T) {
-	proxy := newWeb(t, func(w http.ResponseWriter, _ *http.Request, nonce string) { fmt.Fprint(w, nonce) })
-	t.Setenv("HTTP_PROXY", fmt.Sprintf("http://127.0.0.1:%d", proxy.port))
-	t.Setenv("http_proxy", fmt.Sprintf("http://127.0.0.1:%d", proxy.port))
+	w := newWeb(t, func(w http.ResponseWriter, _ *http.Request, nonce string) { fmt.Fprint(w, nonce) })
 	judge := judgeOf(t, names(t, nil).Address(), nil)
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed := listener.Addr().(*net.TCPAddr).Port
-	_ = listener.Close()
-	if _, err := judge.Judge(t.Context(), evidence(t, httpchallenge.Evidence{HostName: host, AgentName: "default", Port: closed}), proxy.ask); !errors.Is(err, attestor.ErrEvidence) {
-		t.Errorf("error is %v", err)
-	}
-	if proxy.asked.Load() != 0 {
-		t.Error("the proxy was asked")
+	_, err := judge.Judge(t.Context(), evidence(t, httpchallenge.Evidence{HostName: host, AgentName: "default", Port: w.port}), w.ask)
+	if err != nil || proxied.Load() != 0 {
+		t.Errorf("the proxy was asked %d times: %v", proxied.Load(), err)
 	}
 }
 

@@ -42,7 +42,8 @@ type apiServer struct {
 
 	mu      sync.Mutex // guards all below
 	token   string
-	status  dict // of the review of that token
+	status  dict     // of the review of that token
+	asked   []string // the audiences that the last review was for
 	pod     dict
 	node    dict
 	away    bool
@@ -110,13 +111,19 @@ func (a *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case away:
 		status(http.StatusServiceUnavailable, "ServiceUnavailable")
 	case strings.HasSuffix(r.URL.Path, "/tokenreviews"):
-		var review struct{ Spec struct{ Token string } }
+		var review struct {
+			Spec struct {
+				Token     string
+				Audiences []string
+			}
+		}
 		if json.NewDecoder(r.Body).Decode(&review) != nil || review.Spec.Token != a.token {
 			answer("TokenReview", dict{"status": dict{"authenticated": false, "error": "secret reason"}})
 			return
 		}
+		a.asked = review.Spec.Audiences
 		answer("TokenReview", dict{"status": a.status})
-	case r.URL.Path == "/api/v1/namespaces/assay/pods/agent-x" && a.pod != nil:
+	case a.pod != nil && r.URL.Path == fmt.Sprintf("/api/v1/namespaces/%s/pods/agent-x", a.pod["metadata"].(dict)["namespace"]):
 		answer("Pod", a.pod)
 	case r.URL.Path == "/api/v1/nodes/n1" && a.node != nil:
 		answer("Node", a.node)
@@ -234,23 +241,46 @@ var good = []byte(`{"cluster":"prod","token":"good"}`)
 
 func TestRefused(t *testing.T) {
 	extra := func(a *apiServer) dict { return a.status["user"].(dict)["extra"].(dict) }
-	for why, spoil := range map[string]func(a *apiServer){
-		"a token for another":                          func(a *apiServer) { a.status["audiences"] = []string{"another"} },
-		"an API server that knows no audiences":        func(a *apiServer) { delete(a.status, "audiences") },
-		"another service account":                      func(a *apiServer) { a.status["user"].(dict)["username"] = "system:serviceaccount:assay:agent2" },
-		"another namespace":                            func(a *apiServer) { a.status["user"].(dict)["username"] = "system:serviceaccount:evil:agent" },
-		"a user who is called like one":                func(a *apiServer) { a.status["user"].(dict)["username"] = "assay:agent" },
-		"a token bound to no pod":                      func(a *apiServer) { delete(extra(a), "authentication.kubernetes.io/pod-name") },
-		"a token bound to a pod without UID":           func(a *apiServer) { delete(extra(a), "authentication.kubernetes.io/pod-uid") },
-		"a token bound to two pods":                    func(a *apiServer) { extra(a)["authentication.kubernetes.io/pod-uid"] = []string{podUID, podUID} },
-		"a pod that is gone":                           func(a *apiServer) { a.pod = nil },
-		"another pod of that name":                     func(a *apiServer) { a.pod["metadata"].(dict)["uid"] = "other" },
-		"a pod under another account":                  func(a *apiServer) { a.pod["spec"].(dict)["serviceAccountName"] = "default" },
-		"a pod on no node":                             func(a *apiServer) { a.pod["spec"].(dict)["nodeName"] = "" },
-		"a pod on another node than the token's":       func(a *apiServer) { extra(a)["authentication.kubernetes.io/node-name"] = []string{"n2"} },
-		"a node that has another UID than the token's": func(a *apiServer) { extra(a)["authentication.kubernetes.io/node-uid"] = []string{"other"} },
-		"a node that is gone":                          func(a *apiServer) { a.node = nil },
-		"a pod that has ended":                         func(a *apiServer) { a.pod["status"].(dict)["phase"] = "Succeeded" },
+	meta := func(a *apiServer) dict { return a.pod["metadata"].(dict) }
+	// as makes all that the API server says be of another account, so that nothing but the list refuses it.
+	as := func(namespace, name string) func(a *apiServer) {
+		return func(a *apiServer) {
+			a.status["user"].(dict)["username"] = "system:serviceaccount:" + namespace + ":" + name
+			meta(a)["namespace"], a.pod["spec"].(dict)["serviceAccountName"] = namespace, name
+		}
+	}
+	const podName, podUIDKey = "authentication.kubernetes.io/pod-name", "authentication.kubernetes.io/pod-uid"
+	for why, c := range map[string]struct {
+		spoil func(a *apiServer)
+		says  string
+	}{
+		"a token that is not good":                   {func(a *apiServer) { a.status["authenticated"] = false }, "token is not good"},
+		"a token for another":                        {func(a *apiServer) { a.status["audiences"] = []string{"another"} }, "not for this server"},
+		"an API server that knows no audiences":      {func(a *apiServer) { delete(a.status, "audiences") }, "not for this server"},
+		"another service account":                    {as("assay", "agent2"), "not of a service account"},
+		"another namespace":                          {as("evil", "agent"), "not of a service account"},
+		"a user who is called like one":              {func(a *apiServer) { a.status["user"].(dict)["username"] = "assay:agent" }, "not of a service account"},
+		"a token bound to no pod":                    {func(a *apiServer) { delete(extra(a), podName) }, "not bound to a pod"},
+		"a token bound to no UID, and a pod without": {func(a *apiServer) { delete(extra(a), podUIDKey); meta(a)["uid"] = "" }, "not bound to a pod"},
+		"a token bound to two pods":                  {func(a *apiServer) { extra(a)[podUIDKey] = []string{podUID, podUID} }, "several"},
+		"a token bound to two nodes":                 {func(a *apiServer) { extra(a)["authentication.kubernetes.io/node-name"] = []string{"n1", "n2"} }, "several"},
+		"a pod that is gone":                         {func(a *apiServer) { a.pod = nil }, "pod of the token is gone"},
+		"another pod of that name":                   {func(a *apiServer) { meta(a)["uid"] = "other" }, "another has its name"},
+		"a pod under another account":                {func(a *apiServer) { a.pod["spec"].(dict)["serviceAccountName"] = "default" }, "under another service account"},
+		"a pod on no node":                           {func(a *apiServer) { a.pod["spec"].(dict)["nodeName"] = "" }, "not on its node"},
+		"a pod on no node, and a token that names none": {func(a *apiServer) {
+			a.pod["spec"].(dict)["nodeName"] = ""
+			delete(extra(a), "authentication.kubernetes.io/node-name")
+		}, "not on its node"},
+		"a pod on another node than the token's":       {func(a *apiServer) { extra(a)["authentication.kubernetes.io/node-name"] = []string{"n2"} }, "not on its node"},
+		"a node that has another UID than the token's": {func(a *apiServer) { extra(a)["authentication.kubernetes.io/node-uid"] = []string{"other"} }, "another has its name"},
+		"a node without UID, and a token that names none": {func(a *apiServer) {
+			a.node["metadata"].(dict)["uid"] = ""
+			delete(extra(a), "authentication.kubernetes.io/node-uid")
+		}, "another has its name"},
+		"a node that is gone":  {func(a *apiServer) { a.node = nil }, "node of the token is gone"},
+		"a pod that has ended": {func(a *apiServer) { a.pod["status"].(dict)["phase"] = "Succeeded" }, "has ended"},
+		"a pod that failed":    {func(a *apiServer) { a.pod["status"].(dict)["phase"] = "Failed" }, "has ended"},
 	} {
 		t.Run(why, func(t *testing.T) {
 			a := startAPI(t)
@@ -261,13 +291,30 @@ func TestRefused(t *testing.T) {
 			if _, err := j.Judge(t.Context(), good, nil); err != nil {
 				t.Fatalf("the good one is refused: %v", err)
 			}
-			a.change(func() { spoil(a) })
+			a.change(func() {
+				if !slices.Equal(a.asked, []string{k8spsat.DefaultAudience}) {
+					t.Errorf("the token was reviewed for %q", a.asked)
+				}
+				c.spoil(a)
+			})
 			_, err = j.Judge(t.Context(), good, nil)
-			if !errors.Is(err, attestor.ErrEvidence) {
-				t.Errorf("error is %v", err)
+			if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), c.says) {
+				t.Errorf("error is %v, want %q", err, c.says)
 			}
 		})
 	}
+	t.Run("a label that cannot be a selector is left out", func(t *testing.T) {
+		a := startAPI(t)
+		j, err := openJudge(t, a.config(labels))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.change(func() { a.node["metadata"].(dict)["labels"] = dict{"zone": "a\nk8s_psat:agent_ns:kube-system"} })
+		proof, err := j.Judge(t.Context(), good, nil)
+		if has := attestor.NewSet(proof.Selectors...).Strings(); err != nil || strings.Contains(strings.Join(has, " "), "zone") {
+			t.Errorf("selectors are %q, %v", has, err)
+		}
+	})
 	t.Run("an API server that is away is no refusal", func(t *testing.T) {
 		a := startAPI(t)
 		j, err := openJudge(t, a.config(""))

@@ -50,6 +50,7 @@ func TestCheck(t *testing.T) {
 	}
 	weakRoot := upstreamtest.Issue(t, "weak", weak.Public(), time.Hour, nil, weak, nil)
 	expiredRoot := upstreamtest.Issue(t, "expired", rootKey.Public(), -time.Second, nil, rootKey, nil)
+	weakMiddle := upstreamtest.Issue(t, "weak middle", weak.Public(), time.Hour, root, rootKey, nil)
 	long := []*x509.Certificate{good}
 	for len(long) <= upstream.MaxChain {
 		long = append(long, middle)
@@ -95,6 +96,14 @@ func TestCheck(t *testing.T) {
 		}), middle}, Roots: roots}, `is of "spiffe://example.org/spire/server"`},
 		{"two IDs", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) { c.URIs = append(c.URIs, &url.URL{Scheme: "spiffe", Host: "evil.org"}) }), middle}, Roots: roots},
 			"has 2 URIs"},
+		{"a certificate without key identifier", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) {
+			// What makes it an authority is put in by hand: else the library would add an identifier.
+			c.IsCA, c.BasicConstraintsValid, c.SubjectKeyId = false, false, nil
+			c.ExtraExtensions = []pkix.Extension{{Id: []int{2, 5, 29, 19}, Critical: true, Value: []byte{0x30, 3, 1, 1, 0xff}}}
+		}), middle}, Roots: roots}, "no subject key identifier"},
+		{"a weak link of the chain", &upstream.Signed{Chain: []*x509.Certificate{
+			upstreamtest.Issue(t, "x", key.Public(), time.Hour, weakMiddle, weak, named), weakMiddle,
+		}, Roots: roots}, "RSA with 1024 bits"},
 		{"an expired certificate", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }), middle}, Roots: roots},
 			"has expired"},
 		{"a certificate of tomorrow", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) {
@@ -118,6 +127,10 @@ func TestCheck(t *testing.T) {
 			c.PermittedURIDomains, c.PermittedDNSDomainsCritical = []string{"evil.org"}, true
 		}), middle}, Roots: roots}, "nobody would accept what its certificate signs"},
 		{"a purpose that is no SVID's", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning} }), middle}, Roots: roots},
+			"nobody would accept what its certificate signs"},
+		{"a purpose that is servers' alone", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth} }), middle}, Roots: roots},
+			"nobody would accept what its certificate signs"},
+		{"a purpose that is clients' alone", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }), middle}, Roots: roots},
 			"nobody would accept what its certificate signs"},
 		{"a critical extension that nobody knows", &upstream.Signed{Chain: []*x509.Certificate{issue(func(c *x509.Certificate) {
 			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3, 4}, Critical: true, Value: []byte{5, 0}}}
@@ -159,6 +172,10 @@ func TestCheckBundle(t *testing.T) {
 		"one of expired ones":     {upstream.Bundle{X509: []identity.X509Authority{{Certificate: expired}}}, "has expired"},
 		"one without certificate": {upstream.Bundle{X509: []identity.X509Authority{{}}}, "without certificate"},
 		"a huge one":              {upstream.Bundle{X509: make([]identity.X509Authority, identity.MaxAuthorities+1)}, "1001 authorities"},
+		"one of many keys":        {upstream.Bundle{X509: x509s, JWT: make([]identity.JWTAuthority, identity.MaxAuthorities+1)}, "1001 authorities"},
+		"one of many WIT keys":    {upstream.Bundle{X509: x509s, WIT: make([]identity.JWTAuthority, identity.MaxAuthorities+1)}, "1001 authorities"},
+		"two WIT keys of one ID":  {upstream.Bundle{X509: x509s, WIT: []identity.JWTAuthority{key, key}}, "two WIT keys of one ID"},
+		"a weak WIT key":          {upstream.Bundle{X509: x509s, WIT: []identity.JWTAuthority{{KeyID: "w", Key: weak.Public()}}}, "WIT key that is refused"},
 		"two keys of one ID":      {upstream.Bundle{X509: x509s, JWT: []identity.JWTAuthority{key, key}}, "two JWT keys of one ID"},
 		"a key without ID":        {upstream.Bundle{X509: x509s, JWT: []identity.JWTAuthority{{Key: key.Key}}}, "or one without"},
 		"a weak key":              {upstream.Bundle{X509: x509s, JWT: []identity.JWTAuthority{{KeyID: "w", Key: weak.Public()}}}, "JWT key that is refused"},
@@ -168,6 +185,26 @@ func TestCheckBundle(t *testing.T) {
 				t.Errorf("got %v, want %q", err, c.want)
 			}
 		})
+	}
+}
+
+func TestParsePEM(t *testing.T) {
+	root, _ := upstreamtest.Root(t, "root", time.Hour)
+	one := upstreamtest.PEM(root)
+	if certs, err := upstream.ParsePEM([]byte(strings.Repeat(one, upstream.MaxRoots))); err != nil || len(certs) != upstream.MaxRoots {
+		t.Errorf("as many as there may be: %d certificates, %v", len(certs), err)
+	}
+	for name, c := range map[string]struct{ text, want string }{
+		"nothing":                      {"", "no certificate in PEM"},
+		"a certificate and a key":      {one + "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n", `PEM block of type "PRIVATE KEY"`},
+		"a certificate under a key":    {strings.ReplaceAll(one, "CERTIFICATE", "PRIVATE KEY"), `PEM block of type "PRIVATE KEY"`},
+		"a certificate and half a one": {one + "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "certificate 2"},
+		"one certificate too many":     {strings.Repeat(one, upstream.MaxRoots+1), "over 100 certificates"},
+		"a certificate and much after": {one + strings.Repeat("\n", upstream.MaxAnswer), "the limit is"},
+	} {
+		if _, err := upstream.ParsePEM([]byte(c.text)); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got %v, want %q", name, err, c.want)
+		}
 	}
 }
 
