@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/attestortest"
@@ -88,12 +89,17 @@ func TestSuite(t *testing.T) {
 // judgeOf opens a judge that asks where the tests are.
 func judgeOf(t testing.TB, resolver string, change func(*httpchallenge.ServerConfig)) attestor.Judge {
 	t.Helper()
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	return judgeThatTells(t, resolver, change, log)
+}
+
+func judgeThatTells(t testing.TB, resolver string, change func(*httpchallenge.ServerConfig), log logrus.FieldLogger) attestor.Judge {
+	t.Helper()
 	c := &httpchallenge.ServerConfig{AllowedDNSPatterns: []string{`.*\.example\.org`}, AllowedNetworks: []string{"127.0.0.0/8"}, DNSServer: resolver}
 	if change != nil {
 		change(c)
 	}
-	log := logrus.New()
-	log.SetOutput(io.Discard)
 	judge, err := server.Kind().Open(c, attestor.Needs{Log: log})
 	if err != nil {
 		t.Fatal(err)
@@ -203,6 +209,22 @@ func TestHostThatAnswersBadlyIsRefused(t *testing.T) {
 	if other.asked.Load() != 0 {
 		t.Error("the redirect was followed")
 	}
+	t.Run("an answer without end is read no further than a nonce is long", func(t *testing.T) {
+		log, lines := test.NewNullLogger()
+		judge := judgeThatTells(t, resolver, nil, log)
+		w := newWeb(t, func(w http.ResponseWriter, r *http.Request, _ string) {
+			for r.Context().Err() == nil {
+				if _, err := w.Write(make([]byte, 4096)); err != nil {
+					return
+				}
+			}
+		})
+		_, _ = judge.Judge(t.Context(), evidence(t, httpchallenge.Evidence{HostName: host, AgentName: "default", Port: w.port}), w.ask)
+		line := lines.LastEntry()
+		if line == nil || !strings.Contains(fmt.Sprint(line.Data["error"]), "more than a nonce") {
+			t.Errorf("the log says %v", line)
+		}
+	})
 	t.Run("and who answers well is believed", func(t *testing.T) {
 		w := newWeb(t, func(w http.ResponseWriter, r *http.Request, nonce string) {
 			if r.URL.Path != "/.well-known/spiffe/nodeattestor/http_challenge/default/challenge" || r.Method != http.MethodGet {

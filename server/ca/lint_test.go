@@ -73,6 +73,13 @@ func forge(t *testing.T, c *CA, profile string, change func(f *forgery)) (*x509.
 		f.template.IsCA, f.template.KeyUsage, f.template.ExtKeyUsage = true, authorityUsage, nil
 		f.template.Subject = pkix.Name{Country: []string{"US"}, Organization: []string{"SPIFFE"}, SerialNumber: f.template.SerialNumber.String()}
 	}
+	if profile == profileDownstream {
+		f.template.IsCA, f.template.KeyUsage, f.template.ExtKeyUsage = true, authorityUsage, nil
+		f.template.Subject = pkix.Name{
+			Country: []string{"US"}, Organization: []string{"SPIFFE"}, OrganizationalUnit: []string{"DOWNSTREAM-1"},
+			SerialNumber: f.template.SerialNumber.String(),
+		}
+	}
 	f.want = &want{
 		profile: profile, issuer: a.cert, id: id, dnsNames: slices.Clone(f.template.DNSNames), subject: nameDER(t, f.template.Subject),
 		spki: spki, keyID: keyID, notBefore: f.template.NotBefore, notAfter: f.template.NotAfter, now: epoch,
@@ -106,7 +113,7 @@ func nameDER(t testing.TB, name pkix.Name) []byte {
 func TestLint(t *testing.T) {
 	c, _ := open(t, Config{})
 
-	for _, profile := range []string{profileWorkload, profileAgent, profileServer, profileMint, profileAuthority} {
+	for _, profile := range []string{profileWorkload, profileAgent, profileServer, profileMint, profileAuthority, profileDownstream} {
 		t.Run("a certificate of the profile "+profile+" passes", func(t *testing.T) {
 			cert, w := forge(t, c, profile, nil)
 			if err := lint(cert, w); err != nil {
@@ -179,6 +186,10 @@ func TestLint(t *testing.T) {
 			f.template.NotAfter = epoch.Add(48 * time.Hour)
 			f.want.notAfter = f.template.NotAfter
 		}},
+		{"a life beyond that of the authority above", profileDownstream, "within authority", func(f *forgery) {
+			f.template.NotAfter = epoch.Add(48 * time.Hour)
+			f.want.notAfter = f.template.NotAfter
+		}},
 		{"another subject", profileWorkload, "subject", func(f *forgery) { f.template.Subject.Organization = []string{"Evil"} }},
 		{"no common name", profileWorkload, "common name", func(f *forgery) {
 			f.template.Subject.CommonName = ""
@@ -189,6 +200,10 @@ func TestLint(t *testing.T) {
 			f.want.subject = nameDER(t, f.template.Subject)
 		}},
 		{"a name that other authorities have", profileAuthority, "authority name", func(f *forgery) {
+			f.template.Subject.SerialNumber = ""
+			f.want.subject = nameDER(t, f.template.Subject)
+		}},
+		{"a name that other authorities have", profileDownstream, "authority name", func(f *forgery) {
 			f.template.Subject.SerialNumber = ""
 			f.want.subject = nameDER(t, f.template.Subject)
 		}},
@@ -203,6 +218,7 @@ func TestLint(t *testing.T) {
 		}},
 		{"no ID", profileWorkload, "SPIFFE ID", func(f *forgery) { f.template.URIs = nil }},
 		{"the trust domain's ID", profileWorkload, "authority ID", withID("spiffe://example.org")},
+		{"a path in its ID", profileDownstream, "authority ID", withID("spiffe://example.org/ca")},
 		{"a path in an authority's ID", profileAuthority, "authority ID", withID("spiffe://example.org/ca")},
 		{"the server's ID for a workload", profileWorkload, "reserved ID", withID("spiffe://example.org/spire/server")},
 		{"an agent's ID by mint", profileMint, "reserved ID", withID("spiffe://example.org/spire/agent/a")},
@@ -233,10 +249,15 @@ func TestLint(t *testing.T) {
 		{"an unknown extended usage", profileWorkload, "extended key usage", func(f *forgery) {
 			f.template.UnknownExtKeyUsage = []asn1.ObjectIdentifier{{1, 2, 3, 4}}
 		}},
+		{"a leaf's usages", profileDownstream, "key usage", func(f *forgery) { f.template.KeyUsage |= x509.KeyUsageDigitalSignature }},
+		{"an extended usage", profileDownstream, "extended key usage,extensions", func(f *forgery) {
+			f.template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+		}},
 		{"an extended usage", profileAuthority, "extended key usage,extensions", func(f *forgery) {
 			f.template.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 		}},
 		{"CA:true", profileWorkload, "basic constraints", func(f *forgery) { f.template.IsCA = true }},
+		{"CA:false", profileDownstream, "basic constraints", func(f *forgery) { f.template.IsCA = false }},
 		{"CA:false", profileAuthority, "basic constraints", func(f *forgery) { f.template.IsCA = false }},
 		{"a path length", profileAuthority, "basic constraints", func(f *forgery) { f.template.MaxPathLen = 1 }},
 		{"a path length of zero", profileAuthority, "basic constraints", func(f *forgery) { f.template.MaxPathLenZero = true }},
@@ -294,6 +315,25 @@ func TestLint(t *testing.T) {
 		covered["version"] = true
 	})
 
+	// The library parses neither; the rules do not lean on that.
+	for flaw, change := range map[string]func(*x509.Certificate){
+		"keyUsage is there 2 times": func(cert *x509.Certificate) {
+			cert.Extensions = append(cert.Extensions, pkix.Extension{Id: asn1.ObjectIdentifier{2, 5, 29, 15}, Critical: true})
+		},
+		"subjectAltName cannot be parsed": func(cert *x509.Certificate) {
+			n := slices.IndexFunc(cert.Extensions, func(e pkix.Extension) bool { return e.Id.Equal(subjectAltName) })
+			cert.Extensions[n].Value = append(slices.Clone(cert.Extensions[n].Value), 0)
+		},
+	} {
+		t.Run("a certificate of which "+flaw+" does not", func(t *testing.T) {
+			cert, w := forge(t, c, profileWorkload, nil)
+			change(cert)
+			if err := lint(cert, w); !errors.Is(err, ErrLint) || !strings.Contains(err.Error(), flaw) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+
 	t.Run("every rule has a certificate that breaks it", func(t *testing.T) {
 		for _, r := range rules {
 			if !covered[r.name] {
@@ -304,6 +344,33 @@ func TestLint(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestWhatBreaksARuleDoesNotLeave(t *testing.T) {
+	c, _ := open(t, Config{})
+	a := c.x509.Load()
+	key := newKey(t)
+	spki, keyID, err := keyIdentifier(key.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked := func(path string) *want {
+		id, err := spiffeid.FromPath(testTD, path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &want{
+			profile: profileWorkload, issuer: a.cert, id: id, subject: plainSubject, spki: spki, keyID: keyID,
+			notBefore: epoch, notAfter: epoch.Add(time.Hour), now: epoch,
+		}
+	}
+	if _, err := a.issue(asked("/shop")); err != nil {
+		t.Fatal(err)
+	}
+	// What is asked for is looked at long before: here it is only the certificate that is wrong.
+	if _, err := a.issue(asked(serverPath)); !errors.Is(err, ErrLint) || !strings.Contains(err.Error(), "reserved ID") {
+		t.Errorf("got %v", err)
+	}
 }
 
 // versionOne takes version and extensions out of a certificate.

@@ -1,9 +1,33 @@
 package server
 
 import (
+	"context"
 	"net/netip"
+	"strings"
 	"testing"
+
+	"github.com/assay-id/assay/attestor"
+	"github.com/assay-id/assay/attestor/httpchallenge"
 )
+
+func TestNoMoreAreFetchedThanMayBe(t *testing.T) {
+	opened, err := open(&httpchallenge.ServerConfig{AllowedDNSPatterns: []string{".*"}}, attestor.Needs{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	j := opened.(*judge) // it is this package's
+	for range fetches {
+		j.slots <- struct{}{}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 20 { // of two ways that are open, select takes either
+		err := j.fetch(ctx, "web1.example.org", httpchallenge.Evidence{AgentName: "a", Port: 80}, "nonce")
+		if err == nil || !strings.Contains(err.Error(), "too many") {
+			t.Fatalf("one too many: %v", err)
+		}
+	}
+}
 
 func TestAllowed(t *testing.T) {
 	for _, c := range []struct {
