@@ -51,6 +51,8 @@ type Options struct {
 	// TryCredentials says why the file that registry_credentials_path names is of no use, if Try is set. Nil:
 	// nobody knows.
 	TryCredentials func(path string) error
+	// TryUpstream says why an authority above is of no use, if Try is set and nobody else has to be asked. Nil: nobody knows.
+	TryUpstream func(Chosen) error
 	// CheckNamed compares the decoded blocks with each other, once all of them are right by themselves.
 	CheckNamed func([]Named) []NamedProblem
 }

@@ -85,6 +85,7 @@ func (l *loader) upstream(blocks []typeBlock) Chosen {
 		k.add(t, config)
 	}
 	var c Chosen
+	before := len(l.wrong)
 	l.decodeTypes(blocks, k, func(t string, config any) { c = Chosen{t, config} })
 	key := func(name string) string { return fmt.Sprintf("upstream_authority.%s.%s", c.Kind, name) }
 	switch u := c.Config.(type) {
@@ -108,6 +109,11 @@ func (l *loader) upstream(blocks []typeBlock) Chosen {
 		l.required(key("namespace"), u.Namespace, "it is the Kubernetes namespace of the issuer")
 		l.required(key("issuer_name"), u.Name, "it names the issuer")
 		u.KubeConfig = absolute(u.KubeConfig)
+	}
+	if c.Kind != "" && l.options.Try && l.options.TryUpstream != nil && len(l.wrong) == before {
+		if err := l.options.TryUpstream(c); err != nil {
+			l.at(blocks[0].Where, "Unusable upstream authority", sentence(err))
+		}
 	}
 	return c
 }

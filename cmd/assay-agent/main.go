@@ -8,12 +8,15 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"time"
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/cmd/cli"
 	"github.com/assay-id/assay/conf"
@@ -58,7 +61,11 @@ func newRemote(socket *cli.Socket, use, short string, do func(ctx context.Contex
 					ctx, cancel = context.WithTimeout(ctx, r.timeout)
 					defer cancel()
 				}
-				return do(ctx, r, conn)
+				err := do(ctx, r, conn)
+				if status.Code(err) == codes.DeadlineExceeded && ctx.Err() != nil && r.timeout > 0 {
+					return fmt.Errorf("%w: there was no answer within %s (-timeout); an agent holds a process for some time that has no identity yet: \"assay-agent explain -pid PID\" says what it lacks", err, r.timeout)
+				}
+				return err
 			})
 		},
 	}

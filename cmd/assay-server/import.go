@@ -23,7 +23,7 @@ import (
 
 // importCommand copies what a SPIRE server, or another of ours, knows of a trust domain.
 func importCommand() *cobra.Command {
-	from := &cli.Socket{Program: "the server to import from"}
+	from := &cli.Socket{Program: "the server to import from", Flag: "from"}
 	var path string
 	var yes bool
 	r := newRemote("import", "Copies entries, bundles and federation relationships from a SPIRE server", func(ctx context.Context, r *remote, conn *grpc.ClientConn) error {
@@ -33,6 +33,9 @@ func importCommand() *cobra.Command {
 			return err
 		}
 		defer func() { _ = source.Close() }()
+		if source.Target() == conn.Target() {
+			return errors.New("-from is the socket of the server that would be imported into; name the other server's")
+		}
 		p, err := importPlan(ctx, source, conn, time.Now())
 		if err != nil {
 			return err

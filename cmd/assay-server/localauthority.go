@@ -185,7 +185,7 @@ func (k authorityKind) step(verb, done, short string, do authorityStep) *cobra.C
 func notDone(s *adminv1.RotationStatusResponse) error {
 	const late = "the rotation has not reached every agent in time"
 	if s.GetCounts().GetHolding() > 0 && slices.ContainsFunc(s.GetAuthorities(), func(a *adminv1.RotatingAuthority) bool { return a.GetState() == "old" }) {
-		return errors.New(late + `; what an old authority signed is replaced in the course of its life, or at once with "taint"`)
+		return errors.New(late + `; what an old authority signed is replaced in the course of its life, or at once when it is tainted`)
 	}
 	return errors.New(late)
 }

@@ -65,9 +65,16 @@ func (p *plan) print(w io.Writer) {
 	for _, note := range p.Notes {
 		fmt.Fprintf(w, "# %s\n", note)
 	}
-	count := map[string]int{}
+	count, done := map[string]int{}, map[string]int{}
 	for _, s := range p.Steps {
 		count[s.Verb]++
+		if s.Done {
+			done[s.Verb]++
+		}
+	}
+	if len(done) > 0 {
+		fmt.Fprintf(w, "%d created, %d changed, %d deleted, %d as they should be\n", done[stepCreate], done[stepUpdate], done[stepDelete], p.Unchanged)
+		return
 	}
 	fmt.Fprintf(w, "%d to create, %d to change, %d to delete, %d as they should be\n", count[stepCreate], count[stepUpdate], count[stepDelete], p.Unchanged)
 }

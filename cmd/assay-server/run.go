@@ -47,6 +47,7 @@ func load(s *cli.Settings) (*conf.Server, error) {
 		_, err := image.OpenAuths(path)
 		return err
 	}
+	options.TryUpstream = tryUpstream
 	options.Named, options.CheckNamed = append(rules.Kinds(), clusterKind(), roles.Kind()), checkNamed
 	c, err := conf.LoadServer(s.Path(), judges(), options)
 	if err != nil {

@@ -17,6 +17,16 @@ import (
 	"github.com/assay-id/assay/server/ca/upstream/vaultpki"
 )
 
+// tryUpstream says what is wrong with the files that an authority above is made of. Others are not asked: they may
+// be away while a file is looked at.
+func tryUpstream(from conf.Chosen) error {
+	if c, ok := from.Config.(*conf.UpstreamDisk); ok {
+		_, err := disk.Open(disk.Config{CertPath: c.CertPath, KeyPath: c.KeyPath, BundlePath: c.BundlePath})
+		return err
+	}
+	return nil
+}
+
 // upstreamAuthority returns how the authority above is opened that the file names; nil if it names none.
 func upstreamAuthority(from conf.Chosen) func(server.Needs) (upstream.Authority, error) {
 	switch c := from.Config.(type) {

@@ -17,8 +17,10 @@ import (
 	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 )
 
@@ -206,6 +208,25 @@ func TestHealthCommand(t *testing.T) {
 			t.Errorf("status %d, output %q, %q", code, out, errOut)
 		}
 	})
+}
+
+func TestHealthOfAServerThatDoesNotAnswerThisUser(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := new(net.ListenConfig).Listen(context.Background(), "unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer(grpc.UnaryInterceptor(func(context.Context, any, *grpc.UnaryServerInfo, grpc.UnaryHandler) (any, error) {
+		return nil, status.Error(codes.PermissionDenied, "authorization denied")
+	}))
+	grpc_health_v1.RegisterHealthServer(server, health.NewServer())
+	served := make(chan struct{})
+	go func() { defer close(served); _ = server.Serve(l) }()
+	t.Cleanup(func() { server.Stop(); <-served })
+	code, _, errOut := execute(t, HealthCommand("server", ServerSocket("/")), "-socketPath", path)
+	if code != 1 || !strings.Contains(errOut, `does not say so to this user, who needs a role with the verb "server:read": `) {
+		t.Errorf("status %d, output %q", code, errOut)
+	}
 }
 
 func TestPatience(t *testing.T) {

@@ -10,7 +10,9 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
 )
 
 // healthTime is how long one health check may take, and healthPause is between two of "-wait".
@@ -107,6 +109,8 @@ func check(ctx context.Context, name string, conn *grpc.ClientConn) error {
 	defer cancel()
 	resp, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, &grpc_health_v1.HealthCheckRequest{})
 	switch {
+	case status.Code(err) == codes.PermissionDenied:
+		return fmt.Errorf("it does not say so to this user, who needs a role with the verb \"server:read\": %w", err)
 	case err != nil:
 		return err
 	case resp.GetStatus() != grpc_health_v1.HealthCheckResponse_SERVING && name == "agent":

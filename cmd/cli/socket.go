@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,8 @@ type Socket struct {
 	// Program is what listens there, as in "assay-server", for complaints.
 	Program string
 
+	// Flag names another one; "": socketPath.
+	Flag string
 	// Quiet: the command says by itself what it waits for.
 	Quiet bool
 
@@ -153,7 +156,7 @@ func (s *Socket) Dial() (*grpc.ClientConn, error) {
 func (s *Socket) unreachable(path string, err error) error {
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("no socket at %s: is %s running? If it is, name its socket with -socketPath", path, s.Program)
+		return fmt.Errorf("no socket at %s: is %s running? If it is, name its socket with -%s", path, s.Program, cmp.Or(s.Flag, "socketPath"))
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Errorf("nobody listens at %s: is %s running?", path, s.Program)
 	case errors.Is(err, os.ErrPermission):

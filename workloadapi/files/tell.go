@@ -163,7 +163,11 @@ func (t *teller) look(ctx context.Context, event string) error {
 	go func() { // end waits for it
 		defer close(ended)
 		err := cmd.Wait()
-		t.log.WithFields(logrus.Fields{"pid": cmd.Process.Pid, "program": t.cfg.Process[0]}).WithError(err).Info("process has ended")
+		log := t.log.WithFields(logrus.Fields{"pid": cmd.Process.Pid, "program": t.cfg.Process[0]})
+		if err != nil {
+			log = log.WithError(err)
+		}
+		log.Info("process has ended")
 	}()
 	return nil
 }

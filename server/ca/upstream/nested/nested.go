@@ -288,6 +288,20 @@ func (a *Authority) take(w *types.Bundle, fn func(upstream.Bundle)) error {
 	return nil
 }
 
+// calledAs names the SVID that this server has shown: the first one that it gets, where it gets several.
+func (a *Authority) calledAs() string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.source == nil {
+		return ""
+	}
+	svid, err := a.source.GetX509SVID()
+	if err != nil {
+		return ""
+	}
+	return " for " + svid.ID.String() + ", which it called as"
+}
+
 // explain says which server said no, and what is usually missing.
 func (a *Authority) explain(what string, err error) error {
 	if err == nil {
@@ -295,7 +309,7 @@ func (a *Authority) explain(what string, err error) error {
 	}
 	hint := ""
 	if status.Code(err) == codes.PermissionDenied {
-		hint = " (this server needs an entry there with -downstream)"
+		hint = " (this server needs an entry there with -downstream" + a.calledAs() + ")"
 	}
 	return fmt.Errorf("have the upstream server %s:%d %s%s: %w", a.cfg.ServerAddress, a.cfg.ServerPort, what, hint, err)
 }

@@ -256,7 +256,7 @@ func TestHostile(t *testing.T) {
 	t.Run("who has no entry is told what is missing", func(t *testing.T) {
 		s := newSPIRE(t, "/spire/server")
 		s.refuse = status.Error(codes.PermissionDenied, "caller is not a downstream workload")
-		if err := ask(t, s.authority(t)); err == nil || !strings.Contains(err.Error(), "needs an entry there with -downstream") {
+		if err := ask(t, s.authority(t)); err == nil || !strings.Contains(err.Error(), "needs an entry there with -downstream for spiffe://example.org/below, which it called as") {
 			t.Errorf("got %v", err)
 		}
 	})
