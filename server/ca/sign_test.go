@@ -202,13 +202,14 @@ func TestSign(t *testing.T) {
 		} {
 			p := good()
 			test.change(&p)
-			if _, err := c.SignWorkload(ctx, p); !errors.Is(err, test.err) {
+			// A rule of the profile would hold it back too, once it is signed.
+			if _, err := c.SignWorkload(ctx, p); !errors.Is(err, test.err) || errors.Is(err, ErrLint) {
 				t.Errorf("%s: got %v", name, err)
 			}
 			if name == "an agent's ID" || name == "no key" {
 				continue
 			}
-			if _, err := c.SignMint(ctx, MintParams{PublicKey: p.PublicKey, ID: p.ID, DNSNames: p.DNSNames, TTL: p.TTL}); !errors.Is(err, test.err) {
+			if _, err := c.SignMint(ctx, MintParams{PublicKey: p.PublicKey, ID: p.ID, DNSNames: p.DNSNames, TTL: p.TTL}); !errors.Is(err, test.err) || errors.Is(err, ErrLint) {
 				t.Errorf("minted with %s: got %v", name, err)
 			}
 		}
@@ -225,6 +226,23 @@ func TestSign(t *testing.T) {
 		cancel()
 		if _, err := c.SignWorkload(canceled, good()); !errors.Is(err, context.Canceled) {
 			t.Errorf("canceled: got %v", err)
+		}
+	})
+
+	t.Run("a life is no longer than its cap, whoever asked for it", func(t *testing.T) {
+		for _, test := range []struct{ ttl, most, want time.Duration }{
+			{0, 0, time.Hour}, {0, 10 * time.Minute, 10 * time.Minute}, {2 * time.Hour, 10 * time.Minute, 10 * time.Minute},
+			{5 * time.Minute, 10 * time.Minute, 5 * time.Minute}, {2 * time.Hour, 0, 2 * time.Hour},
+		} {
+			c, _ := open(t, Config{X509SVIDTTL: time.Hour, JWTSVIDTTL: time.Hour})
+			chain, err := c.SignWorkload(ctx, WorkloadParams{PublicKey: key.Public(), ID: workload, TTL: test.ttl, MaxTTL: test.most})
+			if err != nil || chain[0].NotAfter.Sub(epoch) != test.want {
+				t.Errorf("asked for %s of at most %s: until %s, %v", test.ttl, test.most, chain[0].NotAfter, err)
+			}
+			svid, err := c.SignJWT(ctx, JWTParams{ID: workload, Audience: []string{"a"}, TTL: test.ttl, MaxTTL: test.most})
+			if err != nil || svid.ExpiresAt.Sub(epoch) != test.want {
+				t.Errorf("a token asked for %s of at most %s: %v, %v", test.ttl, test.most, svid, err)
+			}
 		}
 	})
 
@@ -357,11 +375,13 @@ func TestParseCSR(t *testing.T) {
 		der []byte
 		err error
 	}{
-		"nothing":                    {nil, ErrCSR},
-		"no ASN.1":                   {[]byte("-----BEGIN CERTIFICATE REQUEST-----"), ErrCSR},
-		"half of it":                 {good[:len(good)/2], ErrCSR},
-		"more after it":              {append(bytes.Clone(good), 0), ErrCSR},
-		"64 KiB and a byte":          {make([]byte, MaxCSR+1), ErrCSR},
+		"nothing":       {nil, ErrCSR},
+		"no ASN.1":      {[]byte("-----BEGIN CERTIFICATE REQUEST-----"), ErrCSR},
+		"half of it":    {good[:len(good)/2], ErrCSR},
+		"more after it": {append(bytes.Clone(good), 0), ErrCSR},
+		"much else in it": {newCSR(t, key, func(c *x509.CertificateRequest) {
+			c.ExtraExtensions = []pkix.Extension{{Id: []int{1, 2, 3}, Value: make([]byte, MaxCSR)}}
+		}), ErrCSR},
 		"a broken signature":         {flip(-1), ErrCSR},
 		"another subject":            {flip(20), ErrCSR},
 		"RSA-1024":                   {newCSR(t, weak, nil), ErrKey},
