@@ -271,6 +271,58 @@ func TestHostileAbove(t *testing.T) {
 // hear is what following brings.
 func (c *CA) hear(b upstream.Bundle) { c.news.Store(&b) }
 
+// telling is an upstream authority that says what it is told to, and no more.
+type telling struct {
+	*above
+	says upstream.Bundle
+}
+
+func (a telling) Follow(_ context.Context, fn func(upstream.Bundle)) error {
+	fn(a.says)
+	return upstream.ErrNoBundle
+}
+
+func TestWhatIsHeardFromAboveIsChecked(t *testing.T) {
+	a := newUpper(t)
+	c, _, _ := nested(t, a)
+	good := identity.X509Authority{Certificate: a.root}
+	expired := identity.X509Authority{Certificate: upstreamtest.Issue(t, "old", a.rootKey.Public(), 0, nil, a.rootKey, func(c *x509.Certificate) {
+		c.NotBefore, c.NotAfter = time.Now().Add(-200*24*time.Hour), time.Now().Add(-100*24*time.Hour)
+	})}
+	for name, says := range map[string]upstream.Bundle{
+		"nothing":               {},
+		"a root that is none":   {X509: []identity.X509Authority{good, {}}},
+		"a root that has ended": {X509: []identity.X509Authority{expired}},
+		"a key without an ID":   {X509: []identity.X509Authority{good}, JWT: []identity.JWTAuthority{{Key: newKey(t).Public()}}},
+	} {
+		c.cfg.Upstream = telling{a, says}
+		if c.followAbove(t.Context()); c.news.Load() != nil {
+			t.Errorf("%s is taken over", name)
+		}
+	}
+	c.cfg.Upstream = telling{a, upstream.Bundle{X509: []identity.X509Authority{expired, good}}}
+	if c.followAbove(t.Context()); c.news.Load() == nil || len(c.news.Load().X509) != 1 {
+		t.Errorf("heard %+v", c.news.Load())
+	}
+}
+
+func TestAChainThatIsBrokenIsNotLoaded(t *testing.T) {
+	a := newUpper(t)
+	c, _, _ := nested(t, a)
+	active := c.x509.Load()
+	other, _ := upstreamtest.Root(t, "root", time.Hour)
+	for name, link := range map[string]struct {
+		der []byte
+		ok  bool
+	}{"who signed it": {a.root.Raw, true}, "another of its name": {other.Raw, false}, "no certificate": {[]byte{1}, false}} {
+		line := active.line
+		line.Chain = [][]byte{link.der}
+		if _, err := decode(line, active.signer, testTD); (err == nil) != link.ok || err != nil && !errors.Is(err, ErrJournal) {
+			t.Errorf("a chain of %s: %v", name, err)
+		}
+	}
+}
+
 func TestTaintAbove(t *testing.T) {
 	setup := func(t *testing.T) (*CA, *memStore, *clock, *above, string) {
 		a := newUpper(t)

@@ -37,9 +37,11 @@ func TestQuote(t *testing.T) {
 		says   string // empty: it is believed
 		change func(a *tpm2.TPMSAttest, r *tpm.Response)
 		raw    func([]byte) []byte // a last touch before it is signed
+		late   func([]byte) []byte // and one after
 	}{
-		"it is good":     {},
-		"no TPM made it": {says: "no quote", raw: func(b []byte) []byte { b[0] ^= 1; return b }},
+		"it is good":                         {},
+		"it was changed after it was signed": {says: "signature is wrong", late: func(b []byte) []byte { b[len(b)-1] ^= 1; return b }},
+		"no TPM made it":                     {says: "no quote", raw: func(b []byte) []byte { b[0] ^= 1; return b }},
 		"it certifies a key": {says: "no quote", change: func(a *tpm2.TPMSAttest, _ *tpm.Response) {
 			a.Type, a.Attested = tpm2.TPMSTAttestCertify, tpm2.NewTPMUAttest(tpm2.TPMSTAttestCertify, &tpm2.TPMSCertifyInfo{})
 		}},
@@ -93,6 +95,9 @@ func TestQuote(t *testing.T) {
 			r.Signature = tpm2.Marshal(tpm2.TPMTSignature{SigAlg: tpm2.TPMAlgECDSA, Signature: tpm2.NewTPMUSignature(tpm2.TPMAlgECDSA, &tpm2.TPMSSignatureECC{
 				Hash: tpm2.TPMAlgSHA256, SignatureR: tpm2.TPM2BECCParameter{Buffer: x.Bytes()}, SignatureS: tpm2.TPM2BECCParameter{Buffer: y.Bytes()},
 			})})
+			if c.late != nil {
+				r.Quote = c.late(r.Quote)
+			}
 			err = j.checkQuote(r, nonce, ak.Public(), own)
 			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
 				t.Errorf("error is %v, want %q", err, c.says)
