@@ -40,6 +40,7 @@ type world struct {
 	*kube.Cluster
 	dyn       dynamic.Interface
 	bin       string
+	pod       string // the program that pods run
 	appImage  string // digest of the configuration of the image that pods run
 	socket    string // the server's, for its commands
 	installed time.Duration
@@ -69,6 +70,7 @@ func start(t *testing.T) *world {
 	w.dyn, err = dynamic.NewForConfig(c.Config)
 	must(t, err)
 	pod := filepath.Join(t.TempDir(), "pod")
+	w.pod = pod
 	build := exec.CommandContext(ctx, "go", "build", "-o", pod, "../lab/kube/pod")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {

@@ -131,6 +131,7 @@ func TestKubernetes(t *testing.T) {
 			return errors.New("it is there")
 		})
 	})
+	t.Run("the overlay high-security in its place, enforced", func(t *testing.T) { w.severe(t, r) })
 }
 
 // gone deletes a pod and waits until it is.
