@@ -266,6 +266,8 @@ func (c *Client) ask(ctx context.Context, method, path, token string, in any, ou
 		return fmt.Errorf("vault's answer is over %d bytes long", maxAnswer)
 	case resp.StatusCode/100 != 2:
 		return refused(resp.StatusCode, text)
+	case len(text) == 0 && resp.StatusCode != http.StatusNoContent && out.Data != nil:
+		return errors.New("vault's answer is empty") // which is no list without keys
 	case len(text) == 0:
 		return nil
 	}
