@@ -204,6 +204,17 @@ func TestProof(t *testing.T) {
 	t.Run("another instance of the account cannot answer", func(t *testing.T) {
 		refuse(t, proving(c), byOther, "another instance")
 	})
+	t.Run("another account's role of that name cannot, in a session that is called as the instance", func(t *testing.T) {
+		impostor := newCloud(t)
+		key := instanceKey(instance, "web")
+		key.ID, key.Account, key.ARN = "ASIAIMPOSTOR", "210987654321", "arn:aws:sts::210987654321:assumed-role/web/"+instance
+		impostor.GiveRole("web", key)
+		_, by := openNode(t, impostor, "example.org")
+		c.Lock()
+		c.Keys[key.ID] = key
+		c.Unlock()
+		refuse(t, proving(c), by, "another instance")
+	})
 	t.Run("a role that is not configured does not count", func(t *testing.T) {
 		refuse(t, strings.Replace(proving(c), `["web"]`, `["db"]`, 1), answer, "instance_roles")
 	})

@@ -131,6 +131,17 @@ func TestForgeries(t *testing.T) {
 		_, by := evidence(t, other, arn, "example.org")
 		refuse(t, proving(c), payload, by, "another task")
 	})
+	t.Run("another account's role of that name cannot, in a session that is called as the task", func(t *testing.T) {
+		impostor := newCloud(t)
+		key := roleKey(taskID, "shop-task")
+		key.ID, key.Account, key.ARN = "ASIAIMPOSTOR", "210987654321", "arn:aws:sts::210987654321:assumed-role/shop-task/"+taskID
+		impostor.AddTask(theTask(), key)
+		c.Lock()
+		c.Keys[key.ID] = key
+		c.Unlock()
+		_, by := evidence(t, impostor, arn, "example.org")
+		refuse(t, proving(c), payload, by, "another task")
+	})
 	t.Run("a role that is not configured does not count", func(t *testing.T) {
 		refuse(t, strings.Replace(proving(c), "shop-task", "db-task", 1), payload, answer, "task_roles")
 	})
