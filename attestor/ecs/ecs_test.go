@@ -142,6 +142,27 @@ func TestForgeries(t *testing.T) {
 		_, by := evidence(t, impostor, arn, "example.org")
 		refuse(t, proving(c), payload, by, "another task")
 	})
+	t.Run("an account that is not accepted does not count, however well it proves itself", func(t *testing.T) {
+		const theirs = "210987654321"
+		elsewhere := newCloud(t)
+		key := roleKey(taskID, "shop-task")
+		key.ID, key.Account, key.ARN = "ASIATHEIRS", theirs, "arn:aws:sts::"+theirs+":assumed-role/shop-task/"+taskID
+		elsewhere.AddTask(theTask(), key)
+		c.Lock()
+		c.Keys[key.ID] = key
+		c.Unlock()
+		_, by := evidence(t, elsewhere, arn, "example.org")
+		claim := []byte(strings.Replace(string(payload), account, theirs, 1))
+		refuse(t, proving(c), claim, by, "account that is not accepted")
+		proof, err := openJudge(t, strings.Replace(proving(c), account, theirs, 1)).Judge(t.Context(), claim, by)
+		if err != nil || proof.Path != "ecs/"+theirs+"/"+taskID {
+			t.Errorf("where it is accepted: %+v, %v", proof, err)
+		}
+	})
+	t.Run("an ARN of the old form names no cluster to look the task up in", func(t *testing.T) {
+		claim := []byte(strings.Replace(string(payload), "task/prod/", "task/", 1))
+		refuse(t, proving(c)+looking(c), claim, answer, "ARN of the old form")
+	})
 	t.Run("a role that is not configured does not count", func(t *testing.T) {
 		refuse(t, strings.Replace(proving(c), "shop-task", "db-task", 1), payload, answer, "task_roles")
 	})
@@ -208,6 +229,42 @@ func TestForgeries(t *testing.T) {
 			}
 		}
 	})
+}
+
+func TestParseTask(t *testing.T) {
+	const uuid = "0f9de17a-6465-404e-8b1b-2356dc13c2f8"
+	of := func(text string) string { return strings.NewReplacer("ACCOUNT", account, "ID", taskID).Replace(text) }
+	for text, want := range map[string]ecs.Task{
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/prod/ID":            {Region: "us-east-1", Account: account, Cluster: "prod", ID: taskID},
+		"arn:aws-cn:ecs:cn-north-1:ACCOUNT:task/prod/ID":        {Region: "cn-north-1", Account: account, Cluster: "prod", ID: taskID},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/" + uuid:            {Region: "us-east-1", Account: account, ID: uuid},
+		"arn:aws-fake:ecs:us-east-1:ACCOUNT:task/prod/ID":       {},
+		"arn:aws:ec2:us-east-1:ACCOUNT:task/prod/ID":            {},
+		"urn:aws:ecs:us-east-1:ACCOUNT:task/prod/ID":            {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task-definition/prod/ID": {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:service/ID":              {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/prod/more/ID":       {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/prod/../ID":         {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/prod/IDx":           {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/prod/..":            {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/prod/":              {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task//ID":                {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/a.b/ID":             {},
+		"arn:aws:ecs:us-east-1:ACCOUNT1:task/prod/ID":           {},
+		"arn:aws:ecs:us-east-1::task/prod/ID":                   {},
+		"arn:aws:ecs:us-east-1.evil.test:ACCOUNT:task/prod/ID":  {},
+		"arn:aws:ecs::ACCOUNT:task/prod/ID":                     {},
+		"arn:aws:ecs:us-east-1:ACCOUNT:task/prod/ID:more":       {},
+		"": {},
+	} {
+		text = of(text)
+		if want.ID != "" {
+			want.ARN = text
+		}
+		if got, err := ecs.ParseTask(text); got != want || (err == nil) != (want.ID != "") {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+	}
 }
 
 func TestNode(t *testing.T) {
@@ -328,20 +385,6 @@ func TestConfig(t *testing.T) {
 	}
 	if _, err := server.Kind().Open(&good, attestor.Needs{}); err != nil {
 		t.Error(err)
-	}
-}
-
-func TestParseTask(t *testing.T) {
-	for arn, want := range map[string]ecs.Task{
-		arn: {ARN: arn, Region: "us-east-1", Account: account, Cluster: "prod", ID: taskID},
-		"arn:aws-cn:ecs:cn-north-1:123456789012:task/158d1c80-83dd-49d6-b527-399fd6414f5c": {
-			ARN: "arn:aws-cn:ecs:cn-north-1:123456789012:task/158d1c80-83dd-49d6-b527-399fd6414f5c", Region: "cn-north-1", Account: account,
-			ID: "158d1c80-83dd-49d6-b527-399fd6414f5c",
-		},
-	} {
-		if got, err := ecs.ParseTask(arn); err != nil || got != want {
-			t.Errorf("%s: %+v, %v", arn, got, err)
-		}
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -22,8 +23,14 @@ import (
 type table map[string]string
 
 func (m table) mounted(target string) (bool, error) { _, ok := m[target]; return ok, nil }
-func (m table) mount(source, target string) error   { m[target] = source; return nil }
 func (m table) unmount(target string) error         { delete(m, target); return nil }
+func (m table) mount(source, target string) error {
+	if _, mounted := m[target]; mounted {
+		return errors.New("mounted over what is mounted")
+	}
+	m[target] = source
+	return nil
+}
 
 func newDriver(t *testing.T) (*driver, table, string) {
 	t.Helper()
@@ -76,23 +83,33 @@ func TestPublish(t *testing.T) {
 func TestRefused(t *testing.T) {
 	d, mounts, target := newDriver(t)
 	outside := t.TempDir()
-	link := filepath.Join(d.kubeletDir, "pods", "link")
-	if err := os.Symlink(outside, link); err != nil {
+	link, inward, beside := filepath.Join(d.kubeletDir, "pods", "link"), filepath.Join(outside, "pods"), filepath.Join(d.kubeletDir, "pods-too")
+	for from, to := range map[string]string{link: outside, inward: filepath.Join(d.kubeletDir, "pods"), beside: filepath.Join(d.kubeletDir, "pods")} {
+		if err := os.Symlink(to, from); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(d.kubeletDir, "pods", "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	for why, spoil := range map[string]func(*csi.NodePublishVolumeRequest){
-		"no volume ID":                func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" },
-		"no target":                   func(r *csi.NodePublishVolumeRequest) { r.TargetPath = "" },
-		"a target outside":            func(r *csi.NodePublishVolumeRequest) { r.TargetPath = "/etc/x" },
-		"a target that climbs out":    func(r *csi.NodePublishVolumeRequest) { r.TargetPath = d.kubeletDir + "/pods/../../x" },
-		"a target through a link":     func(r *csi.NodePublishVolumeRequest) { r.TargetPath = link + "/x" },
-		"a relative target":           func(r *csi.NodePublishVolumeRequest) { r.TargetPath = "pods/x" },
-		"no capability":               func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil },
-		"a block device":              func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} },
-		"a file system":               func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().FsType = "ext4" },
-		"mount options":               func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().MountFlags = []string{"suid"} },
-		"a volume that is persistent": func(r *csi.NodePublishVolumeRequest) { r.VolumeContext = nil },
-		"a volume to write to":        func(r *csi.NodePublishVolumeRequest) { r.Readonly = false },
+		"no volume ID":                   func(r *csi.NodePublishVolumeRequest) { r.VolumeId = "" },
+		"no target":                      func(r *csi.NodePublishVolumeRequest) { r.TargetPath = "" },
+		"a target outside":               func(r *csi.NodePublishVolumeRequest) { r.TargetPath = "/etc/x" },
+		"a target that climbs out":       func(r *csi.NodePublishVolumeRequest) { r.TargetPath = d.kubeletDir + "/pods/../../x" },
+		"a target through a link":        func(r *csi.NodePublishVolumeRequest) { r.TargetPath = link + "/x" },
+		"a target outside that leads in": func(r *csi.NodePublishVolumeRequest) { r.TargetPath = inward + "/x" },
+		"a target beside that leads in":  func(r *csi.NodePublishVolumeRequest) { r.TargetPath = beside + "/x" },
+		"a target that is not plain":     func(r *csi.NodePublishVolumeRequest) { r.TargetPath = filepath.Dir(target) + "/./mount" },
+		"a target below a file":          func(r *csi.NodePublishVolumeRequest) { r.TargetPath = file + "/x/y" },
+		"a relative target":              func(r *csi.NodePublishVolumeRequest) { r.TargetPath = "pods/x" },
+		"no capability":                  func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability = nil },
+		"a block device":                 func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.AccessType = &csi.VolumeCapability_Block{} },
+		"a file system":                  func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().FsType = "ext4" },
+		"mount options":                  func(r *csi.NodePublishVolumeRequest) { r.VolumeCapability.GetMount().MountFlags = []string{"suid"} },
+		"a volume that is persistent":    func(r *csi.NodePublishVolumeRequest) { r.VolumeContext = nil },
+		"a volume to write to":           func(r *csi.NodePublishVolumeRequest) { r.Readonly = false },
 	} {
 		t.Run(why, func(t *testing.T) {
 			r := request(target)
@@ -110,6 +127,20 @@ func TestRefused(t *testing.T) {
 		_, err := d.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: "csi-1", TargetPath: "/etc"})
 		if status.Code(err) != codes.InvalidArgument || len(mounts) != 1 {
 			t.Errorf("error is %v, mounts %v", err, mounts)
+		}
+	})
+	t.Run("what is in a target is not removed with it", func(t *testing.T) {
+		delete(mounts, "/etc")
+		inside := filepath.Join(target, "x")
+		if err := os.Mkdir(target, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(inside, []byte("mine"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := d.NodeUnpublishVolume(t.Context(), &csi.NodeUnpublishVolumeRequest{VolumeId: "csi-1", TargetPath: target})
+		if _, there := os.Stat(inside); status.Code(err) != codes.Internal || there != nil {
+			t.Errorf("error is %v, the file's state is %v", err, there)
 		}
 	})
 	t.Run("an agent that is not there is waited for", func(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -440,6 +441,46 @@ func TestHostileDirectory(t *testing.T) {
 			}
 		})
 	}
+	t.Run("a file that is right but for its mode or its owner is written anew", func(t *testing.T) {
+		w := newWorld(t)
+		w.everything()
+		dir := t.TempDir()
+		owner, group := os.Getuid(), os.Getgid()
+		if owner == 0 {
+			owner, group = 1234, 4321 // numbers of nobody
+		}
+		cfg := Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", Owner: &owner, Group: &group}
+		key := filepath.Join(dir, "key.pem")
+		for what, spoil := range map[string]func() error{
+			"nothing":   func() error { return nil },
+			"its mode":  func() error { return os.Chmod(key, 0o644) },
+			"its owner": func() error { return os.Chown(key, os.Getuid(), -1) },
+			"its group": func() error { return os.Chown(key, -1, os.Getgid()) },
+			"a byte": func() error {
+				text, err := os.ReadFile(key)
+				if err != nil {
+					return err
+				}
+				text[len(text)/2] ^= 1
+				return os.WriteFile(key, text, 0o600)
+			},
+		} {
+			must(t, New(w, cfg).Once(context.Background()))
+			before, err := os.ReadFile(key)
+			must(t, err)
+			must(t, spoil())
+			must(t, New(w, cfg).Once(context.Background()))
+			info, err := os.Stat(key)
+			must(t, err)
+			is := info.Sys().(*syscall.Stat_t)
+			if int(is.Uid) != owner || int(is.Gid) != group || info.Mode() != 0o600 {
+				t.Errorf("%s was wrong: it is %d:%d's with mode %o", what, is.Uid, is.Gid, info.Mode())
+			}
+			if after, err := os.ReadFile(key); err != nil || string(after) != string(before) {
+				t.Errorf("%s was wrong: the key is another: %v", what, err)
+			}
+		}
+	})
 	t.Run("a directory in place of a file is an error that health tells of", func(t *testing.T) {
 		w := newWorld(t)
 		w.everything()

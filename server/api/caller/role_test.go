@@ -83,3 +83,20 @@ func TestRolesOfSVIDsAndTokens(t *testing.T) {
 		t.Error("all verbs are also none")
 	}
 }
+
+// adminsAll has an entry for each ID that makes an administrator and a downstream server of who has it.
+type adminsAll struct{ View }
+
+func (adminsAll) EntriesBySPIFFEID(id spiffeid.ID) []*identity.Entry {
+	return []*identity.Entry{{SPIFFEID: id, Admin: true, Downstream: true}}
+}
+
+func TestEntriesGiveRightsToOwnIDsOnly(t *testing.T) {
+	a := New(adminsAll{}, nil, nil, Config{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Now: time.Now, Log: logrus.New()})
+	for id, want := range map[string]Kind{"spiffe://example.org/boss": Admin, "spiffe://other.test/boss": 0} {
+		who := &Caller{ID: spiffeid.RequireFromString(id), Cert: &x509.Certificate{NotAfter: time.Now().Add(time.Hour)}}
+		if got, _ := a.allow(t.Context(), who, "/spire.api.server.entry.v1.Entry/BatchCreateEntry", true); got != want {
+			t.Errorf("%s is let in as %v, want %v", id, got, want)
+		}
+	}
+}
