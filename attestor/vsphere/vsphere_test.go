@@ -297,6 +297,19 @@ func TestForgeries(t *testing.T) {
 		}, "2 virtual machines")
 		refuse(t, all, answer, "2 virtual machines") // and ever after
 	})
+	t.Run("another machine that is given the UUID alone while the nonce is out", func(t *testing.T) {
+		before := c.read(other).Config.Uuid
+		defer func() {
+			c.reconfigure(other, types.VirtualMachineConfigSpec{Uuid: before})
+			c.reconfigure(vm, types.VirtualMachineConfigSpec{Uuid: uuid})
+		}()
+		refuse(t, all, func(ctx context.Context, challenge []byte) ([]byte, error) {
+			said, err := answer(ctx, challenge)
+			c.reconfigure(vm, types.VirtualMachineConfigSpec{Uuid: "421a9e3f-5c00-1122-3344-5566778899aa"})
+			c.reconfigure(other, types.VirtualMachineConfigSpec{Uuid: uuid})
+			return said, err
+		}, "another virtual machine has the UUID by now")
+	})
 	t.Run("a session that vCenter has ended is begun anew", func(t *testing.T) {
 		if _, err := all.Judge(t.Context(), payload, answer); err != nil {
 			t.Fatal(err)

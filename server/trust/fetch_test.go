@@ -230,6 +230,30 @@ func TestHostileEndpoint(t *testing.T) {
 	})
 }
 
+func TestAFederationOfOtherRulesIsNotAsked(t *testing.T) {
+	s := newStage(t)
+	s.federate(t)
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		t.Error("the endpoint is asked")
+		_, _ = w.Write(written(t, bundle(other, 7, s.ca)))
+	}))
+	defer plain.Close()
+	server := spiffeid.RequireFromString("spiffe://other.test/spire/server")
+	for name, f := range map[string]records.Federation{
+		"without TLS":          {URL: plain.URL},
+		"with a password":      {URL: strings.Replace(s.url, "https://", "https://me:secret@", 1), EndpointID: server},
+		"with an ID of no one": {URL: s.url, EndpointID: other.ID()},
+	} {
+		f.TrustDomain = other
+		if _, err := s.get(t.Context(), &f); !errors.Is(err, ErrRefused) {
+			t.Errorf("an endpoint %s: %v", name, err)
+		}
+	}
+	if text, err := s.get(t.Context(), &records.Federation{TrustDomain: other, URL: s.url, EndpointID: server}); err != nil || len(text) == 0 {
+		t.Errorf("one by the rules: %v", err)
+	}
+}
+
 func TestSlowEndpoint(t *testing.T) {
 	s := newStage(t, func(c *Config) { c.Timeout = 200 * time.Millisecond })
 	s.federate(t)
