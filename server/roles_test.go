@@ -2,9 +2,12 @@ package server
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -116,6 +119,12 @@ func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
 	}
 	t.Run("an entry that is in the way is not shown if it is another's", func(t *testing.T) {
 		if e := create(t, shopEntry("x", func(e *types.Entry) { e.Id = bank.GetId() }), codes.AlreadyExists); e != nil {
+			t.Errorf("it is: %v", e)
+		}
+	})
+	t.Run("nor is one that is alike, and more than the role may give", func(t *testing.T) {
+		w.create(shopEntry("boss", func(e *types.Entry) { e.Admin = true }))
+		if e := create(t, shopEntry("boss", nil), codes.AlreadyExists); e != nil {
 			t.Errorf("it is: %v", e)
 		}
 	})
@@ -276,6 +285,42 @@ func TestEveryWayToMintIsBoundByTheRolesPaths(t *testing.T) {
 			}
 			err := conn.Invoke(w.context(), name, way("/bank"), &emptypb.Empty{})
 			refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+		})
+	}
+}
+
+func TestNamesInMintedCertificatesAreTheRolesToGive(t *testing.T) {
+	bankRole := &caller.Role{Name: "bank", Verbs: []string{"svid:mint", "entry:write"}, Paths: []string{"/bank"}, DNSNames: []string{"*.bank.test"}}
+	w := start(t, func(c *Config) { c.Roles = &grants{svid: []*caller.Role{shopRole, bankRole}} })
+	conn := w.minted("/team/both")
+	key := newKey(t)
+	for name, c := range map[string]struct {
+		path, common string
+		names        []string
+		within       bool
+	}{
+		"no name":                                   {path: "/shop/a", within: true},
+		"a name of the role's":                      {path: "/shop/a", names: []string{"a.shop.test"}, within: true},
+		"a name that is nobody's":                   {path: "/shop/a", names: []string{"a.shop.test", "evil.test"}},
+		"a common name of the role's":               {path: "/shop/a", common: "a.shop.test", within: true},
+		"a common name that is nobody's":            {path: "/shop/a", common: "evil.test"},
+		"a path of one role, a name of the other":   {path: "/shop/a", names: []string{"a.bank.test"}},
+		"a path of one, a common name of the other": {path: "/bank/a", common: "a.shop.test"},
+	} {
+		t.Run("a certificate with "+name, func(t *testing.T) {
+			der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+				Subject: pkix.Name{CommonName: c.common}, DNSNames: c.names, URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: c.path}},
+			}, key)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, err = svidv1.NewSVIDClient(conn).MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: der})
+			if c.within && err != nil {
+				t.Error(err)
+			}
+			if !c.within {
+				refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+			}
 		})
 	}
 }

@@ -2,6 +2,9 @@ package trust
 
 import (
 	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"errors"
 	"fmt"
@@ -10,6 +13,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +22,7 @@ import (
 
 	"github.com/assay-id/assay/server/audit"
 	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/workloadapi/identity"
 )
 
@@ -251,6 +256,97 @@ func TestAFederationOfOtherRulesIsNotAsked(t *testing.T) {
 	}
 	if text, err := s.get(t.Context(), &records.Federation{TrustDomain: other, URL: s.url, EndpointID: server}); err != nil || len(text) == 0 {
 		t.Errorf("one by the rules: %v", err)
+	}
+}
+
+// overtaken is a store into which somebody else puts a later bundle, just before one is written.
+type overtaken struct {
+	Store
+	origin uint64
+}
+
+func (o overtaken) UpdateBundle(_ context.Context, td spiffeid.TrustDomain, change func(*identity.Bundle) error) (*identity.Bundle, kv.Rev, error) {
+	b := &identity.Bundle{TrustDomain: td, Origin: o.origin}
+	return b, 1, change(b)
+}
+
+func TestABundleThatWasOvertakenIsRefused(t *testing.T) {
+	s := newStage(t)
+	s.federate(t)
+	for origin, refused := range map[uint64]bool{6: false, 7: false, 8: true} {
+		f := New(overtaken{s.rec, origin}, s.lines, Config{})
+		if _, _, err := f.Refresh(t.Context(), other); errors.Is(err, ErrRefused) != refused || err != nil && !refused {
+			t.Errorf("number 7 in place of %d: %v", origin, err)
+		}
+	}
+}
+
+func TestEachAuthorityOfADocumentIsLookedAt(t *testing.T) {
+	ca := newAuthority(t, other)
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := identity.JWTAuthority{KeyID: "a", Key: ca.cert.PublicKey}
+	with := func(change func(*identity.Bundle)) []byte {
+		b := bundle(other, 7, ca)
+		b.JWT, b.WIT = []identity.JWTAuthority{good}, []identity.JWTAuthority{good}
+		change(b)
+		return written(t, b)
+	}
+	b, err := parse(other, with(func(*identity.Bundle) {}))
+	if err != nil || len(b.X509) != 1 || len(b.JWT) != 1 || len(b.WIT) != 1 {
+		t.Fatalf("%+v, %v", b, err)
+	}
+	long := strings.Repeat("k", identity.MaxKeyID+1)
+	unknown := strings.Repeat(`{"use":"later","kty":"EC"},`, 2*identity.MaxAuthorities)
+	for name, c := range map[string]struct {
+		text []byte
+		says string
+	}{
+		"a weak JWT key":                {with(func(b *identity.Bundle) { b.JWT[0].Key = weak.Public() }), "JWT authority"},
+		"a weak WIT key":                {with(func(b *identity.Bundle) { b.WIT[0].Key = weak.Public() }), "WIT authority"},
+		"a JWT key with a long ID":      {with(func(b *identity.Bundle) { b.JWT[0].KeyID = long }), "key ID of"},
+		"a WIT key with a long ID":      {with(func(b *identity.Bundle) { b.WIT[0].KeyID = long }), "key ID of"},
+		"no end of keys for later uses": {[]byte(strings.Replace(string(written(t, bundle(other, 7, ca))), `"keys":[`, `"keys":[`+unknown, 1)), "the limit is"},
+	} {
+		if _, err := parse(other, c.text); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: error is %v, want %q", name, err, c.says)
+		}
+	}
+}
+
+func TestABundleIsTheSameOnlyWithTheSameKeys(t *testing.T) {
+	one, two := newAuthority(t, other), newAuthority(t, other)
+	key := func(id string, of *authority) identity.JWTAuthority {
+		return identity.JWTAuthority{KeyID: id, Key: of.cert.PublicKey}
+	}
+	whole := func() *identity.Bundle {
+		return &identity.Bundle{
+			TrustDomain: other, RefreshHint: time.Minute, X509: []identity.X509Authority{{Certificate: one.cert}, {Certificate: two.cert}},
+			JWT: []identity.JWTAuthority{key("a", one), key("b", two)}, WIT: []identity.JWTAuthority{key("c", one)},
+		}
+	}
+	for name, change := range map[string]func(*identity.Bundle){
+		"another certificate":            func(b *identity.Bundle) { b.X509[1].Certificate = newAuthority(t, other).cert },
+		"a certificate less":             func(b *identity.Bundle) { b.X509 = b.X509[:1] },
+		"another key of the same ID":     func(b *identity.Bundle) { b.JWT[0].Key = two.cert.PublicKey },
+		"the same key of another ID":     func(b *identity.Bundle) { b.JWT[0].KeyID = "x" },
+		"a key less":                     func(b *identity.Bundle) { b.JWT = b.JWT[:1] },
+		"another WIT key of the same ID": func(b *identity.Bundle) { b.WIT[0].Key = two.cert.PublicKey },
+		"no WIT key":                     func(b *identity.Bundle) { b.WIT = nil },
+		"another hint":                   func(b *identity.Bundle) { b.RefreshHint = time.Hour },
+	} {
+		b := whole()
+		if change(b); same(whole(), b) || same(b, whole()) {
+			t.Errorf("a bundle with %s is the same", name)
+		}
+	}
+	b := whole()
+	slices.Reverse(b.X509)
+	slices.Reverse(b.JWT)
+	if !same(whole(), b) {
+		t.Error("the same in another order is another")
 	}
 }
 

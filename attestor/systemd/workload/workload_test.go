@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -107,6 +108,9 @@ func TestCgroups(t *testing.T) {
 		{"an escaped name", "0::/system.slice/_cpu.service\n", "cpu.service"},
 		{"a path from outside of the agent's own view", "0::/../../system.slice/nginx.service\n", ""},
 		{"a cgroup that was removed", "0::/system.slice/nginx.service (deleted)\n", ""},
+		{"a cgroup below a unit that was removed", "0::/system.slice/nginx.service/x (deleted)\n", ""},
+		{"a path that does not begin at the root", "0::./system.slice/nginx.service\n", ""},
+		{"a path without its beginning", "0::xsystem.slice/nginx.service\n", ""},
 		{"a name that systemd never gives", "0::/system.slice/ng inx.service\n", ""},
 		{"a name without its first part", "0::/system.slice/.service\n", ""},
 		{"a kind that has no processes", "0::/system.slice/a.timer\n", ""},
@@ -191,12 +195,32 @@ func TestDoubt(t *testing.T) {
 			}
 		}
 	})
+	t.Run("a process without a number is no unit's main one, as a unit without one has none", func(t *testing.T) {
+		main := attestor.Selector{Type: systemd.Type, Value: "exec_main:true"}
+		for pid, want := range map[int]bool{0: false, 7: true, 8: false} {
+			if got := attestor.NewSet(describe(place{unit: "a.service"}, unit{mainPID: uint32(min(pid, 7))}, pid)...).Has(main); got != want {
+				t.Errorf("process %d is the main one: %t", pid, got)
+			}
+		}
+	})
+	t.Run("what would be two selectors in a log is none", func(t *testing.T) {
+		found := describe(place{unit: "a.service"}, unit{id: "a.service", fragment: "/a\nsystemd:user:root", user: "www\x00root", stale: true}, 1)
+		for _, s := range found {
+			if strings.ContainsAny(s.Value, "\n\x00") {
+				t.Errorf("there is %q", s)
+			}
+		}
+	})
 	t.Run("what is no unit file has no sum", func(t *testing.T) {
 		big := filepath.Join(t.TempDir(), "big")
 		if err := os.WriteFile(big, make([]byte, maxFragment+1), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		for _, path := range []string{"", "/nonexistent", "/dev/zero", "/", big} {
+		pipe := filepath.Join(t.TempDir(), "pipe")
+		if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, path := range []string{"", "/nonexistent", "/dev/zero", "/dev/null", "/", big, pipe} {
 			if got := sum(path); got != "" {
 				t.Errorf("%q has the sum %s", path, got)
 			}
