@@ -29,8 +29,8 @@ type Line struct {
 	// itself, plugin_start and plugin_end, has About instead of a caller.
 	Event string `json:"event"`
 	About string `json:"about,omitempty"`
-	// By is the SPIFFE ID of a broker, which is known by its certificate and not by PID, UID and GID: its events
-	// begin with broker_.
+	// By is the SPIFFE ID of who acts for another: a broker, which is known by its certificate and not by PID, UID and
+	// GID, and whose events begin with broker_, or a delegate.
 	By string `json:"by,omitempty"`
 	// PID, UID and GID are the caller's.
 	PID int    `json:"pid"`
@@ -123,7 +123,7 @@ func (s *Server) audit(event string, c *caller, facts *attested, a *answer, audi
 		l.Facts, l.Types, l.Selectors = facts.digest, facts.types, facts.shown
 	}
 	if a != nil {
-		l.Rev, l.ForPID, l.ForFacts = a.rev, a.forPID, a.forFacts
+		l.By, l.Rev, l.ForPID, l.ForFacts = a.by, a.rev, a.forPID, a.forFacts
 		if err == nil {
 			l.SPIFFEIDs, l.EntryIDs = a.ids, a.entries
 		}

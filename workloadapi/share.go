@@ -51,7 +51,8 @@ type answer struct {
 	ids     []string // SPIFFE IDs handed out
 	entries []string // their entries
 	rev     uint64
-	// forPID and forFacts say, in the audit line, for whom it was handed out.
+	// by, forPID and forFacts say, in the audit line, to whom it was handed out for another, and for whom.
+	by       string
 	forPID   int
 	forFacts string
 	changed  <-chan struct{} // closed when there may be another answer

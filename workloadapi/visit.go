@@ -81,6 +81,8 @@ type Handed struct {
 	SPIFFEIDs, EntryIDs []string
 	// Audience is a JWT-SVID's.
 	Audience []string
+	// By is the SPIFFE ID that the process acts for others with, if it does.
+	By string
 	// ForPID and ForFacts say for whom the process acts, if it does.
 	ForPID   int
 	ForFacts attestor.Set
@@ -90,7 +92,7 @@ type Handed struct {
 
 // Audit writes the line of what was handed to the process, or of the error that stands in its place.
 func (f *Followed) Audit(event string, h Handed, err error) {
-	a := &answer{ids: h.SPIFFEIDs, entries: h.EntryIDs, rev: h.Rev, forPID: h.ForPID}
+	a := &answer{ids: h.SPIFFEIDs, entries: h.EntryIDs, rev: h.Rev, by: h.By, forPID: h.ForPID}
 	if h.ForFacts.Len() > 0 {
 		a.forFacts = digest(h.ForFacts.Key())
 	}

@@ -210,7 +210,7 @@ func TestX509(t *testing.T) {
 		if got := wantPaths(t, st, "/app").GetFederatesWith(); !slices.Equal(got, []string{"spiffe://other.test"}) {
 			t.Errorf("federates with %v", got)
 		}
-		if l := s.last(); l.Event != "delegated_x509_svid" || l.PID != os.Getpid() || l.ForPID != app.Process.Pid || strings.Join(l.SPIFFEIDs, "") != "spiffe://example.org/app" || l.Outcome != "allow" {
+		if l := s.last(); l.Event != "delegated_x509_svid" || l.PID != os.Getpid() || l.By != proxyID.String() || l.ForPID != app.Process.Pid || strings.Join(l.SPIFFEIDs, "") != "spiffe://example.org/app" || l.Outcome != "allow" {
 			t.Errorf("audit line is %+v", l)
 		}
 		s.src.Rotate()
@@ -294,7 +294,7 @@ func TestWhoIsNoDelegate(t *testing.T) {
 	for name, call := range calls {
 		t.Run(name+" are not for whoever has another identity", func(t *testing.T) {
 			wantStatus(t, call(), codes.PermissionDenied, "caller not configured as an authorized delegate")
-			if l := s.last(); l.Outcome != "deny" || l.Reason != "caller not configured as an authorized delegate" {
+			if l := s.last(); l.Outcome != "deny" || l.By != "spiffe://example.org/other" || l.Reason != "caller not configured as an authorized delegate" {
 				t.Errorf("audit line is %+v", l)
 			}
 		})

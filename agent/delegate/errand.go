@@ -57,6 +57,7 @@ type errand struct {
 	audience []string
 
 	by       *workloadapi.Followed // the delegate
+	as       string                // its SPIFFE ID, once it was looked at
 	entitled <-chan struct{}       // closed when it may have other identities
 	of       *workloadapi.Followed // the process it acts for; nil: selectors, or nobody
 }
@@ -124,12 +125,16 @@ func (e *errand) facts() attestor.Set {
 func (e *errand) authorize() error {
 	var ids []spiffeid.ID
 	ids, e.entitled = e.Entitled(e.by.Facts())
-	switch {
-	case len(ids) == 0:
+	if len(ids) == 0 {
+		e.as = ""
 		return errNoIdentity
-	case !slices.ContainsFunc(ids, func(id spiffeid.ID) bool { return e.authorized[id] }):
+	}
+	e.as = ids[0].String()
+	i := slices.IndexFunc(ids, func(id spiffeid.ID) bool { return e.authorized[id] })
+	if i < 0 {
 		return errNotDelegate
 	}
+	e.as = ids[i].String()
 	return nil
 }
 
@@ -188,6 +193,6 @@ func (e *errand) told() {
 
 // audit writes the line of an answer, or of the error in its place.
 func (e *errand) audit(h workloadapi.Handed, err error) {
-	h.ForPID, h.ForFacts, h.Audience = e.target.pid, e.target.facts, e.audience
+	h.By, h.ForPID, h.ForFacts, h.Audience = e.as, e.target.pid, e.target.facts, e.audience
 	e.by.Audit(e.event, h, err)
 }
