@@ -274,6 +274,43 @@ func TestRotationStatus(t *testing.T) {
 	})
 }
 
+func TestRotationStatusOverTheNetwork(t *testing.T) {
+	w := start(t)
+	w.create(shop(func(e *types.Entry) { e.SpiffeId, e.Admin = id("/admin"), true }))
+	as := func(path string) adminv1.AdminClient {
+		key := newKey(t)
+		svid, err := w.svids().MintX509SVID(w.context(), &svidv1.MintX509SVIDRequest{Csr: csr(t, key, "spiffe://example.org"+path)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return adminv1.NewAdminClient(w.dial(&tls.Certificate{Certificate: svid.GetSvid().GetCertChain(), PrivateKey: key}))
+	}
+	status := func(c adminv1.AdminClient) error {
+		stream, err := c.RotationStatus(w.context(), &adminv1.RotationStatusRequest{Kind: "x509"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = stream.Recv()
+		return err
+	}
+	t.Run("an administrator sees how far it has come", func(t *testing.T) {
+		if err := status(as("/admin")); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("and gets no copy of the store", func(t *testing.T) {
+		stream, err := as("/admin").Backup(w.context(), &adminv1.BackupRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = stream.Recv()
+		refused(t, err, codes.Unimplemented, "unknown method Backup")
+	})
+	t.Run("somebody else sees nothing", func(t *testing.T) {
+		refused(t, status(as("/else")), codes.PermissionDenied, "authorization denied")
+	})
+}
+
 // downstream returns a connection of a server that has a downstream entry.
 func (w *world) downstream() (*types.Entry, svidv1.SVIDClient, bundlev1.BundleClient) {
 	w.t.Helper()

@@ -172,6 +172,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	remote := grpc.NewServer(append(remoteOptions(cfg.Limits), append(intercept, grpc.InTapHandle(spent.tap),
 		grpc.Creds(newGreeter(tlsConfig(authority.ServerCertificate(), verifier.Verify, cfg.RequirePQKEM))))...)...)
 	services.Register(spent.registrar(remote))
+	services.RegisterRemote(spent.registrar(remote))
 	feeds.Register(spent.registrar(remote))
 	local := grpc.NewServer(append(intercept, grpc.Creds(caller.UnixCredentials()))...)
 	services.Register(local)

@@ -148,9 +148,14 @@ func entryCreate() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		resp, err := entryv1.NewEntryClient(conn).BatchCreateEntry(ctx, &entryv1.BatchCreateEntryRequest{Entries: entries})
-		if err != nil {
+		client, resp := entryv1.NewEntryClient(conn), new(entryv1.BatchCreateEntryResponse)
+		unsent := inParts(entries, entrySize, func(part []*types.Entry) error {
+			r, err := client.BatchCreateEntry(ctx, &entryv1.BatchCreateEntryRequest{Entries: part})
+			resp.Results = append(resp.Results, r.GetResults()...)
 			return err
+		})
+		if unsent != nil && len(resp.Results) == 0 {
+			return unsent
 		}
 		results := make([]entryResult, len(resp.Results))
 		for i, result := range resp.Results {
@@ -160,7 +165,8 @@ func entryCreate() *cobra.Command {
 			}
 			results[i] = entryResult{result.Status, result.Entry}
 		}
-		return r.output.Print(r.Command, func(w io.Writer) error { return printResults(w, r.ErrOrStderr(), "create", results) }, resp)
+		err = r.output.Print(r.Command, func(w io.Writer) error { return printResults(w, r.ErrOrStderr(), "create", results) }, resp)
+		return errors.Join(err, notAll(len(results), len(entries), unsent))
 	}).checked(func() error {
 		if f.data == "" && f.parentID == "" && !f.node && len(f.selectors) > 0 {
 			return errors.New("a parent ID is required if the node flag is not set")
@@ -202,9 +208,14 @@ func entryUpdate() *cobra.Command {
 			}
 			entries[0].AdditionalAttributes = merged
 		}
-		resp, err := client.BatchUpdateEntry(ctx, &entryv1.BatchUpdateEntryRequest{Entries: entries})
-		if err != nil {
+		resp := new(entryv1.BatchUpdateEntryResponse)
+		unsent := inParts(entries, entrySize, func(part []*types.Entry) error {
+			r, err := client.BatchUpdateEntry(ctx, &entryv1.BatchUpdateEntryRequest{Entries: part})
+			resp.Results = append(resp.Results, r.GetResults()...)
 			return err
+		})
+		if unsent != nil && len(resp.Results) == 0 {
+			return unsent
 		}
 		results := make([]entryResult, len(resp.Results))
 		for i, result := range resp.Results {
@@ -213,7 +224,8 @@ func entryUpdate() *cobra.Command {
 			}
 			results[i] = entryResult{result.Status, result.Entry}
 		}
-		return r.output.Print(r.Command, func(w io.Writer) error { return printResults(w, r.ErrOrStderr(), "update", results) }, resp)
+		err = r.output.Print(r.Command, func(w io.Writer) error { return printResults(w, r.ErrOrStderr(), "update", results) }, resp)
+		return errors.Join(err, notAll(len(results), len(entries), unsent))
 	}).checked(func() error {
 		switch {
 		case f.data == "" && f.entryID == "":

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
 )
 
 // maxEntriesFile is the largest file of entries that is read, in bytes.
@@ -110,6 +111,38 @@ func parseFileEntry(raw json.RawMessage) (*types.Entry, error) {
 		e.AdditionalAttributes = &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: a.NoPrefetch, JwtSvidIncludeJti: a.JTI}
 	}
 	return e, nil
+}
+
+// What goes into one call at most: gRPC's servers take 4 MiB.
+const (
+	partItems = 500
+	partBytes = 2 << 20
+)
+
+// inParts calls do with the items, in parts that one call can hold, until it fails.
+func inParts[T any](items []T, size func(T) int, do func(part []T) error) error {
+	for len(items) > 0 {
+		n, bytes := 1, size(items[0])
+		for n < len(items) && n < partItems && bytes+size(items[n]) <= partBytes {
+			bytes += size(items[n])
+			n++
+		}
+		if err := do(items[:n]); err != nil {
+			return err
+		}
+		items = items[n:]
+	}
+	return nil
+}
+
+func entrySize(e *types.Entry) int { return proto.Size(e) }
+
+// notAll says that only some of the items came to the server; nil if all did.
+func notAll(sent, all int, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%d of %d were sent, and then: %w", sent, all, err)
 }
 
 // readIDs reads {"ids": […]}.

@@ -200,11 +200,17 @@ func entryDelete() *cobra.Command {
 				return err
 			}
 		}
-		resp, err := entryv1.NewEntryClient(conn).BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: ids})
-		if err != nil {
+		client, resp := entryv1.NewEntryClient(conn), new(entryv1.BatchDeleteEntryResponse)
+		unsent := inParts(ids, func(id string) int { return len(id) }, func(part []string) error {
+			r, err := client.BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: part})
+			resp.Results = append(resp.Results, r.GetResults()...)
 			return err
+		})
+		if unsent != nil && len(resp.Results) == 0 {
+			return unsent
 		}
-		return r.output.Print(r.Command, func(w io.Writer) error { return printDeleted(w, r.ErrOrStderr(), resp) }, resp)
+		err := r.output.Print(r.Command, func(w io.Writer) error { return printDeleted(w, r.ErrOrStderr(), resp) }, resp)
+		return errors.Join(err, notAll(len(resp.Results), len(ids), unsent))
 	}).checked(func() error {
 		if file == "" && entryID == "" {
 			return errors.New("an entry ID is required")

@@ -40,7 +40,8 @@ type Far struct {
 	// Fetch returns a token if neither flags nor environment have one. Nil: there is none then.
 	Fetch func(ctx context.Context) (string, error)
 
-	quiet bool // as Socket.Quiet
+	quiet bool            // as Socket.Quiet
+	own   x509svid.Source // what it is called with, if that is an SVID; set by Dial
 }
 
 // AddTo adds the flags to a command.
@@ -102,6 +103,10 @@ func (f *Far) With(c *cobra.Command, do func(ctx context.Context, conn *grpc.Cli
 	}
 	err = do(ctx, conn)
 	switch {
+	case status.Code(err) == codes.PermissionDenied && f.own != nil:
+		if svid, failed := f.own.GetX509SVID(); failed == nil {
+			return fmt.Errorf("%w; it was called as %s, the first identity that the Workload API gives to this process", err, svid.ID)
+		}
 	case status.Code(err) == codes.Unavailable && strings.Contains(err.Error(), "rror while dialing"):
 		return fmt.Errorf("%w; is %s the server's bind_address and bind_port, and does it run?", err, f.Server)
 	case status.Code(err) == codes.Unimplemented && strings.Contains(err.Error(), "HTTP status"), unknownService(err):
@@ -181,7 +186,7 @@ func (f *Far) Dial(ctx context.Context, token string) (*grpc.ClientConn, func(),
 		}
 		done = func() { _ = source.Close() }
 		if token == "" {
-			own = source
+			own, f.own = source, source
 		}
 		if roots == nil {
 			roots = source

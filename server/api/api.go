@@ -17,6 +17,7 @@ import (
 	"crypto"
 	"crypto/x509"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -206,6 +207,16 @@ func (a *API) Register(s grpc.ServiceRegistrar) {
 	}
 	localauthorityv1.RegisterLocalAuthorityServer(s, &authorityService{api: a})
 	downstreamv1.RegisterDownstreamServer(s, a.below)
+}
+
+// RegisterRemote puts what callers over the network are served of our own administration on a gRPC server, beside
+// the services of Register: how far a rotation has come, for who may rotate. What leads to the store is not there at
+// all, whatever the table of callers says.
+func (a *API) RegisterRemote(s grpc.ServiceRegistrar) {
+	some := adminv1.Admin_ServiceDesc
+	some.Methods = nil
+	some.Streams = slices.DeleteFunc(slices.Clone(some.Streams), func(d grpc.StreamDesc) bool { return d.StreamName != "RotationStatus" })
+	s.RegisterService(&some, &adminService{api: a})
 }
 
 // RegisterLocal puts the services that only local administrators use on a gRPC server, beside those

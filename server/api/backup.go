@@ -22,7 +22,7 @@ type Snapshots interface {
 	Take(ctx context.Context) (backup.Snapshot, error)
 }
 
-// adminService is assay.admin.v1, on the private socket only.
+// adminService is assay.admin.v1 on the private socket.
 type adminService struct {
 	adminv1.UnimplementedAdminServer
 	api *API

@@ -224,7 +224,7 @@ var samples = map[string]sample{
 
 	"/assay.admin.v1.Admin/Backup":         call("", fixed(&adminv1.BackupRequest{})),
 	"/assay.admin.v1.Admin/TakeSnapshot":   call("", fixed(&adminv1.TakeSnapshotRequest{})),
-	"/assay.admin.v1.Admin/RotationStatus": call("", fixed(&adminv1.RotationStatusRequest{Kind: "x509", All: true})),
+	"/assay.admin.v1.Admin/RotationStatus": call("admin", fixed(&adminv1.RotationStatusRequest{Kind: "x509", All: true})),
 
 	"/spire.api.server.debug.v1.Debug/GetInfo":         call("", fixed(&debugv1.GetInfoRequest{})),
 	"/spire.api.server.logger.v1.Logger/GetLogger":     call("", fixed(&loggerv1.GetLoggerRequest{})),

@@ -100,5 +100,5 @@ var table = map[string]Kind{
 
 	"/assay.admin.v1.Admin/Backup":         Local,
 	"/assay.admin.v1.Admin/TakeSnapshot":   Local,
-	"/assay.admin.v1.Admin/RotationStatus": Local,
+	"/assay.admin.v1.Admin/RotationStatus": Local | Admin,
 }

@@ -3,7 +3,7 @@
 // 	protoc-gen-go v1.36.12
 // source: server/wire/adminv1/admin.proto
 
-// What SPIRE's server API has no call for, for who administers the server on its own machine.
+// What SPIRE's server API has no call for, for who administers the server.
 
 package adminv1
 

@@ -3,7 +3,7 @@
 // - protoc-gen-go-grpc v1.6.2
 // source: server/wire/adminv1/admin.proto
 
-// What SPIRE's server API has no call for, for who administers the server on its own machine.
+// What SPIRE's server API has no call for, for who administers the server.
 
 package adminv1
 
@@ -29,7 +29,7 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Admin is served on the server's private Unix socket only.
+// Admin is served on the server's private Unix socket, and of it RotationStatus over the network.
 type AdminClient interface {
 	// Backup sends a copy of the store as of one revision, while the server goes on. Signing keys are
 	// not in it.
@@ -101,7 +101,7 @@ type Admin_RotationStatusClient = grpc.ServerStreamingClient[RotationStatusRespo
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
 //
-// Admin is served on the server's private Unix socket only.
+// Admin is served on the server's private Unix socket, and of it RotationStatus over the network.
 type AdminServer interface {
 	// Backup sends a copy of the store as of one revision, while the server goes on. Signing keys are
 	// not in it.
