@@ -62,7 +62,7 @@ func newRemote(socket *cli.Socket, use, short string, do func(ctx context.Contex
 					defer cancel()
 				}
 				err := do(ctx, r, conn)
-				if status.Code(err) == codes.DeadlineExceeded && ctx.Err() != nil && r.timeout > 0 {
+				if status.Code(err) == codes.DeadlineExceeded && r.timeout > 0 { // by this clock or by the agent's, whichever was first
 					return fmt.Errorf("%w: there was no answer within %s (-timeout); an agent holds a process for some time that has no identity yet: \"assay-agent explain -pid PID\" says what it lacks", err, r.timeout)
 				}
 				return err
