@@ -198,6 +198,23 @@ func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
 			refused(t, err, codes.PermissionDenied, "authorization denied for method")
 		}
 	})
+	t.Run("the audit line of a refusal says whose the token is, or what is wrong with it", func(t *testing.T) {
+		plain := agentv1.NewAgentClient(w.dial(nil))
+		for token, want := range map[string][2]string{
+			"good": {"https://login.test ann as shop", "authorization denied for method /spire.api.server.agent.v1.Agent/ListAgents"},
+			"bad":  {"anyone", "authorization denied for method /spire.api.server.agent.v1.Agent/ListAgents; its token is refused: "},
+		} {
+			_, err := plain.ListAgents(metadata.AppendToOutgoingContext(w.context(), "authorization", "Bearer "+token), &agentv1.ListAgentsRequest{})
+			refused(t, err, codes.PermissionDenied, "authorization denied for method")
+			if strings.Contains(err.Error(), "token") {
+				t.Errorf("the caller is told %v", err)
+			}
+			line := w.lastAudit("call.refuse")
+			if reason, _ := line["reason"].(string); line["caller"] != want[0] || !strings.HasPrefix(reason, want[1]) || (token == "good") != (reason == want[1]) {
+				t.Errorf("%s: audit line %v", token, line)
+			}
+		}
+	})
 	t.Run("administrators stay what they are", func(t *testing.T) {
 		if _, err := w.agents().ListAgents(w.context(), &agentv1.ListAgentsRequest{}); err != nil {
 			t.Error(err)

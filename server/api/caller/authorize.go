@@ -96,7 +96,7 @@ func (a *Authorizer) Stream(srv any, ss grpc.ServerStream, info *grpc.StreamServ
 	defer end(nil)
 	err = handle(srv, &stream{ServerStream: ss, ctx: ctx})
 	if why := cut(ctx); why != nil {
-		return a.refuse(c.caller, info.FullMethod, why)
+		return a.refuse(c.caller, info.FullMethod, why, "")
 	}
 	return err
 }
@@ -169,16 +169,17 @@ func (a *Authorizer) admit(ctx context.Context, method string) (*call, error) {
 	}
 	kind, err := a.allow(ctx, who, method, true)
 	if err != nil {
-		return nil, a.refuse(who, method, err)
+		shown, why := a.shown(ctx, who)
+		return nil, a.refuse(shown, method, err, why)
 	}
 	let := *who
 	let.Kind = kind
 	if kind&Scoped != 0 {
 		if let.Roles = a.scoped(ctx, who, method); len(let.Roles) == 0 { // taken away this instant
-			return nil, a.refuse(who, method, denied(method, types.PermissionDeniedDetails_UNKNOWN))
+			return nil, a.refuse(who, method, denied(method, types.PermissionDeniedDetails_UNKNOWN), "")
 		}
 		if !who.UnixPeer && who.ID.IsZero() {
-			let.Subject, _ = a.bearer(ctx)
+			let.Subject, _, _ = a.bearer(ctx)
 		}
 	}
 	if kind&(Admin|Downstream) != 0 {
@@ -191,13 +192,16 @@ func (a *Authorizer) admit(ctx context.Context, method string) (*call, error) {
 	return &call{caller: &let, again: again}, nil
 }
 
-// refuse writes the line of a refusal and returns the caller's error. A refusal stands whether or
-// not its line can be written.
-func (a *Authorizer) refuse(who *Caller, method string, err error) error {
+// refuse writes the line of a refusal, with what more is known of its reason, and returns the caller's error. A
+// refusal stands whether or not its line can be written.
+func (a *Authorizer) refuse(who *Caller, method string, err error, more string) error {
 	reason := err.Error()
 	var d denial
 	if errors.As(err, &d) && d.reason != types.PermissionDeniedDetails_UNKNOWN {
 		reason = d.reason.String()
+	}
+	if more != "" {
+		reason += "; " + more
 	}
 	a.note(who, method, reason)
 	return err

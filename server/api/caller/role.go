@@ -118,7 +118,7 @@ func (a *Authorizer) scoped(ctx context.Context, who *Caller, method string) []*
 		}
 		roles = a.cfg.Roles.SVID(who.ID)
 	default:
-		_, roles = a.bearer(ctx)
+		_, roles, _ = a.bearer(ctx)
 	}
 	return slices.DeleteFunc(slices.Clone(roles), func(r *Role) bool { return !r.may(Verb(method)) })
 }
@@ -132,20 +132,40 @@ func (a *Authorizer) governed(who *Caller) bool {
 	return governed
 }
 
-// bearer returns who the token of a call is of, and the roles of that one.
-func (a *Authorizer) bearer(ctx context.Context) (string, []*Role) {
+// bearer returns who the token of a call is of, and the roles of that one; nobody without a token, and an error for
+// one that is no good.
+func (a *Authorizer) bearer(ctx context.Context) (string, []*Role, error) {
 	values := metadata.ValueFromIncomingContext(ctx, "authorization")
 	if len(values) != 1 {
-		return "", nil
+		return "", nil, nil
 	}
 	scheme, token, ok := strings.Cut(values[0], " ")
 	if !ok || !strings.EqualFold(scheme, "bearer") {
-		return "", nil
+		return "", nil, nil
 	}
 	who, roles, err := a.cfg.Roles.Token(ctx, token)
 	if err != nil {
 		a.cfg.Log.WithError(err).Debug("a caller's token was refused")
-		return "", nil
+		return "", nil, err
 	}
-	return who, roles
+	return who, roles, nil
+}
+
+// maxTokenReason is how much an audit line says of what is wrong with a token, in bytes: some of it is the caller's.
+const maxTokenReason = 300
+
+// shown is a caller that is refused, with who its token is of and which roles that one has, or what is wrong with the
+// token: the caller is not told, and whoever reads the audit log has to know.
+func (a *Authorizer) shown(ctx context.Context, who *Caller) (*Caller, string) {
+	if a.cfg.Roles == nil || who.local() || !who.ID.IsZero() {
+		return who, ""
+	}
+	subject, roles, err := a.bearer(ctx)
+	if err != nil {
+		text := err.Error()
+		return who, "its token is refused: " + strings.ToValidUTF8(text[:min(len(text), maxTokenReason)], "")
+	}
+	named := *who
+	named.Subject, named.Roles = subject, roles
+	return &named, ""
 }

@@ -168,7 +168,7 @@ type Set struct {
 
 // NewSet returns a Set. now and log may be nil.
 func NewSet(holders []*Holder, now func() time.Time, log logrus.FieldLogger) (*Set, error) {
-	callers, err := trust.NewCallers(nil, trust.CallersConfig{Now: now, Log: log})
+	callers, err := trust.NewCallers(nil, trust.CallersConfig{Now: now, Log: log, Block: "role"})
 	if err != nil {
 		return nil, err
 	}

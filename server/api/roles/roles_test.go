@@ -232,6 +232,9 @@ role "group" {
 			if names(roles) != c.want || (c.want == "") != (err != nil) || c.want != "" && who != "https://login.test ann" {
 				t.Errorf("%q has %q, error %v", who, names(roles), err)
 			}
+			if err != nil && strings.Contains(err.Error(), "evidence") {
+				t.Errorf("the error of a role's token speaks of evidence: %v", err)
+			}
 		})
 	}
 	t.Run("nobody any more, once the roles are replaced", func(t *testing.T) {

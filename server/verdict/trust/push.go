@@ -1,6 +1,7 @@
 package trust
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -50,6 +51,8 @@ type CallersConfig struct {
 	Log logrus.FieldLogger
 	// Metrics takes the counters; nil counts for nobody.
 	Metrics prometheus.Registerer
+	// Block is what the sources are in the configuration, for errors; "": evidence_source.
+	Block string
 }
 
 // Callers knows who may push evidence. It is safe for concurrent use.
@@ -57,6 +60,7 @@ type Callers struct {
 	sources atomic.Pointer[[]*Source]
 	issuers *issuers
 	now     func() time.Time
+	block   string
 	tokens  *prometheus.CounterVec
 }
 
@@ -72,7 +76,7 @@ func NewCallers(sources []*Source, config CallersConfig) (*Callers, error) {
 		config.Log = quiet
 	}
 	c := &Callers{
-		now: config.Now,
+		now: config.Now, block: cmp.Or(config.Block, "evidence_source"),
 		tokens: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "assay_server_evidence_tokens_total",
 			Help: "OIDC tokens shown by who pushes evidence, by result: accepted, or why not.",
@@ -155,7 +159,7 @@ func (c *Callers) token(ctx context.Context, token string) (*Push, error) {
 				if !isRefusal(err) {
 					return nil, err
 				}
-				refusals = append(refusals, fmt.Errorf("evidence source %q: %w", s.name, err))
+				refusals = append(refusals, fmt.Errorf("%s %q: %w", c.block, s.name, err))
 				continue
 			}
 			if push == nil {
@@ -167,7 +171,7 @@ func (c *Callers) token(ctx context.Context, token string) (*Push, error) {
 	}
 	switch {
 	case !known:
-		return nil, refuse(ErrUntrusted, "no evidence_source accepts tokens of issuer %q", clip(claimed))
+		return nil, refuse(ErrUntrusted, "no %s accepts tokens of issuer %q", c.block, clip(claimed))
 	case push == nil:
 		return nil, join(refusals)
 	}
