@@ -246,6 +246,10 @@ func (c *Client) credentials(ctx context.Context, region string) (Credentials, e
 	return found, nil
 }
 
+// authorization is a header as Sign makes it, and nothing else: of a part that is there twice, AWS might take the
+// one that was not looked at here.
+var authorization = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=[A-Za-z0-9/_-]{1,200}, SignedHeaders=([a-z0-9;-]{1,200}), Signature=[0-9a-f]{64}$`)
+
 // caller has AWS say who signed a proof.
 func (c *Client) caller(ctx context.Context, region, trustDomain string, nonce []byte, r Response) (account, arn string, err error) {
 	request := CallerRequest(region, trustDomain, nonce)
@@ -254,7 +258,8 @@ func (c *Client) caller(ctx context.Context, region, trustDomain string, nonce [
 		request.Headers["X-Amz-Security-Token"] = r.Token
 	}
 	// STS says whose signature it is, not what it covers; a nonce that is not signed is nobody's.
-	if !strings.Contains(r.Authorization, "SignedHeaders="+request.SignedHeaders()+",") || strings.ContainsAny(r.Authorization+r.Date+r.Token, "\r\n") {
+	signed := authorization.FindStringSubmatch(r.Authorization)
+	if signed == nil || signed[1] != request.SignedHeaders() || strings.ContainsAny(r.Date+r.Token, "\r\n") {
 		return "", "", attestor.Refusef("verify proof: it does not sign what was asked for")
 	}
 	request.Headers["Authorization"] = r.Authorization

@@ -233,16 +233,28 @@ func TestProof(t *testing.T) {
 		refuse(t, proving(c), by, "not by a role in use")
 	})
 	t.Run("a signature that leaves the nonce out is refused before anybody is asked", func(t *testing.T) {
-		asked := c.Asked["GetCallerIdentity"]
-		refuse(t, proving(c), func(context.Context, []byte) ([]byte, error) {
-			request := awsapi.CallerRequest("us-east-1", "example.org", make([]byte, awsapi.NonceSize))
-			delete(request.Headers, awsapi.NonceHeader)
-			key := instanceKey(instance, "web")
-			request.Sign(awsapi.Credentials{ID: key.ID, Secret: key.Secret, Token: key.Token}, "us-east-1", "sts", time.Now())
-			return json.Marshal(awsapi.Response{Authorization: request.Headers["Authorization"], Date: request.Headers["X-Amz-Date"], Token: key.Token})
-		}, "does not sign what was asked for")
-		if c.Asked["GetCallerIdentity"] != asked {
-			t.Error("AWS was asked")
+		all := awsapi.CallerRequest("us-east-1", "example.org", make([]byte, awsapi.NonceSize))
+		key := instanceKey(instance, "web")
+		all.Sign(awsapi.Credentials{ID: key.ID, Secret: key.Secret, Token: key.Token}, "us-east-1", "sts", time.Now())
+		whole := "SignedHeaders=" + all.SignedHeaders()
+		for how, dress := range map[string]func(string) string{
+			"plainly":                           func(a string) string { return a },
+			"and names it before":               func(a string) string { return strings.Replace(a, "SignedHeaders=", whole+", SignedHeaders=", 1) },
+			"and names it after":                func(a string) string { return strings.Replace(a, ", Signature=", ", "+whole+", Signature=", 1) },
+			"and names it at the end":           func(a string) string { return a + ", " + whole + "," },
+			"and names it in another's key":     func(a string) string { return strings.Replace(a, "Credential=", "Credential="+whole+",", 1) },
+			"and names it in a line of its own": func(a string) string { return a + "\r\nX: " + whole + "," },
+		} {
+			asked := c.Asked["GetCallerIdentity"]
+			refuse(t, proving(c), func(context.Context, []byte) ([]byte, error) {
+				request := awsapi.CallerRequest("us-east-1", "example.org", make([]byte, awsapi.NonceSize))
+				delete(request.Headers, awsapi.NonceHeader)
+				request.Sign(awsapi.Credentials{ID: key.ID, Secret: key.Secret, Token: key.Token}, "us-east-1", "sts", time.Now())
+				return json.Marshal(awsapi.Response{Authorization: dress(request.Headers["Authorization"]), Date: request.Headers["X-Amz-Date"], Token: key.Token})
+			}, "does not sign what was asked for")
+			if c.Asked["GetCallerIdentity"] != asked {
+				t.Errorf("%s: AWS was asked", how)
+			}
 		}
 	})
 	t.Run("an instance that was stopped is refused", func(t *testing.T) {

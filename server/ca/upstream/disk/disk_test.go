@@ -81,6 +81,10 @@ func TestReload(t *testing.T) {
 	if s, err := sign(); err != nil || !s.Roots[0].Equal(first) {
 		t.Fatalf("%v, %v", s, err)
 	}
+	long, err := a.Sign(t.Context(), upstream.Request{CSR: upstreamtest.CSR(t, secondKey), TTL: 48 * time.Hour, Now: time.Now()})
+	if err != nil || !long.Chain[0].NotAfter.Equal(first.NotAfter) {
+		t.Errorf("what is asked for until after the signer's end: %v, %v", long, err)
+	}
 	writeCerts(t, cert, second)
 	if _, err := sign(); err == nil || !strings.Contains(err.Error(), "is not that of the certificate") {
 		t.Errorf("in the middle of a replacement: %v", err)
@@ -100,6 +104,10 @@ func TestBadFiles(t *testing.T) {
 	at := func(name string) string { return filepath.Join(dir, name) }
 	rootPEM, rootKeyPEM := writeCerts(t, at("root.pem"), root), writeKey(t, at("root.key"), rootKey)
 	otherKeyPEM := writeKey(t, at("other.key"), otherKey)
+	rootKeyText, err := os.ReadFile(rootKeyPEM)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		cfg  Config
 		want string
@@ -115,6 +123,7 @@ func TestBadFiles(t *testing.T) {
 		"a certificate that is no CA's": {Config{CertPath: writeCerts(t, at("leaf.pem"), leaf), KeyPath: rootKeyPEM}, "is no CA certificate"},
 		"an empty bundle":               {Config{CertPath: rootPEM, KeyPath: rootKeyPEM, BundlePath: write(t, at("empty"), nil)}, "no certificate in PEM"},
 		"a folder":                      {Config{CertPath: dir, KeyPath: rootKeyPEM}, "is not a regular file"},
+		"a key with much after it":      {Config{CertPath: rootPEM, KeyPath: write(t, at("huge"), append(rootKeyText, make([]byte, maxFile)...))}, "is longer than"},
 		"a device":                      {Config{CertPath: "/dev/zero", KeyPath: rootKeyPEM}, "is not a regular file"},
 	} {
 		t.Run(name+" is refused", func(t *testing.T) {
