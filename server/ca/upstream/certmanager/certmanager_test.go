@@ -115,6 +115,20 @@ func TestRefusals(t *testing.T) {
 			}
 		})
 	}
+	t.Run("a server that sends elsewhere is not followed", func(t *testing.T) {
+		s := fake.New(t)
+		s.Answer = func(w http.ResponseWriter, r *http.Request) bool {
+			if r.URL.Path == "/elsewhere" {
+				t.Error("it is followed")
+				return false
+			}
+			http.Redirect(w, r, "/elsewhere", http.StatusTemporaryRedirect)
+			return true
+		}
+		if err := ask(t, open(t, s, s.Token)); err == nil || !strings.Contains(err.Error(), "answers 307") {
+			t.Errorf("got %v", err)
+		}
+	})
 	t.Run("an issuer that never answers ends with the call", func(t *testing.T) {
 		s := fake.New(t)
 		s.Answer = func(w http.ResponseWriter, r *http.Request) bool {
@@ -149,6 +163,7 @@ func TestKubeConfig(t *testing.T) {
 		"a server that is not verified": {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h', insecure-skip-tls-verify: true}}]\nusers: [{name: u, user: {token: t}}]", "has insecure-skip-tls-verify, which is not supported"},
 		"a server of another name":      {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h', tls-server-name: a}}]\nusers: [{name: u, user: {token: t}}]", "has tls-server-name, which is not supported"},
 		"a proxy":                       {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h', proxy-url: 'http://p'}}]\nusers: [{name: u, user: {token: t}}]", "has proxy-url, which is not supported"},
+		"roots that are none":           {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'https://h', certificate-authority-data: QUFBQQ==}}]\nusers: [{name: u, user: {token: t}}]", "no certificates in PEM"},
 		"plain http":                    {"current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\nclusters: [{name: c, cluster: {server: 'http://h'}}]\nusers: [{name: u, user: {token: t}}]", "is no https URL"},
 	} {
 		t.Run(name+" is refused", func(t *testing.T) {
