@@ -268,6 +268,18 @@ func TestHostile(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+	t.Run("an SVID of another trust domain is not shown", func(t *testing.T) {
+		a := newSPIRE(t, "/spire/server").authority(t)
+		a.cfg.TrustDomain = spiffeid.RequireTrustDomainFromString("other.test")
+		if err := ask(t, a); err == nil || !strings.Contains(err.Error(), "not of trust domain other.test") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("more certificates than there may be are not parsed", func(t *testing.T) {
+		if _, err := parse(make([][]byte, upstream.MaxChain+1), upstream.MaxChain); err == nil || !strings.Contains(err.Error(), "9 certificates, the limit is 8") {
+			t.Errorf("got %v", err)
+		}
+	})
 	t.Run("no agent is an error that names the socket", func(t *testing.T) {
 		s := newSPIRE(t, "/spire/server")
 		a := s.authority(t)
