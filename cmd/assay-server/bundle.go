@@ -248,6 +248,13 @@ func bundleWire(b *spiffebundle.Bundle) (*types.Bundle, error) {
 		}
 		out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{PublicKey: der, KeyId: id})
 	}
+	for id, key := range b.WITAuthorities() {
+		der, err := x509.MarshalPKIXPublicKey(key)
+		if err != nil {
+			return nil, fmt.Errorf("unable to parse to type bundle: key %q: %w", id, err)
+		}
+		out.WitAuthorities = append(out.WitAuthorities, &types.WITKey{PublicKey: der, KeyId: id})
+	}
 	if hint, ok := b.RefreshHint(); ok {
 		out.RefreshHint = int64(hint.Seconds())
 	}

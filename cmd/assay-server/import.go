@@ -96,7 +96,11 @@ func importPlan(ctx context.Context, from, to *grpc.ClientConn, now time.Time) (
 // authorities makes what the other server has signed be trusted here.
 func (p *plan) authorities(theirs, ours *types.Bundle, now time.Time) {
 	more := lacking(ours, theirs, now)
-	if len(more.GetX509Authorities())+len(more.GetJwtAuthorities()) == 0 {
+	if n := len(more.GetWitAuthorities()); n > 0 && len(ours.GetWitAuthorities()) == 0 {
+		p.note("%s of WIT-SVIDs: left out, since this server signs none; wit_svids in its configuration lets it", cli.Count(n, "authority", "authorities"))
+		more.WitAuthorities = nil
+	}
+	if authorityCount(more) == 0 {
 		p.Unchanged++
 		return
 	}
@@ -119,7 +123,17 @@ func lacking(have, want *types.Bundle, now time.Time) *types.Bundle {
 			out.JwtAuthorities = append(out.JwtAuthorities, k)
 		}
 	}
+	for _, k := range want.GetWitAuthorities() {
+		known := slices.ContainsFunc(have.GetWitAuthorities(), func(h *types.WITKey) bool { return h.GetKeyId() == k.GetKeyId() })
+		if !known && !k.GetTainted() && (k.GetExpiresAt() == 0 || now.Unix() < k.GetExpiresAt()) {
+			out.WitAuthorities = append(out.WitAuthorities, k)
+		}
+	}
 	return out
+}
+
+func authorityCount(b *types.Bundle) int {
+	return len(b.GetX509Authorities()) + len(b.GetJwtAuthorities()) + len(b.GetWitAuthorities())
 }
 
 func bundleText(b *types.Bundle) []string {
@@ -131,6 +145,9 @@ func bundleText(b *types.Bundle) []string {
 	}
 	for _, k := range b.GetJwtAuthorities() {
 		out = append(out, "jwt_authority: "+k.GetKeyId())
+	}
+	for _, k := range b.GetWitAuthorities() {
+		out = append(out, "wit_authority: "+k.GetKeyId())
 	}
 	return out
 }
@@ -155,7 +172,7 @@ func (p *plan) bundles(ctx context.Context, from, to *grpc.ClientConn, now time.
 		switch {
 		case at < 0:
 			p.Steps = append(p.Steps, &step{Verb: stepCreate, Kind: "bundle", Name: b.GetTrustDomain(), Changes: bundleText(b), bundle: b})
-		case len(lacking(ours[at], b, now).GetX509Authorities())+len(lacking(ours[at], b, now).GetJwtAuthorities()) == 0:
+		case authorityCount(lacking(ours[at], b, now)) == 0:
 			p.Unchanged++
 		case slices.ContainsFunc(fetched, func(f *types.FederationRelationship) bool { return f.GetTrustDomain() == b.GetTrustDomain() }):
 			p.note("bundle %s differs, and is fetched here: it is left alone", b.GetTrustDomain())

@@ -311,7 +311,7 @@ func (s *step) doBundle(ctx context.Context, conn *grpc.ClientConn) error {
 	switch s.Kind {
 	case "authorities":
 		_, err := bundlev1.NewBundleClient(conn).AppendBundle(ctx, &bundlev1.AppendBundleRequest{
-			X509Authorities: s.bundle.GetX509Authorities(), JwtAuthorities: s.bundle.GetJwtAuthorities(),
+			X509Authorities: s.bundle.GetX509Authorities(), JwtAuthorities: s.bundle.GetJwtAuthorities(), WitAuthorities: s.bundle.GetWitAuthorities(),
 		})
 		return err
 	case "bundle":

@@ -179,7 +179,11 @@ func (s *Socket) With(c *cobra.Command, do func(ctx context.Context, conn *grpc.
 	}
 	err = do(c.Context(), conn)
 	if unknownService(err) {
-		return fmt.Errorf("%w; what listens at %s is not what this command is for, whose socket is %s by default: name it with -socketPath", err, path, s.Default)
+		what := "is not what this command is for"
+		if strings.Contains(err.Error(), "unknown service assay.") {
+			what = "is SPIRE's, which has no such call, or not what this command is for"
+		}
+		return fmt.Errorf("%w; what listens at %s %s, whose socket is %s by default: name it with -socketPath", err, path, what, s.Default)
 	}
 	return err
 }
