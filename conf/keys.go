@@ -82,6 +82,10 @@ func (l *loader) keys(blocks []typeBlock) Chosen {
 		if m.Helper == "" {
 			m.Helper = "/usr/libexec/assay/assay-pkcs11"
 		}
+		if l.options.Try { // the PIN may be where only the running server has it
+			l.existing(key("helper_path"), m.Helper, `"make pkcs11" builds it`)
+			l.existing(key("module_path"), m.Module, "it is the PKCS #11 library of the token")
+		}
 		m.Helper, m.Module, m.PINPath = absolute(m.Helper), absolute(m.Module), absolute(m.PINPath)
 	}
 	return c

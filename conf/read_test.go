@@ -5,6 +5,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/assay-id/assay/attestor"
 )
 
 func TestFilesThatAreNone(t *testing.T) {
@@ -56,6 +58,23 @@ func TestFilesThatAreNone(t *testing.T) {
 		lines := strings.Split(err.Error(), "\n")
 		if last := lines[len(lines)-1]; len(lines) != 26 || !strings.HasPrefix(last, "and ") || !strings.HasSuffix(last, " more; mend these first.") {
 			t.Errorf("%d lines, the last is %q", len(lines), last)
+		}
+	})
+}
+
+func TestProgramsThatAreNotThere(t *testing.T) {
+	path := write(t, "server.hcl", goodServer+"key_manager \"pkcs11\" {\n  module_path = \"/nowhere/module.so\"\n  helper_path = \"/nowhere/helper\"\n  token_label = \"t\"\n  pin_path = \"/nowhere/pin\"\n}\n")
+	t.Run("a look at the file finds them", func(t *testing.T) {
+		opens := []attestor.JudgeKind{{Type: "join_token", Config: newProofConfig, Open: func(any, attestor.Needs) (attestor.Judge, error) { return nil, nil }}}
+		_, err := LoadServer(path, opens, Options{Try: true})
+		if err == nil || !strings.Contains(err.Error(), `Unreadable file; /nowhere/helper: no such file or directory; "make pkcs11" builds it.`) ||
+			!strings.Contains(err.Error(), "Unreadable file; /nowhere/module.so: ") || strings.Contains(err.Error(), "/nowhere/pin") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("a start leaves it to who opens them", func(t *testing.T) {
+		if _, err := LoadServer(path, judges, Options{}); err != nil {
+			t.Error(err)
 		}
 	})
 }

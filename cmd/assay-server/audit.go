@@ -25,7 +25,12 @@ rotations, the oldest first; - is standard input.
 
 That the end of the log was cut off, or that all of it was written anew, shows in its last hash only. The
 server says it in its own log whenever it opens the file: keep that elsewhere.`,
-		Args: cobra.MinimumNArgs(1),
+		Args: func(c *cobra.Command, files []string) error {
+			if len(files) == 0 {
+				return fmt.Errorf("name the files of the audit log, the oldest first; run '%s --help'", c.CommandPath())
+			}
+			return nil
+		},
 		Example: "  assay-server audit verify /var/lib/assay/server/audit.log\n" +
 			"  assay-server audit verify audit.log.2 audit.log.1 audit.log",
 		RunE: func(c *cobra.Command, files []string) error {
@@ -35,6 +40,9 @@ server says it in its own log whenever it opens the file: keep that elsewhere.`,
 				v, err := verifyFile(name, after, c.InOrStdin())
 				if err != nil {
 					return err
+				}
+				if v.Chained == 0 && len(v.Torn) > 0 {
+					return fmt.Errorf("%s: no line of it is one of an audit log; is it the right file?", name)
 				}
 				all = append(all, v)
 				broken += len(v.Broken)
