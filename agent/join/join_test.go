@@ -237,6 +237,9 @@ func TestTrust(t *testing.T) {
 		n.cfg.Bootstrap.Authorities = other.Authorities()
 		n.start()
 		n.wait("a word", func() bool { return n.heard(logrus.WarnLevel, "verify server") })
+		if !n.heard(logrus.WarnLevel, "prints the one of now") {
+			t.Errorf("it is not told what to do: %q", n.said())
+		}
 		if server.Calls("AttestAgent") != 0 {
 			t.Error("it does")
 		}

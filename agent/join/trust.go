@@ -148,6 +148,9 @@ func (t *trust) verify(cs tls.ConnectionState) error {
 	if failed == nil {
 		failed = errors.New("no bundle to verify it with")
 	}
+	if _, unknown := errors.AsType[x509.UnknownAuthorityError](failed); unknown {
+		failed = fmt.Errorf("%w: it is another server, or the bundle that this agent knows it by is too old (\"assay-server bundle show\" prints the one of now)", failed)
+	}
 	return fmt.Errorf("verify server: %w", failed)
 }
 

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"os"
@@ -263,6 +264,9 @@ const serverPath = "/spire/server"
 func verifyServer(roots x509bundle.Source) func(tls.ConnectionState) error {
 	return func(state tls.ConnectionState) error {
 		id, _, err := x509svid.Verify(state.PeerCertificates, roots)
+		if _, unknown := errors.AsType[x509.UnknownAuthorityError](err); unknown {
+			return fmt.Errorf("verify the server: %w: it is another server, or its trust bundle is a newer one", err)
+		}
 		if err != nil {
 			return fmt.Errorf("verify the server: %w", err)
 		}
