@@ -26,6 +26,7 @@ import (
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/workloadapi/identity"
 )
 
 var (
@@ -151,6 +152,10 @@ func TestPathOfATemplate(t *testing.T) {
 
 func TestAttestRefuses(t *testing.T) {
 	good := attestor.Proof{Path: "test/one", CanReattest: true}
+	many := make([]attestor.Selector, identity.MaxSelectors+1)
+	for i := range many {
+		many[i] = attestor.Selector{Type: "test", Value: fmt.Sprint(i)}
+	}
 	for _, c := range []struct {
 		name  string
 		judge judge
@@ -175,6 +180,7 @@ func TestAttestRefuses(t *testing.T) {
 		{"a path with a character that SPIFFE IDs do not have", says(attestor.Proof{Path: "test/a b"}), nil, nil, attestor.ErrEvidence},
 		{"a path over the length of a SPIFFE ID", says(attestor.Proof{Path: "test/" + strings.Repeat("x", 2048)}), nil, nil, attestor.ErrEvidence},
 		{"selectors of another type", says(attestor.Proof{Path: "test/one", Selectors: []attestor.Selector{{Type: "unix", Value: "uid:0"}}}), nil, nil, nil},
+		{"more selectors than a node may have", says(attestor.Proof{Path: "test/one", Selectors: many}), nil, nil, attestor.ErrEvidence},
 		{"a selector with a control character", says(attestor.Proof{Path: "test/one", Selectors: []attestor.Selector{{Type: "test", Value: "a\n"}}}), nil, nil, attestor.ErrEvidence},
 		{"an answer over the limit", func(ctx context.Context, _ []byte, ask attestor.Ask) (attestor.Proof, error) {
 			_, err := ask(ctx, nil)

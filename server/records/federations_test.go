@@ -2,6 +2,7 @@ package records
 
 import (
 	"errors"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -84,4 +85,33 @@ func TestFederations(t *testing.T) {
 			t.Errorf("read: %v", err)
 		}
 	})
+}
+
+func TestFederationsThatAreNone(t *testing.T) {
+	server := spiffeid.RequireFromPath(other, "/spire/server")
+	for name, c := range map[string]struct {
+		f    Federation
+		says string // empty: it is one
+	}{
+		"https_web":             {Federation{URL: "https://other.test/bundle"}, ""},
+		"https_spiffe":          {Federation{URL: "https://192.0.2.1:8443", EndpointID: server}, ""},
+		"a URL as long as any":  {Federation{URL: "https://a/" + strings.Repeat("x", maxURL-10)}, ""},
+		"a URL without end":     {Federation{URL: "https://a/" + strings.Repeat("x", maxURL-9)}, "the limit is"},
+		"no URL":                {Federation{}, "is missing"},
+		"a URL that is none":    {Federation{URL: "https://a b/%"}, "malformed"},
+		"no TLS":                {Federation{URL: "http://other.test"}, "https scheme"},
+		"a file":                {Federation{URL: "file:///etc/passwd"}, "https scheme"},
+		"no host":               {Federation{URL: "https:///bundle"}, "specify the host"},
+		"a port without a host": {Federation{URL: "https://:8443/bundle"}, "specify the host"},
+		"a user":                {Federation{URL: "https://me@other.test"}, "user info"},
+		"a password":            {Federation{URL: "https://me:secret@other.test"}, "user info"},
+		"a fragment":            {Federation{URL: "https://other.test/#x"}, "fragment"},
+		"an ID without a path":  {Federation{URL: "https://other.test", EndpointID: other.ID()}, "has no path"},
+	} {
+		c.f.TrustDomain = other
+		err := c.f.Check()
+		if (err == nil) != (c.says == "") || err != nil && (!strings.Contains(err.Error(), c.says) || strings.Contains(err.Error(), "secret")) {
+			t.Errorf("%s: error is %v, want %q", name, err, c.says)
+		}
+	}
 }
