@@ -3,6 +3,7 @@ package conf
 import (
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/hashicorp/hcl/v2"
@@ -80,6 +81,9 @@ func (l *loader) broker(b *brokerBlock, public string) Broker {
 	return out
 }
 
+// referenceNames are the messages that a broker can refer to somebody by.
+var referenceNames = []string{"spiffe.broker.WorkloadPIDReference", "spiffe.broker.KubernetesObjectReference"}
+
 func (l *loader) references(a brokerAllowBlock) map[string]bool {
 	types := map[string]bool{}
 	if len(a.Types)+len(a.OverTCP) == 0 {
@@ -89,6 +93,10 @@ func (l *loader) references(a brokerAllowBlock) map[string]bool {
 		for _, url := range list {
 			if url != "*" && !strings.Contains(url, "/") {
 				l.at(a.Where, "Invalid reference type", quoted([]string{url})+` is no type URL; write "type.googleapis.com/spiffe.broker.WorkloadPIDReference", or "*" for any.`)
+				continue
+			}
+			if name := url[strings.LastIndexByte(url, '/')+1:]; url != "*" && !slices.Contains(referenceNames, name) {
+				l.at(a.Where, "Unknown reference type", quoted([]string{name})+" is nothing that this agent can look up; there are "+quoted(referenceNames)+".")
 				continue
 			}
 			types[url] = types[url] || i == 1

@@ -59,6 +59,7 @@ allow "spiffe://other.test/mesh" {
 		"a whole trust domain":     {"bind_address = \"127.0.0.1:1\"\nallow \"spiffe://example.org\" { reference_types = [\"*\"] }", "8,1-29: Invalid SPIFFE ID; "},
 		"the same twice":           {`bind_address = "127.0.0.1:1"` + allow + allow, "9,1-34: Duplicate broker; "},
 		"nothing to refer to":      {"bind_address = \"127.0.0.1:1\"\nallow \"spiffe://example.org/mesh\" {}", "8,1-34: Missing reference types; "},
+		"a type that there is not": {"bind_address = \"127.0.0.1:1\"\nallow \"spiffe://example.org/mesh\" { reference_types = [\"type.googleapis.com/spiffe.broker.Nope\"] }", `8,1-34: Unknown reference type; "spiffe.broker.Nope" is nothing that this agent can look up; there are "spiffe.broker.WorkloadPIDReference" and "spiffe.broker.KubernetesObjectReference".`},
 		"what is no type":          {"bind_address = \"127.0.0.1:1\"\nallow \"spiffe://example.org/mesh\" { reference_types = [\"pid\"] }", `8,1-34: Invalid reference type; "pid" is no type URL`},
 		"a key that is not needed": {`bind_address = "127.0.0.1:1"` + allow + "\nbrokers = []", "9,1-8: Unsupported argument; "},
 	} {
