@@ -270,6 +270,10 @@ func TestWhoIsNoDelegate(t *testing.T) {
 			_, err := s.api.FetchJWTSVIDs(t.Context(), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"a"}, Pid: 1})
 			return err
 		},
+		"which processes there are": func() error {
+			_, err := s.api.FetchJWTSVIDs(t.Context(), &delegatedv1.FetchJWTSVIDsRequest{Audience: []string{"a"}, Pid: 1 << 30})
+			return err
+		},
 		"X.509 bundles": func() error {
 			st, err := s.api.SubscribeToX509Bundles(t.Context(), &delegatedv1.SubscribeToX509BundlesRequest{})
 			if err == nil {
