@@ -94,7 +94,7 @@ func (w *world) tellAll(t *testing.T) {
 	for _, name := range []string{"kubelet", "containerd", "kube-proxy", "netpol"} {
 		t.Logf("%s: %s", name, tail(w.Log(name)))
 	}
-	logs, _ := filepath.Glob(filepath.Join(w.PodLogs(), "[!"+shop[:1]+"]*", "*", "*.log"))
+	logs, _ := filepath.Glob(filepath.Join(w.PodLogs(), "[^"+shop[:1]+"]*", "*", "*.log"))
 	for _, path := range logs {
 		t.Logf("%s: %s", path, tail(path))
 	}
