@@ -417,9 +417,13 @@ func (l *loader) bootstrap(a *Agent, b *agentBlock) {
 	}
 }
 
-// rebootstrap reads when the bootstrap source is believed again.
+// rebootstrap reads when the bootstrap source is believed again. A ConfigMap is believed at once: it is what the
+// server wrote last, and who could write another could start agents with it too.
 func (l *loader) rebootstrap(b *agentBlock) time.Duration {
 	delay := l.duration("agent.rebootstrap_delay", b.RebootstrapDelay, 10*time.Minute, 0)
+	if b.RebootstrapMode == "" && b.RebootstrapDelay == "" && b.TrustBundleConfigMap != "" {
+		b.RebootstrapMode = "always"
+	}
 	switch l.oneOf("agent.rebootstrap_mode", b.RebootstrapMode, "auto", "always", "never") {
 	case "always":
 		return time.Nanosecond // none, as far as anybody can tell; 0 would be the default

@@ -34,8 +34,9 @@ agent {
   #trust_bundle_format = "pem"
 
   # When the server has become unknown to the bundle that it gave this agent, which a rotation that the agent
-  # slept through does, the source above is believed again: "auto", after rebootstrap_delay; "always", at
-  # once; or "never", and the agent stays out until its data_dir is emptied.
+  # slept through does, and a server that was made anew, the source above is believed again: "auto", after
+  # rebootstrap_delay; "always", at once, which is the default with a ConfigMap; or "never", and the agent stays
+  # out until its data_dir is emptied.
   #rebootstrap_mode  = "auto"
   #rebootstrap_delay = "10m"
 

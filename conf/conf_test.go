@@ -378,6 +378,28 @@ node_attestor "join_token" {}
 workload_attestor "unix" {}
 `
 
+func TestRebootstrap(t *testing.T) {
+	for _, c := range []struct {
+		name, lines string
+		want        time.Duration
+	}{
+		{"a source that somebody keeps is believed again after a while", "insecure_bootstrap = true", 10 * time.Minute},
+		{"a ConfigMap is at once", `trust_bundle_config_map = "assay-bundle"`, time.Nanosecond},
+		{"unless the operator has another delay", "trust_bundle_config_map = \"assay-bundle\"\n  rebootstrap_delay = \"1h\"", time.Hour},
+		{"or says never", "trust_bundle_config_map = \"assay-bundle\"\n  rebootstrap_mode = \"never\"", -1},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			a, err := LoadAgent(write(t, "agent.hcl", strings.Replace(goodAgent, "insecure_bootstrap = true", c.lines, 1)), nodes, workloads, Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if a.Rebootstrap != c.want {
+				t.Errorf("got %s", a.Rebootstrap)
+			}
+		})
+	}
+}
+
 func TestAgentMistakes(t *testing.T) {
 	empty := write(t, "empty", " \n")
 	for _, c := range []struct{ name, text, want string }{

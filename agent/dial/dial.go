@@ -7,11 +7,15 @@ import (
 	"crypto/tls"
 	"fmt"
 	"net"
+	"slices"
+	"strings"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 )
 
 const (
@@ -97,3 +101,17 @@ func (d *dialer) dial(ctx context.Context, address string) (net.Conn, error) {
 		}
 	}
 }
+
+// CertificateRefused reports whether a call failed because the server, which had proved itself, does not take the
+// certificate that the agent shows: none of its authorities signed it, as after a server was made anew or brought back
+// from a backup. gRPC hands on the words of TLS alone.
+func CertificateRefused(err error) bool {
+	if status.Code(err) != codes.Unavailable {
+		return false
+	}
+	_, alert, ok := strings.Cut(err.Error(), "remote error: tls: ")
+	return ok && slices.ContainsFunc(refusals, func(r string) bool { return strings.HasPrefix(alert, r) })
+}
+
+// refusals are the alerts of RFC 8446 §6.2 that are about a certificate, in the words of crypto/tls.
+var refusals = []string{"bad certificate", "unsupported certificate", "revoked certificate", "expired certificate", "unknown certificate"}

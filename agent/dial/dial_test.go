@@ -2,8 +2,11 @@ package dial
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -11,6 +14,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
 )
 
 // deaf is a listener whose queue is full: the kernel drops whoever asks for a connection, as a packet filter does.
@@ -144,4 +150,40 @@ type counted struct {
 func (c counted) Close() error {
 	c.closed.Add(1)
 	return c.Conn.Close()
+}
+
+func TestCertificateRefused(t *testing.T) {
+	for text, want := range map[string]bool{
+		`connection error: desc = "error reading server preface: remote error: tls: bad certificate"`:                                         true,
+		`connection error: desc = "transport: authentication handshake failed: remote error: tls: unknown certificate authority"`:             true,
+		`connection error: desc = "error reading server preface: remote error: tls: expired certificate"`:                                     true,
+		`connection error: desc = "transport: authentication handshake failed: remote error: tls: no application protocol"`:                   false,
+		`connection error: desc = "transport: authentication handshake failed: verify server: x509: certificate signed by unknown authority"`: false,
+		`connection error: desc = "transport: Error while dialing: dial tcp 10.0.0.1:8081: connect: connection refused"`:                      false,
+	} {
+		if got := CertificateRefused(fmt.Errorf("follow the feed: %w", status.Error(codes.Unavailable, text))); got != want {
+			t.Errorf("%s: %v", text, got)
+		}
+		if CertificateRefused(status.Error(codes.Unknown, text)) {
+			t.Errorf("a server may say %s", text)
+		}
+	}
+	t.Run("as a server says it", func(t *testing.T) {
+		server, client := httptest.NewUnstartedServer(nil), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}
+		server.EnableHTTP2 = true
+		server.TLS = &tls.Config{ClientAuth: tls.RequestClientCert, VerifyConnection: func(tls.ConnectionState) error { return errors.New("unknown") }}
+		server.StartTLS()
+		defer server.Close()
+		conn, err := Server(server.Listener.Addr().String(), client)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		// What was sent meanwhile may overtake the alert, as a reset.
+		for err = nil; !CertificateRefused(err); {
+			if err = conn.Invoke(t.Context(), "/a/b", &emptypb.Empty{}, &emptypb.Empty{}); status.Code(err) != codes.Unavailable {
+				t.Fatalf("got %v", err)
+			}
+		}
+	})
 }

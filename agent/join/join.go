@@ -23,6 +23,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 
+	"github.com/assay-id/assay/agent/dial"
 	"github.com/assay-id/assay/agent/keep"
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/wire/later"
@@ -131,7 +132,7 @@ func New(store Store, cfg Config) (*Joiner, error) {
 			return nil, fmt.Errorf("register metrics: %w", err)
 		}
 	}
-	t.keyGone = j.keyGone
+	t.keyGone, t.unknown = j.keyGone, j.poke
 	if b := store.Bundle(); b != nil {
 		if b.TrustDomain != cfg.TrustDomain {
 			return nil, fmt.Errorf("data directory belongs to trust domain %q, not %q: name another data_dir, or set trust_domain back", b.TrustDomain, cfg.TrustDomain)
@@ -218,7 +219,8 @@ func (j *Joiner) SetBundle(b *identity.Bundle) {
 }
 
 // Denied tells the Joiner that the server refused a call made as own with err. What it does depends
-// on the reason in err: it attests again, or takes the ban. An answer to an SVID that has been
+// on the reason in err, which may be that no authority of the server's signed own: it attests again, or takes the
+// ban. An answer to an SVID that has been
 // replaced meanwhile means nothing.
 func (j *Joiner) Denied(own *keep.Own, err error) {
 	reason := reasonOf(err)
@@ -228,11 +230,12 @@ func (j *Joiner) Denied(own *keep.Own, err error) {
 		return
 	}
 	j.mu.Unlock()
-	switch reason {
-	case types.PermissionDeniedDetails_AGENT_BANNED:
+	switch {
+	case reason == types.PermissionDeniedDetails_AGENT_BANNED:
 		j.ban(err)
-	case types.PermissionDeniedDetails_AGENT_EXPIRED, types.PermissionDeniedDetails_AGENT_NOT_ACTIVE,
-		types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, types.PermissionDeniedDetails_AGENT_MUST_REATTEST:
+	case reason == types.PermissionDeniedDetails_AGENT_EXPIRED, reason == types.PermissionDeniedDetails_AGENT_NOT_ACTIVE,
+		reason == types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, reason == types.PermissionDeniedDetails_AGENT_MUST_REATTEST,
+		dial.CertificateRefused(err):
 		j.mu.Lock()
 		// A server forgets the old SVID when it signs the new one, before that has arrived here.
 		expected := j.refused || j.busy
@@ -441,7 +444,7 @@ func (j *Joiner) failed(how action, err error, failures int) time.Duration {
 	switch {
 	case reason == types.PermissionDeniedDetails_AGENT_BANNED:
 		j.ban(err)
-	case how == renewing && reason != types.PermissionDeniedDetails_UNKNOWN:
+	case how == renewing && (reason != types.PermissionDeniedDetails_UNKNOWN || dial.CertificateRefused(err)):
 		j.mu.Lock()
 		j.refused = true // next attests
 		j.mu.Unlock()

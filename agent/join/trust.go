@@ -30,6 +30,8 @@ type trust struct {
 	serverID spiffeid.ID
 	now      func() time.Time
 	log      logrus.FieldLogger
+	// unknown is told when the server has become unknown to the bundle held.
+	unknown func()
 	// keyGone is told when the key of an SVID turns out to be lost.
 	keyGone func(*keep.Own, error)
 
@@ -39,6 +41,8 @@ type trust struct {
 	held *identity.Bundle
 	// boot are the bootstrap's authorities, while they are believed.
 	boot []*x509.Certificate
+	// told says that the log has it that they are needed.
+	told bool
 	// insecure says that anybody with the server's ID is believed; only without a bundle.
 	insecure bool
 	// unknownSince is when the held bundle first failed to verify the server; zero: it does not.
@@ -53,7 +57,7 @@ func newTrust(td spiffeid.TrustDomain, again time.Duration, now func() time.Time
 	if again == 0 {
 		again = againAfter
 	}
-	return &trust{td: td, again: again, serverID: id, now: now, log: log}, nil
+	return &trust{td: td, again: again, serverID: id, now: now, log: log, unknown: func() {}}, nil
 }
 
 // set replaces the held bundle, and ends all belief in the bootstrap. It reports whether the bundle
@@ -65,7 +69,7 @@ func (t *trust) set(b *identity.Bundle) bool {
 	for i := 0; same && i < len(b.X509); i++ {
 		same = t.held.X509[i].Tainted == b.X509[i].Tainted && t.held.X509[i].Certificate.Equal(b.X509[i].Certificate)
 	}
-	t.held, t.boot, t.insecure, t.unknownSince = b, nil, false, time.Time{}
+	t.held, t.boot, t.told, t.insecure, t.unknownSince = b, nil, false, false, time.Time{}
 	return !same
 }
 
@@ -122,12 +126,14 @@ func (t *trust) verify(cs tls.ConnectionState) error {
 		failed = err
 		if t.unknownSince.IsZero() {
 			t.unknownSince = t.now()
+			t.unknown()
 		}
 	}
 	if len(t.boot) > 0 {
 		err := t.verifyWith(cs.PeerCertificates, x509bundle.FromX509Authorities(t.td, t.boot))
 		if err == nil {
-			if t.held != nil {
+			if t.held != nil && !t.told {
+				t.told = true
 				t.log.Warn("server is unknown to the held bundle but known to the bootstrap bundle; trusting it")
 			}
 			return nil

@@ -19,6 +19,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -155,7 +156,7 @@ func New(self Self, sink Sink, cfg Config) (*Uplink, error) {
 		}),
 		breaks: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "assay_agent_uplink_breaks_total",
-			Help: "Ends of the feed or failed polls, by cause (age, drift, denied, unavailable, other).",
+			Help: "Ends of the feed or failed polls, by cause (age, drift, denied, unverified, unavailable, other).",
 		}, []string{"cause"}),
 	}
 	u.status = Status{State: StateNoSVID, Since: cfg.Now()}
@@ -280,8 +281,11 @@ func (u *Uplink) Run(ctx context.Context) error {
 		if failures > 1 && (u.said != cause || u.now().Sub(u.saidAt) >= remindEvery) {
 			u.said, u.saidAt = cause, u.now()
 			what := "waiting for the server; workloads are served from what is held meanwhile"
-			if cause == causeDenied { // what comes of that, join says
+			switch cause {
+			case causeDenied: // what comes of that, join says
 				what = "the server refuses this agent's SVID; the agent asks why, and attests again if it may"
+			case causeUnverified:
+				what = "whoever answers is not the server that this agent's bundle vouches for; a new source of trust is read as rebootstrap_mode says, and workloads are served from what is held meanwhile"
 			}
 			u.log.WithError(err).WithFields(logrus.Fields{"server": u.cfg.Target, "rev": u.sink.Held().Rev}).Warn(what)
 		}
@@ -391,16 +395,25 @@ func (u *Uplink) postStatus(ctx context.Context, conn *grpc.ClientConn) {
 }
 
 // Causes of a break.
-const causeDenied = "denied"
+const (
+	causeDenied     = "denied"
+	causeUnverified = "unverified"
+)
 
 func causeOf(err error) string {
 	if errors.Is(err, errDrift) {
 		return "drift"
 	}
+	if dial.CertificateRefused(err) {
+		return causeDenied
+	}
 	switch codeOf(err) {
 	case codes.PermissionDenied, codes.Unauthenticated:
 		return causeDenied
 	case codes.Unavailable, codes.DeadlineExceeded:
+		if strings.Contains(err.Error(), "verify server: ") { // join's word, through gRPC
+			return causeUnverified
+		}
 		return "unavailable"
 	}
 	if errors.Is(err, errEnded) {

@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -78,6 +80,12 @@ type node struct {
 
 func start(t *testing.T, server *fakeserver.Server, change ...func(*uplink.Config)) *node {
 	t.Helper()
+	return startKnowing(t, server, join.Bootstrap{Authorities: server.Authorities()}, change...)
+}
+
+// startKnowing starts a node that knows its server by bootstrap.
+func startKnowing(t *testing.T, server *fakeserver.Server, bootstrap join.Bootstrap, change ...func(*uplink.Config)) *node {
+	t.Helper()
 	n := &node{t: t, server: server, sink: &sink{view: view.New(nil)}}
 	log := logrus.New()
 	log.SetOutput(io.Discard)
@@ -87,7 +95,7 @@ func start(t *testing.T, server *fakeserver.Server, change ...func(*uplink.Confi
 	}
 	n.join, err = join.New(k, join.Config{
 		TrustDomain: fakeserver.TrustDomain, Target: server.Addr, Type: "test", Node: evidence{}, Log: log,
-		Bootstrap: join.Bootstrap{Authorities: server.Authorities()},
+		Bootstrap: bootstrap,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -507,6 +515,33 @@ func TestEviction(t *testing.T) {
 	n.until("picture", has("e"))
 	server.Evict()
 	server.Put(fakeserver.Entry("f", "/f", "a:1"))
+	n.until("the picture after attesting again", has("e", "f"))
+	if server.Calls("AttestAgent") != 2 {
+		t.Errorf("attested %d times", server.Calls("AttestAgent"))
+	}
+}
+
+// Neither knows the other any more: the agent has what the bootstrap source says now, and an SVID that no authority of
+// the server's has signed.
+func TestAServerThatWasMadeAnew(t *testing.T) {
+	server := fakeserver.New(t, fakeserver.Config{})
+	server.Put(fakeserver.Entry("e", "/e", "a:1"))
+	bundle := filepath.Join(t.TempDir(), "bundle.pem")
+	publish := func() {
+		if err := os.WriteFile(bundle, server.BundlePEM(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish()
+	n := startKnowing(t, server, join.Bootstrap{Path: bundle, Again: time.Nanosecond})
+	n.until("picture", has("e"))
+	server.Stop()
+	server.Rotate(false)
+	server.ForgetOld()
+	server.Evict()
+	publish()
+	server.Put(fakeserver.Entry("f", "/f", "a:1"))
+	server.Start()
 	n.until("the picture after attesting again", has("e", "f"))
 	if server.Calls("AttestAgent") != 2 {
 		t.Errorf("attested %d times", server.Calls("AttestAgent"))

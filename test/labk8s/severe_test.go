@@ -31,7 +31,7 @@ spec:
 // is enough for a pod to have its identity, and nothing else gets through, in or out.
 func (w *world) severe(t *testing.T, r *report) {
 	w.kubectl(t, "-n", shop, "delete", "pods", "--all") // while there is a driver to unmount their volumes
-	w.kubectl(t, "delete", "-k", "overlay-standby", "--timeout=180s")
+	w.kubectl(t, "delete", "-k", "overlay-standby", "--ignore-not-found", "--timeout=180s")
 	must(t, os.MkdirAll(filepath.Join(w.Dir, "state", "severe"), 0o755))
 	text, err := os.ReadFile("testdata/volume.yaml")
 	must(t, err)
