@@ -73,7 +73,7 @@ func parseLogLevel(text string) (types.LogLevel, error) {
 	}
 	level, err := logrus.ParseLevel(text)
 	if err != nil {
-		return 0, fmt.Errorf("the value %q is not a valid setting", text)
+		return 0, fmt.Errorf("the value %q is not a valid setting; there are trace, debug, info, warn, error, fatal and panic", text)
 	}
 	return logLevels[level], nil
 }
