@@ -333,6 +333,15 @@ func TestNode(t *testing.T) {
 			}
 		}
 	})
+	t.Run("nor a nonce of another size", func(t *testing.T) {
+		_, answer := openNode(t, newCloud(t), "example.org")
+		for size, want := range map[int]bool{0: false, awsapi.NonceSize - 1: false, awsapi.NonceSize: true, awsapi.NonceSize + 1: false} {
+			question, _ := json.Marshal(awsapi.Challenge{Region: "us-east-1", Nonce: make([]byte, size)})
+			if _, err := answer(t.Context(), question); (err == nil) != want {
+				t.Errorf("a nonce of %d bytes: %v", size, err)
+			}
+		}
+	})
 	t.Run("a metadata service that redirects, babbles or floods is refused", func(t *testing.T) {
 		for why, trouble := range map[string]func(http.ResponseWriter, *http.Request) bool{
 			"redirects": func(w http.ResponseWriter, r *http.Request) bool {

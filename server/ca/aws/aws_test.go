@@ -67,6 +67,20 @@ func TestKMS(t *testing.T) {
 func TestPCA(t *testing.T) {
 	s := fake.New(t)
 	upstreamtest.Run(t, awspca.New(client(t, s, aws.PCA, s.Secret), awspca.Config{ARN: s.ARN}), upstreamtest.Options{})
+	t.Run("an authority that is not in use is not asked to sign", func(t *testing.T) {
+		s := fake.New(t)
+		s.Answer = func(w http.ResponseWriter, r *http.Request) bool {
+			if !strings.HasSuffix(r.Header.Get("X-Amz-Target"), ".DescribeCertificateAuthority") {
+				t.Errorf("it is asked for %s", r.Header.Get("X-Amz-Target"))
+			}
+			_, _ = w.Write([]byte(`{"CertificateAuthority":{"Status":"DISABLED","CertificateAuthorityConfiguration":{"SigningAlgorithm":"SHA256WITHECDSA"}}}`))
+			return true
+		}
+		a := awspca.New(client(t, s, aws.PCA, s.Secret), awspca.Config{ARN: s.ARN})
+		if _, err := a.Sign(t.Context(), upstream.Request{}); err == nil || !strings.Contains(err.Error(), `is "DISABLED", and not ACTIVE`) {
+			t.Errorf("got %v", err)
+		}
+	})
 	t.Run("a supplemental bundle that is none is an error", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "roots.pem")
 		if err := os.WriteFile(path, []byte("x"), 0o600); err != nil {

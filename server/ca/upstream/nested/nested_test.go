@@ -268,6 +268,14 @@ func TestHostile(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 	})
+	t.Run("a bundle that is none is refused", func(t *testing.T) {
+		s := newSPIRE(t, "/spire/server")
+		s.domain = "No Domain"
+		err := s.authority(t).Follow(t.Context(), func(upstream.Bundle) { t.Error("it was taken") })
+		if !errors.Is(err, upstream.ErrRefused) || !strings.Contains(err.Error(), "its bundle") {
+			t.Errorf("got %v", err)
+		}
+	})
 	t.Run("an SVID of another trust domain is not shown", func(t *testing.T) {
 		a := newSPIRE(t, "/spire/server").authority(t)
 		a.cfg.TrustDomain = spiffeid.RequireTrustDomainFromString("other.test")
