@@ -389,6 +389,25 @@ func TestClientCertificates(t *testing.T) {
 			t.Errorf("the line has %d bytes", len(fmt.Sprint(line["reason"])))
 		}
 	})
+	t.Run("who shows one reads why it is refused, though he speaks first", func(t *testing.T) {
+		cert := forge(t, "spiffe://example.org/eager")
+		conn, err := (&tls.Dialer{Config: &tls.Config{
+			InsecureSkipVerify: true, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{*cert},
+		}}).DialContext(ctx, "tcp", w.running.Address.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		w.refusedConnection(t, "spiffe://example.org/eager")
+		for range 3 { // gRPC reads nothing before it has written
+			if _, err := conn.Write([]byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := conn.Read(make([]byte, 1)); err == nil || !strings.Contains(err.Error(), "remote error: tls: bad certificate") {
+			t.Errorf("it reads %v", err)
+		}
+	})
 	t.Run("a workload's is no agent's", func(t *testing.T) {
 		key := newKey(t)
 		resp, err := w.svids().MintX509SVID(ctx, &svidv1.MintX509SVIDRequest{Csr: csr(t, key, "spiffe://example.org/w")})

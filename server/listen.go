@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"net"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"google.golang.org/grpc/credentials"
 
@@ -77,7 +79,7 @@ func (g *gate) Close() error {
 	strange := slices.Collect(maps.Keys(g.strange))
 	g.mu.Unlock()
 	for _, c := range strange {
-		_ = c.Close()
+		_ = c.hangUp()
 	}
 	return err
 }
@@ -201,17 +203,30 @@ func (c *guest) arrived(nobody bool) bool {
 	return true
 }
 
-// finish stops counting the connection as half open. gate.mu is held.
+// finish says that nothing of the handshake is left. gate.mu is held.
 func (c *guest) finish() {
+	c.decide()
+	delete(c.gate.strange, c)
+}
+
+// decide stops counting the connection as half open. gate.mu is held.
+func (c *guest) decide() {
 	if c.halfOpen {
 		c.halfOpen = false
-		delete(c.gate.strange, c)
 		c.gate.sources[c.source].halfOpen--
 	}
 }
 
-// Close closes the connection and makes room for another.
+// Close closes the connection and makes room for another. While the handshake goes on it does nothing: gRPC's TLS
+// closes what it refuses, and there may be a word to say.
 func (c *guest) Close() error {
+	if c.shaking.Load() {
+		return nil
+	}
+	return c.hangUp()
+}
+
+func (c *guest) hangUp() error {
 	c.gate.mu.Lock()
 	if !c.left {
 		c.left = true
@@ -229,6 +244,25 @@ func (c *guest) Close() error {
 	c.gate.mu.Unlock()
 	c.end()
 	return c.Conn.Close()
+}
+
+// How long, and for how much of what it sends, the other end is given to read why it is refused.
+const (
+	farewellTime  = time.Second
+	farewellBytes = 64 << 10
+)
+
+// farewell lets the other end read why its certificate is refused: an agent that reads it attests again. It speaks
+// before it reads, and on a connection that is closed that fails.
+func (c *guest) farewell() {
+	c.gate.mu.Lock()
+	c.decide()
+	c.gate.mu.Unlock()
+	tcp, ok := c.Conn.(interface{ CloseWrite() error })
+	if !ok || c.SetReadDeadline(time.Now().Add(farewellTime)) != nil || tcp.CloseWrite() != nil {
+		return
+	}
+	_, _ = io.Copy(io.Discard, io.LimitReader(c.Conn, farewellBytes)) // until it hangs up
 }
 
 // greeter is gRPC's TLS, and tells the gate when a handshake is done.
@@ -256,6 +290,10 @@ func (g greeter) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo,
 	c.end()
 	if err != nil {
 		c.gate.refusals.handshake(conn.RemoteAddr(), err)
+		if _, ok := errors.AsType[*caller.RefusedCertificate](err); ok {
+			c.farewell()
+		}
+		_ = c.Close()
 		return nil, nil, err
 	}
 	shown, ok := auth.(credentials.TLSInfo)
