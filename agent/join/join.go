@@ -351,11 +351,17 @@ const (
 
 // Run keeps the agent known until ctx ends; it never returns before, and always returns nil.
 func (j *Joiner) Run(ctx context.Context) error {
-	var failures int
+	var failures, unknown int
 	var said notice
 	for ctx.Err() == nil {
 		how, wait := j.next()
 		if how == nothing {
+			if need, _ := j.trust.need(); need { // what the source says may be older than the server, or not be there
+				wait = min(wait, jitter(min(firstRetry<<min(unknown, 10), maxRetry)))
+				unknown++
+			} else {
+				unknown = 0
+			}
 			// The connection of others hangs on this too: a bundle that was lost or has missed a
 			// rotation must not wait for the SVID's turn.
 			if err := j.bootstrap(ctx); err != nil && said.due(how, err, j.now()) {
