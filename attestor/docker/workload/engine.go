@@ -288,7 +288,8 @@ func (e *engine) events(ctx context.Context, since string) (*stream, error) {
 		Since: since,
 		Filters: client.Filters{}.
 			Add("type", "container", "image").
-			Add("event", "start", "die", "stop", "restart", "rename", "destroy", "remove", "tag", "untag", "delete"),
+			// The Podman of before 5.0 takes its own name only for what it then tells of as "die".
+			Add("event", "start", "die", "died", "stop", "restart", "rename", "destroy", "remove", "tag", "untag", "delete"),
 	})
 	if !slow.Stop() {
 		cancel()

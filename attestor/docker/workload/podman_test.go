@@ -1,11 +1,17 @@
 package workload_test
 
 import (
+	"fmt"
 	"os"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/sirupsen/logrus"
+	"github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/attestor/docker"
@@ -71,6 +77,23 @@ func (p *podman) run(image string, args ...string) int {
 	return pid
 }
 
+// heardOf waits until the attestor's log has an event of a container.
+func heardOf(t *testing.T, hook *test.Hook, event, id string) {
+	t.Helper()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	late := time.After(patience)
+	for !slices.ContainsFunc(hook.AllEntries(), func(e *logrus.Entry) bool {
+		return fmt.Sprint(e.Data["event"]) == event && e.Data["about"] == id
+	}) {
+		select {
+		case <-tick.C:
+		case <-late:
+			t.Fatalf("never heard: %s of %s", event, id)
+		}
+	}
+}
+
 func TestRealPodman(t *testing.T) {
 	p := newPodman(t)
 	program, err := real.Idle(t.Context(), t.TempDir())
@@ -81,7 +104,7 @@ func TestRealPodman(t *testing.T) {
 	p.do("tag", image, "app:latest")
 	pid := p.run("app:latest", "--name", "first", "--label", "team=red", "--env", "MODE=fast")
 	config := docker.Config{SocketPath: "unix://" + p.Socket(), Timeout: "20s"}
-	w, _ := open(t, config)
+	w, hook := open(t, config)
 	heard := watch(t, w)
 
 	t.Run("a container is attested by its image and its labels", func(t *testing.T) {
@@ -110,23 +133,19 @@ func TestRealPodman(t *testing.T) {
 		})
 	})
 	t.Run("a container that is stopped is heard of", func(t *testing.T) {
-		// Podman's service reads its events from a file that others write to meanwhile, and on a machine that has
-		// much to do it misses one now and then: one of several will do.
-		late := time.After(patience)
-		for try := 0; ; try++ {
-			name := "short" + strconv.Itoa(try)
-			stopped := p.run(image, "--name", name)
-			attest(t, w, "/proc", stopped)
-			p.do("stop", "--time", "0", name)
-			if heard.within(5*time.Second, func(pids map[int]int, _ int) bool { return pids[stopped] > 0 }) {
-				return
-			}
-			select {
-			case <-late:
-				t.Fatalf("of %d containers that were stopped none was heard of", try+1)
-			default:
-			}
+		stopped := p.run(image, "--name", "short")
+		id, err := p.Do("inspect", "--format", "{{.Id}}", "short")
+		if err != nil {
+			t.Fatal(err)
 		}
+		// Podman tells of its events some time after, and its start would be a reason to wake it too.
+		heardOf(t, hook, "start", strings.TrimSpace(id))
+		attest(t, w, "/proc", stopped)
+		heard.mu.Lock()
+		before := heard.pids[stopped]
+		heard.mu.Unlock()
+		p.do("stop", "--time", "0", "short")
+		heard.until(t, "the container's end", func(pids map[int]int, _ int) bool { return pids[stopped] > before })
 	})
 	t.Run("a service that is away costs a known container nothing, and is found again", func(t *testing.T) {
 		before := attest(t, w, "/proc", pid)

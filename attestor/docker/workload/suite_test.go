@@ -121,25 +121,18 @@ func (h *wakes) changed(pids ...int) {
 // until waits for something heard.
 func (h *wakes) until(t *testing.T, what string, is func(pids map[int]int, all int) bool) {
 	t.Helper()
-	if !h.within(patience, is) {
-		t.Fatalf("never heard: %s", what)
-	}
-}
-
-// within reports whether something was heard before the time was over.
-func (h *wakes) within(wait time.Duration, is func(pids map[int]int, all int) bool) bool {
-	late := time.After(wait)
+	late := time.After(patience)
 	for {
 		h.mu.Lock()
 		ok := is(h.pids, h.all)
 		h.mu.Unlock()
 		if ok {
-			return true
+			return
 		}
 		select {
 		case <-h.news:
 		case <-late:
-			return false
+			t.Fatalf("never heard: %s", what)
 		}
 	}
 }
