@@ -313,6 +313,9 @@ func (r *row) name() {
 		r.found.Package, r.packages = all[0], all[1:]
 	}
 	if len(r.ids) == 1 {
+		if !inOrder(r.found.Aliases, r.found.ID) {
+			r.found.Aliases = otherNames(slices.Clone(r.found.Aliases), r.found.ID)
+		}
 		return
 	}
 	r.ids = slices.Clone(r.ids)
@@ -326,11 +329,24 @@ func (r *row) name() {
 		return strings.Compare(a, b)
 	})
 	r.ids = slices.Compact(r.ids)
-	aliases := slices.Concat(r.ids[1:], r.found.Aliases)
-	slices.Sort(aliases)
-	aliases = slices.Compact(aliases)
 	r.found.ID = r.ids[0]
-	r.found.Aliases = slices.DeleteFunc(aliases, func(a string) bool { return a == r.found.ID })
+	r.found.Aliases = otherNames(slices.Concat(r.ids[1:], r.found.Aliases), r.found.ID)
+}
+
+// otherNames returns the names of what goes by id in order, once each and without that one.
+func otherNames(names []string, id string) []string {
+	slices.Sort(names)
+	return slices.DeleteFunc(slices.Compact(names), func(name string) bool { return name == id })
+}
+
+// inOrder reports whether otherNames would leave the names as they are.
+func inOrder(names []string, id string) bool {
+	for i, name := range names {
+		if name == id || i > 0 && names[i-1] >= name {
+			return false
+		}
+	}
+	return true
 }
 
 // set is what some reports of an image say together, with what the feeds add to it.
