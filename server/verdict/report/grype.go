@@ -227,11 +227,8 @@ func grypeFiltered(c *cursor) (filtered bool) {
 			filtered = c.given() || filtered
 		case "ignore":
 			c.array(func() {
-				if filtered {
-					return
-				}
-				rule := grypeRule(c)
-				filtered = !rule.builtIn() && !rule.fromVEX()
+				rule := grypeRule(c) // read in any case: what may stand there does not hang on what stood before
+				filtered = filtered || !rule.builtIn() && !rule.fromVEX()
 			})
 		}
 	})
