@@ -69,7 +69,8 @@ func (d *deaf) hear(t *testing.T) {
 func TestDial(t *testing.T) {
 	t.Run("an attempt that the network lost is joined by others, and the first answered is taken", func(t *testing.T) {
 		server := newDeaf(t)
-		var begun, ended atomic.Int32
+		var begun atomic.Int32
+		ended := make(chan struct{}, 2)
 		d := dialer{pauses: []time.Duration{10 * time.Millisecond, time.Millisecond}, connect: func(ctx context.Context, address string) (net.Conn, error) {
 			n := begun.Add(1)
 			if n == 3 {
@@ -77,7 +78,7 @@ func TestDial(t *testing.T) {
 			}
 			if n < 3 { // what the kernel would do for them comes too late
 				<-ctx.Done()
-				ended.Add(1)
+				ended <- struct{}{}
 				return nil, ctx.Err()
 			}
 			return connect(ctx, address)
@@ -90,12 +91,11 @@ func TestDial(t *testing.T) {
 		if begun.Load() < 3 {
 			t.Errorf("%d attempts", begun.Load())
 		}
-		for ended.Load() < 2 { // or the test ends by its own patience
-			time.Sleep(time.Millisecond)
-		}
+		<-ended // or the test ends by its own patience
+		<-ended
 	})
 	t.Run("who is answered later is hung up on", func(t *testing.T) {
-		var hungUp atomic.Int32
+		hungUp := make(chan struct{}, 2)
 		both := make(chan struct{})
 		var begun atomic.Int32
 		d := dialer{pauses: []time.Duration{time.Millisecond, time.Hour}, connect: func(context.Context, string) (net.Conn, error) {
@@ -104,19 +104,15 @@ func TestDial(t *testing.T) {
 			}
 			<-both
 			ours, _ := net.Pipe()
-			return counted{ours, &hungUp}, nil
+			return told{ours, hungUp}, nil
 		}}
 		conn, err := d.dial(t.Context(), "")
 		if err != nil {
 			t.Fatal(err)
 		}
-		for hungUp.Load() == 0 {
-			time.Sleep(time.Millisecond)
-		}
+		<-hungUp // or the test ends by its own patience
 		_ = conn.Close()
-		if n := hungUp.Load(); n != 2 {
-			t.Errorf("%d are closed", n)
-		}
+		<-hungUp
 	})
 	t.Run("a refusal is told at once", func(t *testing.T) {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -142,13 +138,14 @@ func TestDial(t *testing.T) {
 	})
 }
 
-type counted struct {
+// told is a connection that tells of its end.
+type told struct {
 	net.Conn
-	closed *atomic.Int32
+	closed chan<- struct{}
 }
 
-func (c counted) Close() error {
-	c.closed.Add(1)
+func (c told) Close() error {
+	c.closed <- struct{}{}
 	return c.Conn.Close()
 }
 

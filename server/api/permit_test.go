@@ -56,14 +56,7 @@ func TestWhatCouldNotBeRevokedDoesNotLeave(t *testing.T) {
 			Digest: "sha256:" + strings.Repeat("a", 64), Seq: 1, TTL: time.Minute, JWTTTL: time.Minute, Selectors: attestor.NewSet(gate),
 		}},
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	csr := request(t)
 	silent := logrus.New()
 	silent.SetOutput(io.Discard)
 	r := &racing{now: picture, then: picture}
@@ -77,4 +70,18 @@ func TestWhatCouldNotBeRevokedDoesNotLeave(t *testing.T) {
 			t.Errorf("%s: %v, want %s", id, got, want)
 		}
 	}
+}
+
+// request is a certificate request that says nothing but its key.
+func request(t *testing.T) []byte {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return csr
 }

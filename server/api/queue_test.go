@@ -2,9 +2,6 @@ package api
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
 	"fmt"
 	"io"
@@ -63,14 +60,7 @@ func (f *fleet) SignJWT(_ context.Context, p ca.JWTParams) (*identity.JWTSVID, e
 }
 
 func TestAgentsTakeTurnsToHaveThingsSigned(t *testing.T) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	csr := request(t)
 	silent := logrus.New()
 	silent.SetOutput(io.Discard)
 	as := func(ctx context.Context, name string) context.Context {

@@ -2,9 +2,6 @@ package api
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
 	"io"
 	"math/big"
@@ -85,14 +82,7 @@ func TestAChangeBeatsWhatIsBeingSigned(t *testing.T) {
 		e.ExpiresAt = time.Now().Add(left)
 		return e
 	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
-	if err != nil {
-		t.Fatal(err)
-	}
+	csr := request(t)
 	silent := logrus.New()
 	silent.SetOutput(io.Discard)
 	for _, c := range []struct {
