@@ -210,38 +210,39 @@ func Open(ctx context.Context, store kv.Store, td spiffeid.TrustDomain, cfg Conf
 	return r, nil
 }
 
-// claim checks whose store it is, and takes one that is nobody's.
+// claim checks whose store it is, and takes one that is nobody's. Emptiness is asked before the schema: a store
+// that another server takes between the two questions has one by the second.
 func (r *Records) claim(ctx context.Context) error {
-	item, found, err := r.get(ctx, schemaKey)
-	if err != nil {
-		return err
-	}
-	if found {
-		var m stored.Schema
-		if err := decode(item.Value, &m); err != nil {
-			return fmt.Errorf("%w: %s: %w", ErrDamaged, schemaKey, err)
-		}
-		if m.GetVersion() > schemaVersion {
-			return fmt.Errorf("the store has schema version %d, written by a newer assay-server; this one knows versions up to %d", m.GetVersion(), schemaVersion)
-		}
-		if m.GetTrustDomain() != r.td.Name() {
-			return fmt.Errorf("the store belongs to trust domain %q, this server is configured for %q: name another data_dir for it, or set trust_domain back", m.GetTrustDomain(), r.td.Name())
-		}
-		return r.upgrade(ctx, m.GetVersion(), item.Rev)
-	}
 	items, _, err := r.store.Range(ctx, "", "", 1)
 	if err != nil {
 		return err
 	}
-	if len(items) > 0 {
-		return fmt.Errorf("%w: it has keys but no %s", ErrDamaged, schemaKey)
+	if len(items) == 0 {
+		value, err := encodeSchema(r.td, schemaVersion)
+		if err != nil {
+			return err
+		}
+		_, err = r.store.Commit(ctx, kv.Txn{If: []kv.Cond{{Key: schemaKey}}, Ops: []kv.Op{kv.Put(schemaKey, value)}})
+		return err
 	}
-	value, err := encodeSchema(r.td, schemaVersion)
+	item, found, err := r.get(ctx, schemaKey)
 	if err != nil {
 		return err
 	}
-	_, err = r.store.Commit(ctx, kv.Txn{If: []kv.Cond{{Key: schemaKey}}, Ops: []kv.Op{kv.Put(schemaKey, value)}})
-	return err
+	if !found {
+		return fmt.Errorf("%w: it has keys but no %s", ErrDamaged, schemaKey)
+	}
+	var m stored.Schema
+	if err := decode(item.Value, &m); err != nil {
+		return fmt.Errorf("%w: %s: %w", ErrDamaged, schemaKey, err)
+	}
+	if m.GetVersion() > schemaVersion {
+		return fmt.Errorf("the store has schema version %d, written by a newer assay-server; this one knows versions up to %d", m.GetVersion(), schemaVersion)
+	}
+	if m.GetTrustDomain() != r.td.Name() {
+		return fmt.Errorf("the store belongs to trust domain %q, this server is configured for %q: name another data_dir for it, or set trust_domain back", m.GetTrustDomain(), r.td.Name())
+	}
+	return r.upgrade(ctx, m.GetVersion(), item.Rev)
 }
 
 // StoreID returns the identity of the store, without which a revision means nothing.

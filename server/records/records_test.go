@@ -54,6 +54,21 @@ func openStore(t testing.TB) kv.Store {
 	return s
 }
 
+// afterRead is a store that calls then when so many of its reads are done.
+type afterRead struct {
+	kv.Store
+	reads int
+	then  func()
+}
+
+func (s *afterRead) Range(ctx context.Context, start, end string, limit int) ([]kv.Item, kv.Rev, error) {
+	items, rev, err := s.Store.Range(ctx, start, end, limit)
+	if s.reads--; s.reads == 0 {
+		s.then()
+	}
+	return items, rev, err
+}
+
 // open returns records in a new store; at the end of the test the tree of keys must be whole.
 func open(t testing.TB) (*Records, *clock) {
 	t.Helper()
@@ -135,6 +150,22 @@ func TestOpen(t *testing.T) {
 			})
 		}
 		group.Wait()
+	})
+	t.Run("a store that another server takes after any of our reads is opened", func(t *testing.T) {
+		for read := 1; ; read++ {
+			store := &afterRead{Store: openStore(t), reads: read}
+			store.then = func() {
+				if _, err := Open(t.Context(), store.Store, domain, Config{}); err != nil {
+					t.Error(err)
+				}
+			}
+			if _, err := Open(t.Context(), store, domain, Config{}); err != nil {
+				t.Errorf("taken after read %d: %v", read, err)
+			}
+			if store.reads > 0 {
+				break // it was opened with fewer reads
+			}
+		}
 	})
 	t.Run("what a newer server wrote is refused", func(t *testing.T) {
 		for name, value := range map[string][]byte{
