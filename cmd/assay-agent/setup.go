@@ -37,6 +37,12 @@ type found struct {
 	Problem   string `json:"problem,omitempty"`
 	// Unproved says why this machine cannot show now what proves it.
 	Unproved string `json:"unproved,omitempty"`
+	// Unit is what the package's unit does not let the agent have.
+	Unit []string `json:"unit,omitempty"`
+	// Missed is what would prove the machine if something were not missing.
+	Missed string `json:"missed,omitempty"`
+
+	replaced bool // there was a file before, so an agent may run with it
 }
 
 type setupFlags struct {
@@ -55,7 +61,8 @@ func setup() *cobra.Command {
 configuration that proves that, gathers what is to prove it, and tests the connection to the server. What it cannot
 find out it takes from flags, or asks if it runs at a terminal. A file that is there is replaced only with -force, or
 when the answer is yes. It ends with status 1 if there is nothing to show, or no server; the file is written then, too,
-and the agent tries both again by itself.`,
+and the agent tries both again by itself. Status 1 is also what it ends with if the package's unit would hide from the
+agent what the file names.`,
 		Example: `  assay-agent setup -trustDomain example.org -serverAddress assay.example.org -trustBundle /etc/assay/bundle.pem`,
 	}
 	flags := c.Flags()
@@ -85,7 +92,7 @@ and the agent tries both again by itself.`,
 		if err := output.PrintValue(c, func(w io.Writer) error { return result.print(w) }, result); err != nil {
 			return err
 		}
-		if result.Problem != "" || result.Unproved != "" {
+		if result.Problem != "" || result.Unproved != "" || len(result.Unit) > 0 {
 			return &cli.Exit{Status: 1}
 		}
 		return nil
@@ -102,14 +109,20 @@ func (f *setupFlags) run(c *cobra.Command, a *asker) (*found, error) {
 		}
 		ways = h.nodeWays(f.cluster)
 	}
+	if err := f.absolute(); err != nil {
+		return nil, err
+	}
 	if f.trustDomain == "" || f.address == "" {
 		return nil, errors.New("-trustDomain and -serverAddress are required: they cannot be found out here")
 	}
-	node, err := f.choose(ways)
+	node, err := f.choose(ways, h.missed())
 	if err != nil {
 		return nil, err
 	}
-	result := &found{Config: f.config, Node: node, Workloads: h.workloadWays(), Server: net.JoinHostPort(f.address, strconv.Itoa(f.port))}
+	result := &found{
+		Config: f.config, Node: node, Workloads: h.workloadWays(), Server: net.JoinHostPort(f.address, strconv.Itoa(f.port)),
+		Unit: f.unit(h), Missed: h.missed(),
+	}
 	written, err := f.write(result, a)
 	if err != nil {
 		return nil, err
@@ -131,13 +144,16 @@ func (f *setupFlags) run(c *cobra.Command, a *asker) (*found, error) {
 }
 
 // choose chooses how to prove the node: what was asked for, then the best of what was found.
-func (f *setupFlags) choose(ways []way) (way, error) {
+func (f *setupFlags) choose(ways []way, missed string) (way, error) {
 	if f.token != "" && (f.node == "" || f.node == "join_token") {
 		return nodeWay("join_token", "a join token was given"), nil
 	}
 	if f.node == "" {
 		if len(ways) == 0 {
-			return way{}, errors.New(nothingSeen + `; give it a join token ("assay-server token generate") in a file and name it with -joinTokenFile`)
+			if missed != "" {
+				missed = " (" + missed + ")"
+			}
+			return way{}, errors.New(nothingSeen + missed + `; give it a join token ("assay-server token generate") in a file and name it with -joinTokenFile`)
 		}
 		f.node = ways[0].Type
 	}
@@ -193,7 +209,9 @@ func quote(text string) string {
 
 // write puts the configuration in place, once it is known to be right.
 func (f *setupFlags) write(result *found, a *asker) (*conf.Agent, error) {
-	if _, err := os.Lstat(f.config); err == nil && !f.force {
+	_, err := os.Lstat(f.config)
+	result.replaced = err == nil
+	if result.replaced && !f.force {
 		replace := false
 		if a != nil {
 			if replace, err = a.confirm(f.config + " is there already. Replace it, and keep it as " + f.config + ".old?"); err != nil {
@@ -212,11 +230,11 @@ func (f *setupFlags) write(result *found, a *asker) (*conf.Agent, error) {
 		return nil, err
 	}
 	// As "validate" does; attestors of a machine below another root cannot be opened here.
-	options := conf.Options{Try: f.root == "/", TryBundle: tryBundle}
+	options := conf.Options{Try: f.root == "/", TryBundle: tryBundle, Set: f.settings()}
 	agent, err := conf.LoadAgent(written, nodes(), workloads(), options)
 	if err != nil {
 		_ = os.Remove(written)
-		return nil, fmt.Errorf("what was found makes no configuration: %w", err)
+		return nil, fmt.Errorf("no configuration can be made of it: %w", f.told(err, written, result.Node.Type))
 	}
 	if err := os.Rename(f.config, f.config+".old"); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -275,14 +293,30 @@ func (o only) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.
 	return o.bundle, nil
 }
 
+// next is how the agent comes to run with the file. One that runs already does not read it by itself.
+func (r *found) next() string {
+	if r.replaced {
+		return "systemctl enable assay-agent; systemctl restart assay-agent"
+	}
+	return "systemctl enable --now assay-agent"
+}
+
 func (r *found) print(w io.Writer) error {
 	_, err := fmt.Fprintf(w, "Written      %s\nThe node     %s: %s\nIt proves    %s\n", r.Config, r.Node.Type, r.Node.Why, r.Node.Proves)
 	if err == nil && r.Unproved != "" {
 		_, err = fmt.Fprintf(w, "             NOT shown now: %s\n", r.Unproved)
 	}
+	if err == nil && r.Missed != "" {
+		_, err = fmt.Fprintf(w, "Not used     %s\n", r.Missed)
+	}
 	for _, way := range r.Workloads {
 		if err == nil {
 			_, err = fmt.Fprintf(w, "Workloads    %s: %s\n", way.Type, way.Why)
+		}
+	}
+	for _, problem := range r.Unit {
+		if err == nil {
+			_, err = fmt.Fprintf(w, "The unit     will NOT run with it: %s\n", problem)
 		}
 	}
 	if err != nil {
@@ -293,8 +327,8 @@ func (r *found) print(w io.Writer) error {
 		_, err = fmt.Fprintf(w, "The server   %s: NOT reached: %s\n", r.Server, r.Problem)
 	case r.Reached:
 		_, err = fmt.Fprintf(w, "The server   %s: reached, and it is the one of the bundle\n", r.Server)
-		if err == nil && r.Unproved == "" {
-			_, err = fmt.Fprintln(w, "Next         systemctl enable --now assay-agent")
+		if err == nil && r.Unproved == "" && len(r.Unit) == 0 {
+			_, err = fmt.Fprintln(w, "Next         "+r.next())
 		}
 	default:
 		_, err = fmt.Fprintf(w, "The server   %s: not tried\n", r.Server)

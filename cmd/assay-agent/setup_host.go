@@ -17,13 +17,32 @@ func (h host) exists(path string) bool {
 	return err == nil
 }
 
-// firmware is who the firmware says made the machine.
-func (h host) firmware() string {
-	text, err := os.ReadFile(filepath.Join(h.root, "sys/class/dmi/id/sys_vendor"))
+// read returns what is in a small file, and nothing if it cannot be read.
+func (h host) read(path string) string {
+	text, err := os.ReadFile(filepath.Join(h.root, path))
 	if err != nil {
 		return ""
 	}
 	return strings.TrimSpace(string(text))
+}
+
+// vendor is where the firmware says who made the machine.
+const vendor = "sys/class/dmi/id/sys_vendor"
+
+// ec2 reports whether this is an instance. Those on Xen, of before Nitro, say so by their UUID.
+func (h host) ec2() bool {
+	made := h.read(vendor)
+	return made == "Amazon EC2" || made == "Xen" && strings.HasPrefix(h.read("sys/hypervisor/uuid"), "ec2")
+}
+
+func (h host) vmware() bool { return strings.HasPrefix(h.read(vendor), "VMware") }
+
+// missed says what would prove this machine but for something that is missing.
+func (h host) missed() string {
+	if h.vmware() && !h.exists("usr/bin/vmtoolsd") {
+		return "vsphere: the firmware says VMware, but /usr/bin/vmtoolsd of open-vm-tools is not installed"
+	}
+	return ""
 }
 
 // way is a way to prove something, why it was chosen, and what it would prove.
@@ -44,6 +63,7 @@ var proofs = map[string]string{
 	"vsphere":        "the virtual machine, as vCenter knows it",
 	"x509pop":        "the possession of the machine certificate's key",
 	"sshpop":         "the possession of the SSH host certificate's key",
+	"tpm_devid":      "the device identity that the machine was given, whose key is in its TPM",
 	"tpm":            "the TPM by its endorsement key, and what was booted, where the server wants that",
 	"http_challenge": "that the machine answers at its name in DNS",
 }
@@ -61,18 +81,31 @@ func (h host) nodeWays(cluster string) []way {
 		// Which name the server has for the cluster cannot be seen from within.
 		add(nodeWay("k8s_psat", "this is a pod, with a token projected for the server", "cluster    = "+quote(cluster), `token_path = "/`+podToken+`"`))
 	}
-	switch vendor := h.firmware(); {
-	case vendor == "Amazon EC2":
+	switch {
+	case h.ec2():
 		add(nodeWay("aws_iid", "the firmware says Amazon EC2: its identity document and its role"))
-	case strings.HasPrefix(vendor, "VMware") && h.exists("usr/bin/vmtoolsd"):
+	case h.vmware() && h.exists("usr/bin/vmtoolsd"):
 		add(nodeWay("vsphere", "the firmware says VMware and open-vm-tools are installed: a nonce through guestinfo"))
 	}
 	if h.exists("etc/assay/node.pem") && h.exists("etc/assay/node.key") {
 		add(nodeWay("x509pop", "/etc/assay/node.pem and node.key are there: the machine's own certificate",
 			`private_key_path = "/etc/assay/node.key"`, `certificate_path = "/etc/assay/node.pem"`))
 	}
-	if h.exists("etc/ssh/ssh_host_rsa_key-cert.pub") {
-		add(nodeWay("sshpop", "/etc/ssh/ssh_host_rsa_key-cert.pub is there: the SSH host certificate"))
+	for _, kind := range []string{"rsa", "ed25519", "ecdsa"} {
+		key := "/etc/ssh/ssh_host_" + kind + "_key"
+		if !h.exists(key + "-cert.pub") {
+			continue
+		}
+		var body []string
+		if kind != "rsa" { // which is the default
+			body = []string{"host_key_path  = " + quote(key), "host_cert_path = " + quote(key+"-cert.pub")}
+		}
+		add(nodeWay("sshpop", key+"-cert.pub is there: the SSH host certificate", body...))
+		break
+	}
+	if h.exists("dev/tpmrm0") && h.exists("etc/assay/devid.pem") && h.exists("etc/assay/devid.priv") && h.exists("etc/assay/devid.pub") {
+		add(nodeWay("tpm_devid", "/etc/assay/devid.pem, .priv and .pub are there: a device identity of the TPM",
+			`devid_cert_path = "/etc/assay/devid.pem"`, `devid_priv_path = "/etc/assay/devid.priv"`, `devid_pub_path  = "/etc/assay/devid.pub"`))
 	}
 	if h.exists("dev/tpmrm0") {
 		add(nodeWay("tpm", "/dev/tpmrm0 is there: the TPM's endorsement key, and what was booted"))
