@@ -80,7 +80,7 @@ func NewConfig(name string, b Block) (*Config, []Problem) {
 		ignored = *b.IgnoreNamespaces
 	}
 	for _, text := range ignored {
-		re, err := regexp.Compile(text)
+		re, err := WholeName(text)
 		if err != nil {
 			say("ignore_namespaces", "%q is no regular expression: %s.", text, err)
 			continue
@@ -111,6 +111,15 @@ func NewConfig(name string, b Block) (*Config, []Problem) {
 	}
 	wrong = append(wrong, c.targets(b)...)
 	return c, wrong
+}
+
+// WholeName reads a regular expression that is of all of a name: of "dev|dev-.*" the second is tried too where the
+// first matches the beginning.
+func WholeName(text string) (*regexp.Regexp, error) {
+	if _, err := regexp.Compile(text); err != nil { // as it was written, and not with what is put around it
+		return nil, err
+	}
+	return regexp.Compile(`^(?:` + text + `)$`)
 }
 
 func (c *Config) targets(b Block) []Problem {

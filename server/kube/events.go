@@ -48,15 +48,37 @@ func (d *desk) makeEvents(ctx context.Context) {
 func (d *desk) makeEventsOf(ctx context.Context, t Turn) {
 	for _, o := range d.sees.pods.GetStore().List() {
 		pod := o.(*corev1.Pod)
-		for _, c := range pod.Status.ContainerStatuses {
+		for _, c := range containers(pod) {
 			if !named(c.ImageID, t.Digests) || !d.demands(pod, t.Policy) {
 				continue
 			}
-			if err := d.makeEvent(ctx, pod, c.Name, t); err != nil && ctx.Err() == nil {
+			if err := d.makeEvent(ctx, pod, c, t); err != nil && ctx.Err() == nil {
 				d.log.WithFields(logrus.Fields{"pod": pod.Namespace + "/" + pod.Name, "err": err}).Warn("no event could be made at a pod")
 			}
 		}
 	}
+}
+
+// container is one of a pod's, of whatever kind.
+type container struct {
+	Name, ImageID string
+	field         string // where the pod's specification has it
+}
+
+func containers(pod *corev1.Pod) []container {
+	var all []container
+	for _, of := range []struct {
+		field    string
+		statuses []corev1.ContainerStatus
+	}{
+		{"containers", pod.Status.ContainerStatuses}, {"initContainers", pod.Status.InitContainerStatuses},
+		{"ephemeralContainers", pod.Status.EphemeralContainerStatuses},
+	} {
+		for _, s := range of.statuses {
+			all = append(all, container{s.Name, s.ImageID, fmt.Sprintf("spec.%s{%s}", of.field, s.Name)})
+		}
+	}
+	return all
 }
 
 // named reports whether a container's imageID, whose form is the runtime's choice, ends in one of the
@@ -88,22 +110,22 @@ func (d *desk) demands(pod *corev1.Pod, policy string) bool {
 	return false
 }
 
-func (d *desk) makeEvent(ctx context.Context, pod *corev1.Pod, container string, t Turn) error {
+func (d *desk) makeEvent(ctx context.Context, pod *corev1.Pod, c container, t Turn) error {
 	now := metav1.NewTime(time.Now())
 	e := &corev1.Event{
 		ObjectMeta: metav1.ObjectMeta{GenerateName: pod.Name + ".", Namespace: pod.Namespace},
 		InvolvedObject: corev1.ObjectReference{
 			APIVersion: "v1", Kind: "Pod", Namespace: pod.Namespace, Name: pod.Name, UID: pod.UID,
-			FieldPath: "spec.containers{" + container + "}",
+			FieldPath: c.field,
 		},
 		Type: corev1.EventTypeWarning, Reason: "IdentityWithdrawn",
-		Message: fmt.Sprintf("scan policy %q no longer allows the image of container %s: %s (assay-server evidence explain -image %s)", t.Policy, container, t.Reason, t.Digests[0]),
+		Message: fmt.Sprintf("scan policy %q no longer allows the image of container %s: %s (assay-server evidence explain -image %s)", t.Policy, c.Name, t.Reason, t.Digests[0]),
 		Source:  corev1.EventSource{Component: fieldManager}, ReportingController: "assay.id/server", ReportingInstance: d.cfg.Name,
 		FirstTimestamp: now, LastTimestamp: now, Count: 1,
 	}
 	if t.Allowed {
 		e.Type, e.Reason = corev1.EventTypeNormal, "IdentityRestored"
-		e.Message = fmt.Sprintf("scan policy %q allows the image of container %s again", t.Policy, container)
+		e.Message = fmt.Sprintf("scan policy %q allows the image of container %s again", t.Policy, c.Name)
 	}
 	_, err := d.cluster.Core.CoreV1().Events(pod.Namespace).Create(ctx, e, metav1.CreateOptions{FieldManager: fieldManager})
 	return err

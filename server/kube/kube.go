@@ -74,7 +74,7 @@ type Config struct {
 	// those without one too.
 	ClassName      string
 	WatchClassless bool
-	// IgnoreNamespaces are those whose pods get no entries, as regular expressions that match all of a name.
+	// IgnoreNamespaces are those whose pods get no entries, as regular expressions of WholeName.
 	IgnoreNamespaces []*regexp.Regexp
 	// ParentID is the template of the parent's SPIFFE ID; nil: that of a k8s_psat agent on the pod's node.
 	ParentID *template.Template
@@ -261,7 +261,7 @@ func (c *Config) classed(class string) bool {
 // ignored reports whether the pods of a namespace get no entries.
 func (c *Config) ignored(namespace string) bool {
 	for _, re := range c.IgnoreNamespaces {
-		if loc := re.FindStringIndex(namespace); loc != nil && loc[0] == 0 && loc[1] == len(namespace) {
+		if re.MatchString(namespace) {
 			return true
 		}
 	}

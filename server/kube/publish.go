@@ -135,14 +135,17 @@ func (t *Target) format(b *identity.Bundle) (string, error) {
 
 func (d *desk) putConfigMaps(ctx context.Context, t Target, text string, written map[string]string) error {
 	var wrong []error
+	before := maps.Clone(written)
+	// What is no longer written to is forgotten: a namespace that is made anew is another one, without the bundle.
+	maps.DeleteFunc(written, func(key, _ string) bool { return strings.HasPrefix(key, t.prefix()) })
 	for _, o := range d.sees.namespaces.GetStore().List() {
 		ns := o.(*corev1.Namespace)
-		key := "ConfigMap " + ns.Name + "/" + t.ConfigMap
 		if t.Namespaces != nil && !t.Namespaces.Matches(labelsOf(ns)) || ns.DeletionTimestamp != nil {
-			delete(written, key)
 			continue
 		}
-		if written[key] == text {
+		key := t.prefix() + string(ns.UID)
+		if before[key] == text {
+			written[key] = text
 			continue
 		}
 		at := t.Key
@@ -160,6 +163,9 @@ func (d *desk) putConfigMaps(ctx context.Context, t Target, text string, written
 	}
 	return errors.Join(wrong...)
 }
+
+// prefix begins the keys under which it is noted what was written for a target.
+func (t *Target) prefix() string { return "ConfigMap " + t.ConfigMap + "/" }
 
 func (d *desk) putTrustBundle(ctx context.Context, t Target, text string) error {
 	spec := map[string]any{"trustBundle": text}

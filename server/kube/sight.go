@@ -15,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic/dynamicinformer"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/tools/cache"
@@ -65,7 +66,11 @@ func slim(object any) (any, error) {
 	switch o := object.(type) {
 	case *corev1.Pod:
 		o.ManagedFields = nil
-		o.Status = corev1.PodStatus{Phase: o.Status.Phase, ContainerStatuses: images(o.Status.ContainerStatuses)}
+		o.Status = corev1.PodStatus{
+			Phase: o.Status.Phase, ContainerStatuses: images(o.Status.ContainerStatuses),
+			InitContainerStatuses:      images(running(o.Status.InitContainerStatuses)), // sidecars are among them
+			EphemeralContainerStatuses: images(running(o.Status.EphemeralContainerStatuses)),
+		}
 	case *corev1.Node:
 		o.ManagedFields, o.Status = nil, corev1.NodeStatus{}
 	case *corev1.Namespace:
@@ -77,6 +82,11 @@ func slim(object any) (any, error) {
 		}
 	}
 	return object, nil
+}
+
+// running leaves out what has ended, and of these kinds is not started again.
+func running(all []corev1.ContainerStatus) []corev1.ContainerStatus {
+	return slices.DeleteFunc(all, func(s corev1.ContainerStatus) bool { return s.State.Terminated != nil })
 }
 
 // images keeps of the containers' statuses which image each runs.
@@ -120,7 +130,11 @@ func (s *sight) prepare() error {
 		return fmt.Errorf("index pods: %w", err)
 	}
 	if err := s.slices.AddIndexers(cache.Indexers{byPod: func(o any) ([]string, error) {
-		return podsOf(o.(*discoveryv1.EndpointSlice)), nil
+		var keys []string
+		for _, one := range podsOf(o.(*discoveryv1.EndpointSlice)) {
+			keys = append(keys, one.key)
+		}
+		return keys, nil
 	}}); err != nil {
 		return fmt.Errorf("index endpoint slices: %w", err)
 	}
@@ -233,21 +247,22 @@ func (s *sight) namespaceNews(before, after *corev1.Namespace) {
 }
 
 func (s *sight) sliceNews(before, after *discoveryv1.EndpointSlice) {
-	var was, is []string
+	var was, is []target
 	if before != nil {
 		was = podsOf(before)
 	}
 	if after != nil {
 		is = podsOf(after)
 	}
-	for _, key := range was {
-		if !slices.Contains(is, key) {
-			s.desk.queue.Add(item{podItem, key})
+	// A pod that was made anew under its name, as those of StatefulSets are, is another pod.
+	for _, one := range was {
+		if !slices.Contains(is, one) {
+			s.desk.queue.Add(item{podItem, one.key})
 		}
 	}
-	for _, key := range is {
-		if !slices.Contains(was, key) {
-			s.desk.queue.Add(item{podItem, key})
+	for _, one := range is {
+		if !slices.Contains(was, one) {
+			s.desk.queue.Add(item{podItem, one.key})
 		}
 	}
 }
@@ -301,15 +316,21 @@ func nameOf[T object](before, after T) string {
 	return before.GetName()
 }
 
-// podsOf returns the pods, as namespace/name, that a service's slice sends to.
-func podsOf(e *discoveryv1.EndpointSlice) []string {
-	var keys []string
+// target is a pod that a service sends to.
+type target struct {
+	key string // namespace/name
+	uid types.UID
+}
+
+// podsOf returns the pods that a service's slice sends to.
+func podsOf(e *discoveryv1.EndpointSlice) []target {
+	var all []target
 	for _, p := range e.Endpoints {
 		if p.TargetRef != nil && p.TargetRef.Kind == "Pod" {
-			keys = append(keys, cache.ObjectName{Namespace: e.Namespace, Name: p.TargetRef.Name}.String())
+			all = append(all, target{cache.ObjectName{Namespace: e.Namespace, Name: p.TargetRef.Name}.String(), p.TargetRef.UID})
 		}
 	}
-	return keys
+	return all
 }
 
 func podsIn(i cache.SharedIndexInformer, index, value string) []*corev1.Pod {

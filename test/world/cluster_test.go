@@ -69,7 +69,7 @@ func newCluster(t *testing.T, change ...func(*kube.Config)) *cluster {
 	})
 	c.cfg = kube.Config{
 		Name: "c1", TrustDomain: "example.org", ClusterDomain: "cluster.local", LeaseNamespace: "assay",
-		IgnoreNamespaces: []*regexp.Regexp{regexp.MustCompile("kube-.*")}, Log: silent(), StatusEvery: 20 * time.Millisecond,
+		IgnoreNamespaces: []*regexp.Regexp{regexp.MustCompile("^kube-.*$")}, Log: silent(), StatusEvery: 20 * time.Millisecond,
 	}
 	for _, f := range change {
 		f(&c.cfg)
@@ -131,7 +131,7 @@ func (c *cluster) create(o any) {
 }
 
 func (c *cluster) namespace(name string, labels map[string]string) {
-	c.create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels}})
+	c.create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, UID: kubetypes.UID("uid-" + name), Labels: labels}})
 }
 
 func pod(namespace, name string, labels map[string]string) *corev1.Pod {

@@ -193,7 +193,21 @@ func TestRulesOfACluster(t *testing.T) {
 			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "front-x", Labels: map[string]string{discoveryv1.LabelServiceName: "front"}},
 			Endpoints:  []discoveryv1.Endpoint{{TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: "a", UID: p.UID}}},
 		})
-		names("front", "front.shop", "front.shop.svc", "front.shop.svc.cluster.local")
+		front := []string{"front", "front.shop", "front.shop.svc", "front.shop.svc.cluster.local"}
+		names(front...)
+		// A pod that is made anew under its name, as a StatefulSet does: the service hears of it after us.
+		c.deletePod(p)
+		p = pod("shop", "a", nil)
+		p.UID = "second"
+		c.create(p)
+		names()
+		if _, err := c.core.DiscoveryV1().EndpointSlices("shop").Update(t.Context(), &discoveryv1.EndpointSlice{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "front-x", Labels: map[string]string{discoveryv1.LabelServiceName: "front"}},
+			Endpoints:  []discoveryv1.Endpoint{{TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: "a", UID: p.UID}}},
+		}, metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		names(front...)
 		if err := c.core.DiscoveryV1().EndpointSlices("shop").Delete(t.Context(), "front-x", metav1.DeleteOptions{}); err != nil {
 			t.Fatal(err)
 		}
@@ -357,10 +371,20 @@ func TestBundleInACluster(t *testing.T) {
 		t.Errorf("a namespace that is not selected has %q", text)
 	}
 	c.namespace("late", map[string]string{"team": "shop"})
-	eventually(t, "a namespace that comes later has it too", func() (bool, string) {
+	has := func() (bool, string) {
 		text := at("late", "trust", "bundle.pem")
 		return strings.HasPrefix(text, "-----BEGIN CERTIFICATE-----"), text
-	})
+	}
+	eventually(t, "a namespace that comes later has it too", has)
+	// A real API server takes what is in a namespace with it.
+	if err := c.core.CoreV1().Namespaces().Delete(t.Context(), "late", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.core.CoreV1().ConfigMaps("late").Delete(t.Context(), "trust", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	c.create(&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "late", UID: "another", Labels: map[string]string{"team": "shop"}}})
+	eventually(t, "a namespace that is made anew under its name has it too", has)
 }
 
 func TestEventsAtPods(t *testing.T) {
@@ -372,7 +396,26 @@ func TestEventsAtPods(t *testing.T) {
 		p.Status.ContainerStatuses = []corev1.ContainerStatus{{Name: "main", ImageID: imageID}}
 		c.create(p)
 	}
-	eventually(t, "all pods have entries", func() (bool, string) { n := len(c.entries()); return n == 3, fmt.Sprint(n) })
+	ended := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{}}
+	for name, change := range map[string]func(*corev1.PodStatus){
+		"by-sidecar": func(s *corev1.PodStatus) {
+			s.InitContainerStatuses = []corev1.ContainerStatus{{Name: "mesh", ImageID: image}}
+		},
+		"by-debugger": func(s *corev1.PodStatus) {
+			s.EphemeralContainerStatuses = []corev1.ContainerStatus{{Name: "debug", ImageID: image}}
+		},
+		"was-set-up": func(s *corev1.PodStatus) {
+			s.InitContainerStatuses = []corev1.ContainerStatus{{Name: "setup", ImageID: image, State: ended}}
+		},
+		"was-debugged": func(s *corev1.PodStatus) {
+			s.EphemeralContainerStatuses = []corev1.ContainerStatus{{Name: "debug", ImageID: image, State: ended}}
+		},
+	} {
+		p := pod("shop", name, nil)
+		change(&p.Status)
+		c.create(p)
+	}
+	eventually(t, "all pods have entries", func() (bool, string) { n := len(c.entries()); return n == 7, fmt.Sprint(n) })
 	events := func() []string {
 		all, err := c.core.CoreV1().Events("shop").List(t.Context(), metav1.ListOptions{})
 		if err != nil {
@@ -381,6 +424,9 @@ func TestEventsAtPods(t *testing.T) {
 		var lines []string
 		for _, e := range all.Items {
 			lines = append(lines, e.InvolvedObject.Name+" "+e.Type+" "+e.Reason)
+			if at := map[string]string{"by-sidecar": "spec.initContainers{mesh}", "by-debugger": "spec.ephemeralContainers{debug}"}[e.InvolvedObject.Name]; at != "" && e.InvolvedObject.FieldPath != at {
+				t.Errorf("the event of %s is about %s", e.InvolvedObject.Name, e.InvolvedObject.FieldPath)
+			}
 			if e.Reason == "IdentityWithdrawn" && !strings.Contains(e.Message, "CVE-1") {
 				t.Errorf("the message is %q", e.Message)
 			}
@@ -398,10 +444,12 @@ func TestEventsAtPods(t *testing.T) {
 		})
 	}
 	untilEvents(kube.Turn{Policy: "prod", Digests: []string{image, manifest}, Reason: "CVE-1 is critical"},
-		"by-config Warning IdentityWithdrawn", "by-manifest Warning IdentityWithdrawn")
+		"by-config Warning IdentityWithdrawn", "by-debugger Warning IdentityWithdrawn", "by-manifest Warning IdentityWithdrawn", "by-sidecar Warning IdentityWithdrawn")
 	c.r.Tell(kube.Turn{Policy: "other", Digests: []string{manifest}, Allowed: true}) // nobody demands it
 	untilEvents(kube.Turn{Policy: "prod", Digests: []string{image}, Allowed: true},
-		"by-config Normal IdentityRestored", "by-config Warning IdentityWithdrawn", "by-manifest Warning IdentityWithdrawn")
+		"by-config Normal IdentityRestored", "by-config Warning IdentityWithdrawn",
+		"by-debugger Normal IdentityRestored", "by-debugger Warning IdentityWithdrawn", "by-manifest Warning IdentityWithdrawn",
+		"by-sidecar Normal IdentityRestored", "by-sidecar Warning IdentityWithdrawn")
 }
 
 func TestReportsInACluster(t *testing.T) {
