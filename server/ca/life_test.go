@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/x509"
+	"errors"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -305,4 +306,33 @@ func issueChecked(t *testing.T, c *CA, store *memStore, now time.Time) []*x509.C
 		t.Fatal("token signed before its key was published")
 	}
 	return chain
+}
+
+func TestKeysThatAreElsewhere(t *testing.T) {
+	t.Run("are asked once a round and with the lock let go, so that whoever asks about authorities does not wait", func(t *testing.T) {
+		now := &clock{now: epoch}
+		km := &durable{InMemory: keys.Memory()}
+		c, err := Open(t.Context(), km, newStore(), testTD, Config{Now: now.Now})
+		if err != nil {
+			t.Fatal(err)
+		}
+		asked := 0
+		km.before = func(op string) error {
+			if op == "generate key" {
+				asked++
+				if len(c.Authorities()) != 2 { // it would wait forever
+					t.Error("not the two authorities of the start")
+				}
+			}
+			return errors.New("away")
+		}
+		now.pass(13 * time.Hour)
+		if err := c.step(t.Context()); err == nil || asked != 2 {
+			t.Errorf("asked %d times for two authorities: %v", asked, err)
+		}
+		km.before = nil
+		if err := c.step(t.Context()); err != nil || c.find(KindX509, StatePrepared) == nil || c.find(KindJWT, StatePrepared) == nil {
+			t.Errorf("it is back, and there are no successors: %v", err)
+		}
+	})
 }

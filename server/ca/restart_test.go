@@ -81,7 +81,7 @@ func TestRestart(t *testing.T) {
 		store := lost(t, now)
 		commits := store.commits
 		_, err := Open(t.Context(), &durable{InMemory: keys.Memory()}, store, testTD, Config{Now: now.Now})
-		if !errors.Is(err, ErrLostKey) || !strings.Contains(err.Error(), "put the key file back") || !strings.Contains(err.Error(), "new_authority_on_lost_key") {
+		if !errors.Is(err, ErrLostKey) || !strings.Contains(err.Error(), "put the keys back") || !strings.Contains(err.Error(), "new_authority_on_lost_key") {
 			t.Errorf("got %v", err)
 		}
 		if store.commits != commits {
