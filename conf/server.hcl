@@ -417,7 +417,8 @@ key_manager "disk" {
   #ca_cert_path        = "/etc/assay/vault-ca.pem"
   #transit_engine_path = "transit"
   #key_prefix          = "assay-"
-  # How to log in: one of these. A secret is better in a file than here.
+  # How to log in: one of these. A secret is better in a file than here. A renewable token is renewed as long
+  # as Vault lets it; one in a file may be replaced at any time.
   #token_auth {
     #token_path = "/run/credentials/assay-server.service/vault-token"
     #token      = "hvs.…" # in place of the file
@@ -501,7 +502,8 @@ key_manager "disk" {
   #namespace       = "admin"
   #ca_cert_path    = "/etc/assay/vault-ca.pem"
   #pki_mount_point = "pki"
-  # How to log in: one of these. A secret is better in a file than here.
+  # How to log in: one of these. A secret is better in a file than here. A renewable token is renewed as long
+  # as Vault lets it; one in a file may be replaced at any time.
   #token_auth {
     #token_path = "/run/credentials/assay-server.service/vault-token"
     #token      = "hvs.…" # in place of the file

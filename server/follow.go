@@ -6,6 +6,7 @@ import (
 	"iter"
 	"strings"
 
+	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
@@ -121,4 +122,21 @@ func tellAudit(log *audit.Log) func(event, about string, err error) {
 		}
 		_ = log.Write(line)
 	}
+}
+
+// keep lets the key manager and the upstream authority see to what they need all the time, as a token that is to be
+// renewed, until ctx ends.
+func keep(ctx context.Context, log logrus.FieldLogger, parts ...any) error {
+	group, ctx := errgroup.WithContext(ctx)
+	for _, part := range parts {
+		if p, ok := part.(interface {
+			Keep(ctx context.Context, log logrus.FieldLogger)
+		}); ok {
+			group.Go(func() error {
+				p.Keep(ctx, log)
+				return nil
+			})
+		}
+	}
+	return group.Wait()
 }

@@ -214,6 +214,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	group.Go(func() error { return oidc.run(parts, pictures.Ready()) })
 	group.Go(func() error { return snapshots.Run(parts) })
 	group.Go(func() error { return authority.Run(parts) })
+	group.Go(func() error { return keep(parts, component("ca"), signers, above) })
 	group.Go(func() error { return pictures.Run(parts) })
 	group.Go(func() error {
 		p := &pruner{

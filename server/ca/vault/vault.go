@@ -3,8 +3,8 @@
 //
 // It is a small client of its own, because what it needs are six paths and four ways to log in, every answer
 // of which is bounded in size and time. Its own token is renewed by logging in again, when a third of its
-// life is left, or when it is refused; a token from the configuration is used as it is, and read anew when
-// it is in a file.
+// life is left, or when it is refused; a token from the configuration is read anew when it is in a file, and
+// renewed by Keep as long as Vault lets it.
 package vault
 
 import (

@@ -40,6 +40,15 @@ type Server struct {
 	chain  []*x509.Certificate // the issuing CA first
 	signer crypto.Signer
 	logins int
+	lives  map[string]*Life
+}
+
+// Life is how long a token lives, in seconds, as Vault says it; renewals say that it is Created from then on, as long as
+// that is below Max.
+type Life struct {
+	Left, Created, Max int64
+	Renewable          bool
+	Renewed            int
 }
 
 type key struct {
@@ -52,7 +61,7 @@ type key struct {
 func New(t testing.TB) *Server {
 	s := &Server{
 		Token: "root-" + rand.Text(), RoleID: "role-" + rand.Text(), SecretID: "secret-" + rand.Text(), Role: "assay", JWT: "jwt-" + rand.Text(),
-		tokens: map[string]bool{}, keys: map[string]*key{},
+		tokens: map[string]bool{}, keys: map[string]*key{}, lives: map[string]*Life{},
 	}
 	s.tokens[s.Token] = true
 	root, rootKey := pki.Authority(t, "Vault root", nil, nil)
@@ -80,6 +89,43 @@ func (s *Server) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.tokens = map[string]bool{s.Token: true}
+}
+
+// Give makes a token that lives so long.
+func (s *Server) Give(life Life) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	token := "hvs." + rand.Text()
+	s.tokens[token], s.lives[token] = true, &life
+	return token
+}
+
+// Renewed counts how often a token was renewed.
+func (s *Server) Renewed(token string) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.lives[token].Renewed
+}
+
+// self answers about the token that asks.
+func (s *Server) self(w http.ResponseWriter, r *http.Request, renew bool) {
+	life := s.lives[r.Header.Get("X-Vault-Token")]
+	switch {
+	case life == nil && renew:
+		fail(w, http.StatusBadRequest, "lease is not renewable")
+	case life == nil:
+		data(w, map[string]any{"ttl": 0, "creation_ttl": 0, "renewable": false})
+	case !renew:
+		data(w, map[string]any{"ttl": life.Left, "creation_ttl": life.Created, "renewable": life.Renewable, "policies": []string{"default"}})
+	case !life.Renewable:
+		fail(w, http.StatusBadRequest, "lease is not renewable")
+	default:
+		life.Renewed++
+		if life.Left = life.Created; life.Max > 0 {
+			life.Left = min(life.Left, life.Max)
+		}
+		_ = json.NewEncoder(w).Encode(map[string]any{"auth": map[string]any{"client_token": r.Header.Get("X-Vault-Token"), "lease_duration": life.Left, "renewable": true}})
+	}
 }
 
 func fail(w http.ResponseWriter, code int, why ...string) {
@@ -113,6 +159,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 		s.login(w, r, parts[1], in)
 	case !s.tokens[r.Header.Get("X-Vault-Token")]:
 		fail(w, http.StatusForbidden, "permission denied")
+	case path == "auth/token/lookup-self" && r.Method == http.MethodGet, path == "auth/token/renew-self" && r.Method == http.MethodPost:
+		s.self(w, r, r.Method == http.MethodPost)
 	case path == "transit/keys" && r.URL.Query().Get("list") == "true":
 		s.list(w)
 	case len(parts) >= 3 && parts[0] == "transit" && parts[1] == "keys":

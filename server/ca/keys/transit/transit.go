@@ -21,6 +21,8 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/sirupsen/logrus"
+
 	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/ca/vault"
 )
@@ -171,6 +173,9 @@ func (m *Manager) List(ctx context.Context) ([]string, error) {
 	slices.Sort(names)
 	return names, nil
 }
+
+// Keep renews the token that the server was given, until ctx ends.
+func (m *Manager) Keep(ctx context.Context, log logrus.FieldLogger) { m.vault.Keep(ctx, log) }
 
 // Persistent implements keys.Manager: it is true.
 func (m *Manager) Persistent() bool { return true }

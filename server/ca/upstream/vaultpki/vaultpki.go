@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"strings"
 
+	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/server/ca/upstream"
@@ -74,6 +75,9 @@ func (a *Authority) Sign(ctx context.Context, r upstream.Request) (*upstream.Sig
 func split(chain, above []*x509.Certificate) *upstream.Signed {
 	return &upstream.Signed{Chain: append(chain, above[:len(above)-1]...), Roots: above[len(above)-1:]}
 }
+
+// Keep renews the token that the server was given, until ctx ends.
+func (a *Authority) Keep(ctx context.Context, log logrus.FieldLogger) { a.vault.Keep(ctx, log) }
 
 // PublishJWT implements upstream.Authority: Vault's PKI knows of certificates only.
 func (a *Authority) PublishJWT(context.Context, identity.JWTAuthority) error {
