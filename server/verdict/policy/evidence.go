@@ -139,7 +139,10 @@ func (p *ScanPolicy) candidates(in *Input, e *evidence) []int {
 			x, y := &in.Reports[a], &in.Reports[b]
 			return cmp.Or(strings.Compare(nameOf(x), nameOf(y)), strings.Compare(x.TrustPolicy, y.TrustPolicy), strings.Compare(x.Source, y.Source),
 				timeOf(y).Compare(timeOf(x)), y.Report.DBAt.Compare(x.Report.DBAt), y.ReceivedAt.Compare(x.ReceivedAt),
-				strings.Compare(x.Hash, y.Hash), len(y.Report.Findings)-len(x.Report.Findings))
+				strings.Compare(x.Hash, y.Hash), len(y.Report.Findings)-len(x.Report.Findings),
+				// The same document may have come under two signatures; what makes it unsound is told of the last.
+				y.Report.ScannedAt.Compare(x.Report.ScannedAt), y.VerifiedAt.Compare(x.VerifiedAt),
+				slices.Compare(x.Report.Flaws, y.Report.Flaws))
 		})
 	}
 	if len(e.left) > 0 {

@@ -159,8 +159,13 @@ func (d *dice) input() Input {
 
 // brokenWorse checks that more findings never open a gate and never add a selector but the status. It
 // only asks where nothing takes findings off: a new name for an old finding may well be an excused one.
+// Nor may it be remembered since another time, with which a grace would begin at another; and what is worse
+// gets no longer grace.
 func brokenWorse(p *ScanPolicy, in Input, d *dice) string {
+	p = level(p)
 	in.VEX, in.Exceptions = nil, nil
+	seen := in.FirstSeen(diceIDs[0])
+	in.FirstSeen = func(string) time.Time { return seen }
 	before := p.Decide(in)
 	worse := in
 	worse.Reports = slices.Clone(in.Reports)
@@ -175,12 +180,26 @@ func brokenWorse(p *ScanPolicy, in Input, d *dice) string {
 	if after.Allowed && !before.Allowed {
 		return "more findings open the gate:\n" + Explain(before) + Explain(after)
 	}
+	// A score that nobody knew may be what another finding tells.
+	unscored := slices.ContainsFunc(before.Effective, func(f report.Finding) bool { return f.EPSS < 0 })
 	for _, s := range after.Selectors {
+		if unscored && slices.Contains(p.words.epss, s) {
+			continue
+		}
 		if s != p.words.status[after.Status] && !slices.Contains(before.Selectors, s) {
 			return fmt.Sprintf("more findings add %s:\n%s%s", s, Explain(before), Explain(after))
 		}
 	}
 	return ""
+}
+
+// level returns the policy with no less grace for what is less severe.
+func level(p *ScanPolicy) *ScanPolicy {
+	even := *p
+	for severity := report.Critical - 1; severity >= report.Unknown; severity-- {
+		even.Grace[severity] = max(even.Grace[severity], even.Grace[severity+1])
+	}
+	return &even
 }
 
 // throw decides about one made-up image and says which property is broken.

@@ -66,8 +66,9 @@ func (w *words) bare(s Status) []attestor.Selector {
 }
 
 // selectors says in selectors what the verdict is and what is known. Each is monotone: more findings, or
-// older evidence, only ever takes one away, scan:status apart. What says that something is not there
-// needs enough sound and fresh reports, as cleared says; and, where a feed has to know, a fresh feed.
+// older evidence, only ever takes one away, scan:status apart. (A finding without a score takes
+// scan:epss-below away, until another finding tells its score or its CVE.) What says that something is not
+// there needs enough sound and fresh reports, as cleared says; and, where a feed has to know, a fresh feed.
 func (p *ScanPolicy) selectors(v *Verdict, e *evidence, t *tally, cleared bool, in *Input, c *clock) []attestor.Selector {
 	all := make([]attestor.Selector, 0, 24)
 	if v.Allowed {
