@@ -24,7 +24,7 @@ import (
 var TrustDomain = spiffeid.RequireTrustDomainFromString("example.org")
 
 // patience is how long anything may take that should not wait at all.
-const patience = 10 * time.Second
+const patience = 20 * time.Second
 
 // Pair is a node attestor under test: both sides and a configuration that makes them agree.
 type Pair struct {

@@ -102,7 +102,7 @@ func TestSuite(t *testing.T) {
 		cases[why] = attestortest.Case{Process: attestor.Process{PID: 1, Proc: processes(t, one.cgroup)}, Want: one.want}
 	}
 	attestortest.RunWorkload(t, attestortest.Workload{
-		Kind: Kind(), Config: fmt.Sprintf("introspection_endpoint = %q", c.URL()), Cases: cases,
+		Kind: Kind(), Config: fmt.Sprintf("introspection_endpoint = %q\ntimeout = %q", c.URL(), patience), Cases: cases,
 		Gone: attestor.Process{PID: 7, Proc: processes(t)}, README: "../README.md",
 	})
 }
@@ -117,8 +117,8 @@ func TestSidecar(t *testing.T) {
 	}
 	const sha = "1f9bfba2ec4cb7dc0c29d1ffd6e4bd7dfb5a1eb0e97b1f2f6a8e0d8d5b7a9e3c"
 	imageID := ""
-	config := fmt.Sprintf("sidecar = true\nmetadata_uri = %q", c.MetadataURI(arn))
-	opened, err := Kind().Open(&ecs.WorkloadConfig{Sidecar: true, MetadataURI: c.MetadataURI(arn)}, attestor.Needs{})
+	config := fmt.Sprintf("sidecar = true\nmetadata_uri = %q\ntimeout = %q", c.MetadataURI(arn), patience)
+	opened, err := Kind().Open(&ecs.WorkloadConfig{Sidecar: true, MetadataURI: c.MetadataURI(arn), Timeout: patience}, attestor.Needs{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +178,7 @@ func TestASidecarsMetadataServiceThatIsNotToBeBelieved(t *testing.T) {
 		t.Run(why, func(t *testing.T) {
 			s := httptest.NewServer(h)
 			t.Cleanup(s.Close)
-			opened, err := Kind().Open(&ecs.WorkloadConfig{Sidecar: true, MetadataURI: s.URL + "/v4/x", Timeout: "300ms"}, attestor.Needs{})
+			opened, err := Kind().Open(&ecs.WorkloadConfig{Sidecar: true, MetadataURI: s.URL + "/v4/x", Timeout: patienceWith(why)}, attestor.Needs{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -190,9 +190,20 @@ func TestASidecarsMetadataServiceThatIsNotToBeBelieved(t *testing.T) {
 	}
 }
 
-func openAt(t *testing.T, url string) *workload {
+// patience is what an answer may take that comes, however loaded the machine.
+const patience = "1m"
+
+// patienceWith is shorter with who hangs, where it runs out.
+func patienceWith(why string) string {
+	if why == "it hangs" {
+		return "300ms"
+	}
+	return patience
+}
+
+func openAt(t *testing.T, url, timeout string) *workload {
 	t.Helper()
-	opened, err := Kind().Open(&ecs.WorkloadConfig{IntrospectionEndpoint: url, Timeout: "300ms"}, attestor.Needs{})
+	opened, err := Kind().Open(&ecs.WorkloadConfig{IntrospectionEndpoint: url, Timeout: timeout}, attestor.Needs{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,7 +239,7 @@ func TestAnECSAgentThatIsNotToBeBelieved(t *testing.T) {
 		t.Run(why, func(t *testing.T) {
 			s := httptest.NewServer(h)
 			t.Cleanup(s.Close)
-			w := openAt(t, s.URL)
+			w := openAt(t, s.URL, patienceWith(why))
 			p := attestor.Process{PID: 1, Proc: processes(t, slice(taskID, plainID))}
 			if found, err := w.Attest(t.Context(), p); err == nil || len(found) > 0 {
 				t.Errorf("%v, %v", found, err)
@@ -241,14 +252,14 @@ func TestAnECSAgentThatIsNotToBeBelieved(t *testing.T) {
 	t.Run("nobody listens", func(t *testing.T) {
 		s := httptest.NewServer(http.NotFoundHandler())
 		s.Close()
-		found, err := openAt(t, s.URL).Attest(t.Context(), attestor.Process{PID: 1, Proc: processes(t, slice(taskID, plainID))})
+		found, err := openAt(t, s.URL, patience).Attest(t.Context(), attestor.Process{PID: 1, Proc: processes(t, slice(taskID, plainID))})
 		if err == nil || !strings.Contains(err.Error(), "nobody listens") {
 			t.Errorf("%v, %v", found, err)
 		}
 	})
 	t.Run("another user listens where the ECS agent would", func(t *testing.T) {
 		c := hostWith(t)
-		w := openAt(t, c.URL())
+		w := openAt(t, c.URL(), patience)
 		_, port, err := net.SplitHostPort(strings.TrimPrefix(c.URL(), "http://"))
 		if err != nil {
 			t.Fatal(err)
@@ -272,7 +283,7 @@ func TestAnECSAgentThatIsNotToBeBelieved(t *testing.T) {
 
 func TestWhatIsKnownIsNotAskedAgain(t *testing.T) {
 	c := hostWith(t)
-	w := openAt(t, c.URL())
+	w := openAt(t, c.URL(), patience)
 	p := attestor.Process{PID: 1, Proc: processes(t, slice(taskID, plainID))}
 	for range 3 {
 		if found, err := w.Attest(t.Context(), p); err != nil || len(found) != len(web) {
@@ -288,7 +299,7 @@ func TestAContainerThatTheECSAgentLearnsOfLater(t *testing.T) {
 	c := hostWith(t)
 	task := c.Tasks[arn]
 	delete(c.Tasks, arn)
-	w := openAt(t, c.URL())
+	w := openAt(t, c.URL(), patience)
 	p := attestor.Process{PID: 1, Proc: processes(t, "/docker/"+plainID)}
 	if found, err := w.Attest(t.Context(), p); err != nil || len(found) > 0 {
 		t.Fatalf("%v, %v", found, err)
