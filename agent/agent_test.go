@@ -99,7 +99,7 @@ func (n *node) start() *node {
 	case err := <-done:
 		done <- err
 		n.t.Fatalf("agent ended: %v", err)
-	case <-time.After(20 * time.Second):
+	case <-time.After(time.Minute):
 		n.t.Fatal("not ready within 20 s")
 	}
 	return n
@@ -211,12 +211,12 @@ func (n *node) wait(what string, ok func() bool) {
 	n.t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(time.Minute)
 	for !ok() {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			n.t.Fatalf("%s: not within 20 s", what)
+			n.t.Fatalf("%s: not within a minute", what)
 		}
 	}
 }

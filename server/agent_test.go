@@ -338,8 +338,10 @@ func TestBannedAndEvictedAgents(t *testing.T) {
 			return err
 		}, types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, codes.OK},
 	} {
-		t.Run("one that is "+c.name+" is cut off at once", func(t *testing.T) {
-			path, _, conn := w.agent(c.name)
+		// cutOff returns how long it takes until everything of an agent has ended.
+		cutOff := func(t *testing.T, name string) time.Duration {
+			t.Helper()
+			path, _, conn := w.agent(name)
 			stream := follow(conn)
 			began := time.Now()
 			if err := c.end(id(path)); err != nil {
@@ -360,11 +362,22 @@ func TestBannedAndEvictedAgents(t *testing.T) {
 			if reason(err) != c.reason {
 				t.Errorf("the open stream: %v", err)
 			}
-			if took := time.Since(began); took > time.Second {
-				t.Errorf("it took %s", took)
-			}
-			_, _, err = w.attest("honest", []byte(c.name), "")
+			took := time.Since(began)
+			_, _, err = w.attest("honest", []byte(name), "")
 			refused(t, err, c.again, "")
+			return took
+		}
+		t.Run("one that is "+c.name+" is cut off at once", func(t *testing.T) {
+			took := cutOff(t, c.name)
+			for try := range 4 { // who waits for something does so each time, a loaded machine seldom
+				if took <= time.Second || t.Failed() {
+					return
+				}
+				took = min(took, cutOff(t, fmt.Sprintf("%s-%d", c.name, try)))
+			}
+			if took > time.Second {
+				t.Errorf("it took %s at the least", took)
+			}
 		})
 	}
 	for _, c := range []struct {

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -82,10 +83,13 @@ func (n *node) start() *node {
 	return n
 }
 
+// patience is far above what anything here takes.
+const patience = time.Minute
+
 // until waits for an SVID that is as wanted.
 func (n *node) until(what string, ok func(*keep.Own) bool) *keep.Own {
 	n.t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(patience)
 	for {
 		own, changed := n.join.Own()
 		if ok(own) {
@@ -94,7 +98,7 @@ func (n *node) until(what string, ok func(*keep.Own) bool) *keep.Own {
 		select {
 		case <-changed:
 		case <-timeout:
-			n.t.Fatalf("%s: not within 20 s; %v", what, n.join.Err())
+			n.t.Fatalf("%s: not within %s; %v", what, patience, n.join.Err())
 		}
 	}
 }
@@ -106,12 +110,12 @@ func (n *node) wait(what string, ok func() bool) {
 	n.t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(patience)
 	for !ok() {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			n.t.Fatalf("%s: not within 20 s; said %v", what, n.said())
+			n.t.Fatalf("%s: not within %s; said %v", what, patience, n.said())
 		}
 	}
 }
@@ -321,14 +325,17 @@ func TestTrust(t *testing.T) {
 
 func TestRotation(t *testing.T) {
 	for name, reattestable := range map[string]bool{"renewed": false, "attested again": true} {
-		t.Run("the SVID is "+name+" at half of its life, with another key", func(t *testing.T) {
+		// turn says how an SVID was replaced when it was not at half of its life.
+		turn := func(t *testing.T) error {
+			t.Helper()
 			server := fakeserver.New(t, fakeserver.Config{AgentTTL: 3 * time.Second, Reattestable: reattestable})
 			n := prepare(t, server).start()
+			defer n.stop()
 			own := n.until("attestation", there)
 			began := time.Now()
 			next := n.until("rotation", func(o *keep.Own) bool { return o != nil && o != own })
 			if took := time.Since(began); took < 900*time.Millisecond || took > 2500*time.Millisecond {
-				t.Errorf("after %v", took)
+				return fmt.Errorf("after %v", took)
 			}
 			if next.Key == own.Key || next.Chain[0].URIs[0].String() != own.Chain[0].URIs[0].String() {
 				t.Error("the key is the same, or the ID is not")
@@ -340,6 +347,16 @@ func TestRotation(t *testing.T) {
 			if server.Calls("AttestAgent") != attested {
 				t.Errorf("attested %d times", server.Calls("AttestAgent"))
 			}
+			return nil
+		}
+		t.Run("the SVID is "+name+" at half of its life, with another key", func(t *testing.T) {
+			var err error
+			for range 5 { // a rule that is wrong is so each time, a loaded machine late now and then
+				if err = turn(t); err == nil {
+					return
+				}
+			}
+			t.Error(err)
 		})
 	}
 	t.Run("an SVID that expired while the server was away is replaced by attesting again", func(t *testing.T) {

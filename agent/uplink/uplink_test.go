@@ -122,7 +122,7 @@ func startKnowing(t *testing.T, server *fakeserver.Server, bootstrap join.Bootst
 // until waits until the picture is as wanted.
 func (n *node) until(what string, ok func(p *view.Picture) bool) *view.Picture {
 	n.t.Helper()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(time.Minute)
 	for {
 		p, next := n.sink.view.Follow()
 		if p.Held() && ok(p) {
@@ -131,7 +131,7 @@ func (n *node) until(what string, ok func(p *view.Picture) bool) *view.Picture {
 		select {
 		case <-next:
 		case <-timeout:
-			n.t.Fatalf("%s: not within 20 s; held revision %d, %d entries; status %+v", what, p.Rev, len(p.Entries()), n.link.Status())
+			n.t.Fatalf("%s: not within a minute; held revision %d, %d entries; status %+v", what, p.Rev, len(p.Entries()), n.link.Status())
 		}
 	}
 }
@@ -151,12 +151,12 @@ func wait(t *testing.T, what string, ok func() bool) {
 	t.Helper()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(time.Minute)
 	for !ok() {
 		select {
 		case <-tick.C:
 		case <-deadline:
-			t.Fatalf("%s: not within 20 s", what)
+			t.Fatalf("%s: not within a minute", what)
 		}
 	}
 }

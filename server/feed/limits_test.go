@@ -242,7 +242,7 @@ func poll(t *testing.T, done func() bool) {
 	t.Helper()
 	ticker := time.NewTicker(time.Millisecond)
 	defer ticker.Stop()
-	timeout := time.After(20 * time.Second)
+	timeout := time.After(time.Minute)
 	for !done() {
 		select {
 		case <-ticker.C:

@@ -205,7 +205,7 @@ func (c *cluster) entries() []string {
 }
 
 // patience is far above what anything here takes.
-const patience = 30 * time.Second
+const patience = time.Minute
 
 func eventually(t *testing.T, what string, ok func() (bool, string)) {
 	t.Helper()
