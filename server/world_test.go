@@ -185,12 +185,15 @@ func (w *world) audit() (lines []map[string]any) {
 	return lines
 }
 
-// lastAudit returns the last line of an event.
+// lastAudit returns the last line of an event. It waits for the first one: what the server does by itself is seen
+// in its picture before it is in the log.
 func (w *world) lastAudit(event string) map[string]any {
 	w.t.Helper()
-	for _, line := range slices.Backward(w.audit()) {
-		if line["event"] == event {
-			return line
+	for late := time.Now().Add(time.Minute); time.Now().Before(late); time.Sleep(10 * time.Millisecond) {
+		for _, line := range slices.Backward(w.audit()) {
+			if line["event"] == event {
+				return line
+			}
 		}
 	}
 	w.t.Errorf("no audit line of %s", event)
