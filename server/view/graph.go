@@ -18,7 +18,10 @@ import (
 // View.mu guards it; what readers may write is guarded as said at agent and at groups.
 type graph struct {
 	storeID string
-	td      spiffeid.TrustDomain
+	// rev is that of the last commit taken in: what is in the graph now. The view's progress follows
+	// a moment later, for those who wait.
+	rev kv.Rev
+	td  spiffeid.TrustDomain
 	// server is the ID below which node aliases hang.
 	server spiffeid.ID
 	// asOf is the time by which entries count as expired: that of the last advance.
@@ -93,6 +96,7 @@ func (g *graph) alias(e *identity.Entry) bool { return e.ParentID == g.server }
 // apply takes in one commit and returns how many agents it concerns. An agent is concerned if a
 // changed entry can be reached from it before the change or after, so both are walked.
 func (g *graph) apply(c records.Change) int {
+	g.rev = c.Rev
 	w := g.walk(c.Rev)
 	for _, change := range c.Entries {
 		if old := g.entry(change.ID); g.live(old) {
@@ -213,7 +217,7 @@ func (g *graph) applyBundle(c records.BundleChange, rev kv.Rev) int {
 
 // advance moves the time by which entries count as expired to now and returns how many agents that
 // concerns. The clock may have been set back: then entries come to life again.
-func (g *graph) advance(now time.Time, rev kv.Rev) int {
+func (g *graph) advance(now time.Time) int {
 	from, to := g.asOf, now
 	if to.Before(from) {
 		from, to = to, from
@@ -225,14 +229,14 @@ func (g *graph) advance(now time.Time, rev kv.Rev) int {
 		}
 		toggled = append(toggled, e)
 	}
-	before := g.walk(rev)
+	before := g.walk(g.rev)
 	for _, e := range toggled {
 		if g.live(e) {
 			before.from(e)
 		}
 	}
 	g.asOf = now
-	after := g.walk(rev)
+	after := g.walk(g.rev)
 	for _, e := range toggled {
 		if g.live(e) {
 			after.from(e)

@@ -165,7 +165,7 @@ func (v *View) Agent(id spiffeid.ID) *AgentPicture {
 	defer v.mu.RUnlock()
 	a := v.graph.agent(id)
 	if a == nil {
-		return v.graph.noEntries(v.Rev())
+		return v.graph.noEntries()
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -179,7 +179,7 @@ func (v *View) Follow(id spiffeid.ID) (*AgentPicture, <-chan struct{}) {
 	defer v.mu.RUnlock()
 	a := v.graph.agent(id)
 	if a == nil {
-		return v.graph.noEntries(v.Rev()), v.graph.stranger.follow()
+		return v.graph.noEntries(), v.graph.stranger.follow()
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -251,9 +251,9 @@ func (v *View) look(a *agent) *AgentPicture {
 	return a.picture
 }
 
-func (g *graph) noEntries(rev kv.Rev) *AgentPicture {
+func (g *graph) noEntries() *AgentPicture {
 	b := g.compose(nil)
-	return &AgentPicture{StoreID: g.storeID, Rev: rev, Bundles: b.bundles, body: b}
+	return &AgentPicture{StoreID: g.storeID, Rev: g.rev, Bundles: b.bundles, body: b}
 }
 
 // compute returns what an agent may have: what its aliases lead to, which it shares with others, and

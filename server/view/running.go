@@ -171,7 +171,7 @@ func (v *View) forget(agent spiffeid.ID, stream uint64) {
 // renewVerdicts makes an agent's picture have the verdicts on what it runs. mu is held for writing.
 func (v *View) renewVerdicts(id spiffeid.ID) {
 	if a := v.graph.agent(id); a != nil {
-		v.graph.outdate(a, max(a.rev, v.Rev()))
+		v.graph.outdate(a, v.graph.rev)
 		v.m.touched.Inc()
 	}
 }

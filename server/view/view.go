@@ -171,7 +171,7 @@ func (v *View) apply(storeID string, c records.Change) {
 	start := time.Now()
 	v.mu.Lock()
 	before, _ := v.graph.nextExpiry()
-	touched := v.graph.advance(v.cfg.Now(), v.Rev())
+	touched := v.graph.advance(v.cfg.Now())
 	touched += v.graph.apply(c)
 	if v.graph.storeID != storeID {
 		// Nothing of another store's pictures holds, not even one that reads the same.
@@ -216,11 +216,16 @@ func (v *View) expire(ctx context.Context) error {
 			continue
 		case <-timer.C:
 		}
-		v.mu.Lock()
-		touched := v.graph.advance(v.cfg.Now(), v.Rev())
-		v.mu.Unlock()
-		v.m.touched.Add(float64(touched))
+		v.tick()
 	}
+}
+
+// tick takes out of the pictures what has expired by now.
+func (v *View) tick() {
+	v.mu.Lock()
+	touched := v.graph.advance(v.cfg.Now())
+	v.mu.Unlock()
+	v.m.touched.Add(float64(touched))
 }
 
 // Ready returns a channel that is closed once the view has its first snapshot.

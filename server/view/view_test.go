@@ -406,6 +406,28 @@ func TestExpiry(t *testing.T) {
 	})
 }
 
+func TestExpiryBesideACommit(t *testing.T) {
+	agentID := id("/spire/agent/a")
+	e := newEntry("e", agentID, id("/w"))
+	e.ExpiresAt = time.Unix(100, 0)
+	now := time.Unix(99, 0)
+	v := New(viewtest.New("store"), td, Config{Now: func() time.Time { return now }})
+	v.apply("store", records.Change{
+		Rev:     5,
+		Nodes:   []records.NodeChange{{ID: agentID, Node: newNode("a")}},
+		Entries: []records.EntryChange{{ID: e.ID, Entry: e}},
+	})
+	v.progress.rev = 4 // as it is for a moment: the commit is in the graph, and nobody was told
+	now = e.ExpiresAt
+	v.tick()
+	if p := v.Agent(agentID); p.Rev != 5 || len(p.Entries) != 0 {
+		t.Errorf("the picture has revision %d and %d entries, want 5 and none: a revision never goes back", p.Rev, len(p.Entries))
+	}
+	if p := v.Agent(id("/spire/agent/nobody")); p.Rev != 5 {
+		t.Errorf("the picture of an unknown agent has revision %d, want 5", p.Rev)
+	}
+}
+
 func TestFollow(t *testing.T) {
 	t.Run("equal nodes share what they hold", func(t *testing.T) {
 		src := viewtest.New("store")
