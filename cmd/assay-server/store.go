@@ -315,7 +315,7 @@ func snapshotList() *cobra.Command {
 		if err != nil {
 			return err
 		}
-		backup.Verify(all)
+		all = backup.Verify(all)
 		return output.PrintValue(c, func(w io.Writer) error { return printSnapshots(w, all) }, snapshotsJSON(all))
 	}
 	return c

@@ -64,7 +64,7 @@ type Store interface {
 	ID() string
 	Rev(ctx context.Context) (kv.Rev, error)
 	Size() (int64, error)
-	Backup(ctx context.Context, w io.Writer) error
+	Backup(ctx context.Context, w io.Writer) (kv.Rev, error)
 }
 
 // Config is what Snapshots can do without.
@@ -192,7 +192,10 @@ func (s *Snapshots) firstWait() time.Duration {
 func (s *Snapshots) Take(ctx context.Context) (Snapshot, error) { return s.take(ctx, true) }
 
 // Backup writes a copy of the store as of now.
-func (s *Snapshots) Backup(ctx context.Context, w io.Writer) error { return s.store.Backup(ctx, w) }
+func (s *Snapshots) Backup(ctx context.Context, w io.Writer) error {
+	_, err := s.store.Backup(ctx, w)
+	return err
+}
 
 func (s *Snapshots) take(ctx context.Context, always bool) (made Snapshot, err error) {
 	s.mu.Lock()
@@ -209,7 +212,7 @@ func (s *Snapshots) take(ctx context.Context, always bool) (made Snapshot, err e
 		s.last.Set(float64(s.cfg.Now().Unix()))
 		return all[0], nil
 	}
-	made, err = s.write(ctx, all, rev)
+	made, err = s.write(ctx, all)
 	switch {
 	case errors.Is(err, boltkv.ErrDamaged):
 		s.taken.WithLabelValues("damaged").Inc()
@@ -230,7 +233,7 @@ func (s *Snapshots) take(ctx context.Context, always bool) (made Snapshot, err e
 const spare = 16 << 20
 
 // write makes the copy under a hidden name, reads it back, and gives it its name.
-func (s *Snapshots) write(ctx context.Context, all []Snapshot, rev kv.Rev) (Snapshot, error) {
+func (s *Snapshots) write(ctx context.Context, all []Snapshot) (Snapshot, error) {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return Snapshot{}, fmt.Errorf("make folder: %w", err)
 	}
@@ -251,7 +254,7 @@ func (s *Snapshots) write(ctx context.Context, all []Snapshot, rev kv.Rev) (Snap
 		return Snapshot{}, err
 	}
 	defer os.Remove(temp.Name()) //nolint:errcheck // it is gone once renamed
-	err = s.store.Backup(ctx, temp)
+	rev, err := s.store.Backup(ctx, temp)
 	if err == nil {
 		err = temp.Sync()
 	}
@@ -358,11 +361,17 @@ func List(dir string) ([]Snapshot, error) {
 	return all, nil
 }
 
-// Verify reads each snapshot from end to end and notes what is wrong with it.
-func Verify(all []Snapshot) {
-	for i := range all {
-		all[i].Damage = whole(all[i].Path)
+// Verify reads each snapshot from end to end and notes what is wrong with it. It leaves out those that
+// the server has removed since they were listed: one that is gone is not damaged.
+func Verify(all []Snapshot) []Snapshot {
+	var there []Snapshot
+	for _, s := range all {
+		s.Damage = whole(s.Path)
+		if !errors.Is(s.Damage, fs.ErrNotExist) {
+			there = append(there, s)
+		}
 	}
+	return there
 }
 
 // newestGood returns the first snapshot that is whole.

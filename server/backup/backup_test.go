@@ -139,7 +139,7 @@ func TestSnapshots(t *testing.T) {
 			t.Errorf("%v, %v", info, err)
 		}
 		all := list(t, s.Place.snapshots())
-		Verify(all)
+		all = Verify(all)
 		if len(all) != 1 || all[0] != made {
 			t.Errorf("%+v, want %+v", all, made)
 		}
@@ -239,13 +239,13 @@ func TestSnapshots(t *testing.T) {
 // torn is a store whose copies are damaged, as they are when its file is.
 type torn struct{ *boltkv.Store }
 
-func (s torn) Backup(ctx context.Context, w io.Writer) error {
+func (s torn) Backup(ctx context.Context, w io.Writer) (kv.Rev, error) {
 	var b bytes.Buffer
-	if err := s.Store.Backup(ctx, &b); err != nil {
-		return err
+	rev, err := s.Store.Backup(ctx, &b)
+	if err == nil {
+		_, err = w.Write(b.Bytes()[:b.Len()-4096])
 	}
-	_, err := w.Write(b.Bytes()[:b.Len()-4096])
-	return err
+	return rev, err
 }
 
 // huge is a store that no disk has room for.

@@ -75,7 +75,7 @@ func Check(ctx context.Context, p Place, now time.Time) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	Verify(all)
+	all = Verify(all)
 	r := &Report{Snapshots: all}
 	back := backTo(p.DataDir, all)
 
@@ -171,18 +171,22 @@ func checkKeys(ctx context.Context, p Place, c *records.Checked, now time.Time) 
 
 // Missing returns an error if the store's file is not there although it must have been: a server does
 // not make a new one beside what is left of the old. nil: it is there, or this is a first start.
-func Missing(p Place) error {
-	if _, err := os.Lstat(p.store()); err == nil || !errors.Is(err, fs.ErrNotExist) {
-		return nil // if it cannot be looked at, who opens it says why
-	}
+func Missing(p Place) error { return missing(p, os.Lstat) }
+
+func missing(p Place, lstat func(path string) (fs.FileInfo, error)) error {
+	// What is left is looked for first. Another server that starts for the first time makes its store
+	// before all else, so the store is there if anything else is.
 	left := ""
 	if all, err := List(p.snapshots()); err == nil && len(all) > 0 {
 		left = p.snapshots()
-	} else if _, err := os.Lstat(p.keys()); err == nil && !p.KeysInMemory && !p.KeysElsewhere {
+	} else if _, err := lstat(p.keys()); err == nil && !p.KeysInMemory && !p.KeysElsewhere {
 		left = p.keys()
 	}
 	if left == "" {
 		return nil
+	}
+	if _, err := lstat(p.store()); err == nil || !errors.Is(err, fs.ErrNotExist) {
+		return nil // if it cannot be looked at, who opens it says why
 	}
 	return fmt.Errorf("%w: %s is missing, but %s is there; to begin a new trust domain, move that away too", boltkv.ErrDamaged, p.store(), left)
 }

@@ -49,10 +49,10 @@ type Restored struct {
 // Force.
 func Restore(ctx context.Context, r Restoring) (done *Restored, err error) {
 	path := filepath.Join(r.DataDir, StoreFile)
-	there := false
+	file, there := false, false // an empty file is no store
 	switch info, err := os.Lstat(path); {
 	case err == nil:
-		there = info.Size() > 0
+		file, there = true, info.Size() > 0
 		unlock, err := boltkv.Lock(path)
 		if errors.Is(err, boltkv.ErrLocked) {
 			return nil, fmt.Errorf("%w: stop it first", err)
@@ -68,7 +68,7 @@ func Restore(ctx context.Context, r Restoring) (done *Restored, err error) {
 		return nil, fmt.Errorf("%w at %s: with -force it is kept under another name and the copy takes its place", ErrExists, path)
 	}
 	hidden := filepath.Join(r.DataDir, fmt.Sprintf(".restoring-%d.db", os.Getpid()))
-	defer os.Remove(hidden) //nolint:errcheck // it is gone once renamed
+	defer os.Remove(hidden) //nolint:errcheck // it is there under its real name
 	done = &Restored{Path: path}
 	if done.Records, err = r.place(ctx, hidden); err != nil {
 		return nil, err
@@ -80,7 +80,14 @@ func Restore(ctx context.Context, r Restoring) (done *Restored, err error) {
 			return nil, fmt.Errorf("keep the store that is there: %w", err)
 		}
 	}
-	if err := os.Rename(hidden, path); err != nil {
+	name := os.Rename
+	if !file {
+		// Nothing was there to lock. Link does not replace the store of a server that started meanwhile.
+		name = os.Link
+	}
+	if err := name(hidden, path); errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("%w at %s: a server made it just now", ErrExists, path)
+	} else if err != nil {
 		return nil, fmt.Errorf("restore store: %w", err)
 	}
 	if err := durable.SyncDir(r.DataDir); err != nil {

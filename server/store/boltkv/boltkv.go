@@ -291,7 +291,7 @@ func (s *Store) admit(timeout time.Duration, fresh bool) error {
 	case !info.Mode().IsRegular():
 		return fmt.Errorf("open store %s: it is no regular file", s.path)
 	}
-	if err := lock(s.file, timeout); err != nil || fresh {
+	if err := lock(s.file, syscall.LOCK_EX, timeout); err != nil || fresh {
 		return err
 	}
 	if info, err = s.file.Stat(); err != nil { // who had the lock may have written
@@ -316,10 +316,10 @@ func (s *Store) admit(timeout time.Duration, fresh bool) error {
 }
 
 // lock takes the lock that bbolt would take, so that nothing is read while another server writes.
-func lock(file *os.File, timeout time.Duration) error {
+func lock(file *os.File, how int, timeout time.Duration) error {
 	deadline := time.Now().Add(timeout)
 	for {
-		err := syscall.Flock(int(file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		err := syscall.Flock(int(file.Fd()), how|syscall.LOCK_NB)
 		switch {
 		case err == nil:
 			return nil

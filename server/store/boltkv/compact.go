@@ -87,14 +87,17 @@ func forget(tx *bbolt.Tx, upTo kv.Rev) (done bool, err error) {
 	return until == upTo, nil
 }
 
-// Backup writes a consistent copy of the store as of now. Reads and commits go on meanwhile.
-func (s *Store) Backup(ctx context.Context, w io.Writer) error {
-	return s.view(ctx, func(tx *bbolt.Tx, _ kv.Rev) error {
+// Backup writes a consistent copy of the store as of now, and returns the copy's revision. Reads and
+// commits go on meanwhile.
+func (s *Store) Backup(ctx context.Context, w io.Writer) (rev kv.Rev, err error) {
+	err = s.view(ctx, func(tx *bbolt.Tx, at kv.Rev) error {
+		rev = at
 		if _, err := tx.WriteTo(w); err != nil {
 			return fmt.Errorf("back up store: %w", err)
 		}
 		return nil
 	})
+	return rev, err
 }
 
 // Restore makes the store at path from what Backup wrote. It refuses to overwrite a file. The
@@ -112,7 +115,7 @@ func Restore(path string, backup io.Reader) (err error) {
 	if err != nil {
 		return fmt.Errorf("restore store: %w", err)
 	}
-	defer os.Remove(temp.Name()) //nolint:errcheck // it is gone once renamed
+	defer os.Remove(temp.Name()) //nolint:errcheck // it is there under its real name
 	_, err = io.Copy(temp, backup)
 	if err = errors.Join(err, temp.Close()); err != nil {
 		return fmt.Errorf("restore store: %w", err)
@@ -130,7 +133,8 @@ func Restore(path string, backup io.Reader) (err error) {
 	if err = errors.Join(err, s.Close()); err != nil {
 		return fmt.Errorf("restore store %s: %w", path, err)
 	}
-	if err := os.Rename(temp.Name(), path); err != nil {
+	// Link, unlike Rename, does not replace a store that a server made meanwhile.
+	if err := os.Link(temp.Name(), path); err != nil {
 		return fmt.Errorf("restore store: %w", err)
 	}
 	return durable.SyncDir(dir)

@@ -174,7 +174,13 @@ func TestBackupAndRestore(t *testing.T) {
 	// Half way through, others write.
 	pipe, w := io.Pipe()
 	var group sync.WaitGroup
-	group.Go(func() { w.CloseWithError(s.Backup(context.Background(), w)) })
+	group.Go(func() {
+		rev, err := s.Backup(context.Background(), w)
+		if rev != 200 {
+			t.Errorf("the copy is said to have revision %d", rev)
+		}
+		w.CloseWithError(err)
+	})
 	if _, err := io.CopyN(&backup, pipe, 10_000); err != nil {
 		t.Fatal(err)
 	}

@@ -17,15 +17,16 @@ func Inspect(path string) (damages []error, err error) {
 		return nil, fmt.Errorf("inspect store: %w", err)
 	}
 	defer func() { err = errors.Join(err, file.Close()) }()
-	info, err := file.Stat()
+	// Several may read at once: a copy that a server reads back is not in use by a server.
+	if err := lock(file, syscall.LOCK_SH, time.Millisecond); err != nil {
+		return nil, err
+	}
+	info, err := file.Stat() // under the lock: until then a server may have made the file larger
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("inspect store: %w", err)
 	case !info.Mode().IsRegular():
 		return nil, fmt.Errorf("inspect store %s: it is no regular file", path)
-	}
-	if err := lock(file, time.Millisecond); err != nil {
-		return nil, err
 	}
 	if info.Size() == 0 {
 		return []error{errors.New("the file is empty")}, nil
@@ -40,7 +41,7 @@ func Lock(path string) (unlock func() error, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock store: %w", err)
 	}
-	if err := lock(file, time.Millisecond); err != nil {
+	if err := lock(file, syscall.LOCK_EX, time.Millisecond); err != nil {
 		return nil, errors.Join(err, file.Close())
 	}
 	return file.Close, nil
