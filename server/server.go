@@ -61,16 +61,17 @@ func Run(ctx context.Context, config Config) (err error) {
 	if err := os.MkdirAll(cfg.DataDir, 0o700); err != nil {
 		return fmt.Errorf("make data directory: %w%s", err, mayNot(err))
 	}
-	log, err := openAudit(&cfg, component("audit"))
-	if err != nil {
-		return err
-	}
-	defer closing(log, &err)
+	// The store is first: whoever has it is alone with the rest, so that no two append to one audit log.
 	store, snapshots, err := openStore(&cfg, component("snapshots"))
 	if err != nil {
 		return err
 	}
 	defer closing(store, &err)
+	log, err := openAudit(&cfg, component("audit"))
+	if err != nil {
+		return err
+	}
+	defer closing(log, &err)
 	rec, err := records.Open(ctx, store, cfg.TrustDomain, records.Config{
 		Now: cfg.Now, Log: component("records"), Metrics: cfg.Metrics,
 	})
