@@ -104,7 +104,7 @@ func (c *clusters) run(ctx context.Context, ready <-chan struct{}) error {
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	for i, registrar := range c.registrars {
-		group.Go(func() error { return c.inside[i].server.Serve(c.inside[i].listener) })
+		group.Go(func() error { return serve(c.inside[i].server, c.inside[i].listener) })
 		group.Go(func() error {
 			defer c.inside[i].server.Stop()
 			err := registrar.Run(ctx)

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
@@ -52,7 +53,9 @@ func (d *desk) publish(ctx context.Context) {
 		return
 	}
 	committed := make(chan struct{}, 1)
-	go d.follow(ctx, committed)
+	var follower sync.WaitGroup
+	follower.Go(func() { d.follow(ctx, committed) })
+	defer follower.Wait()          // else it could take a change away from that of the next term
 	written := map[string]string{} // what is where, as far as is known
 	tick := time.NewTicker(d.cfg.Resync)
 	defer tick.Stop()
