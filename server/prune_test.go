@@ -1,6 +1,7 @@
 package server
 
 import (
+	"errors"
 	"slices"
 	"strings"
 	"testing"
@@ -57,6 +58,12 @@ func TestExpiredAgentsAreForgotten(t *testing.T) {
 
 	again(func(c *Config) { later(c); c.PruneExpiredFor = time.Minute })
 	wait("banned", "fresh", "once")
+	eventually(t, func() error { // it is gone before the line is there
+		if !slices.ContainsFunc(w.audit(), func(line map[string]any) bool { return line["event"] == "agent.prune" }) {
+			return errors.New("no audit line of agent.prune")
+		}
+		return nil
+	})
 	if line := w.lastAudit("agent.prune"); line["outcome"] != "allow" || line["agent_id"] != "spiffe://example.org/spire/agent/honest/old" || line["rev"] == nil {
 		t.Errorf("audit line %v", line)
 	}

@@ -36,7 +36,7 @@ func repeat[T any](n int, one func(i int) T) []T {
 func TestRefusedMessages(t *testing.T) {
 	src := viewtest.New("store")
 	src.PutNodes(node(1))
-	h := open(t, src, Config{})
+	h := open(t, src, Config{HelloTimeout: time.Hour}) // they are refused for what they say, however long that takes
 	held := func(id string) *feedv1.HeldEntry { return &feedv1.HeldEntry{Id: id} }
 	for _, c := range []struct {
 		name string
