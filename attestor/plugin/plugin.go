@@ -176,6 +176,8 @@ func (p *Plugin) Do(ctx context.Context, patience time.Duration, fn func(ctx con
 		return nil
 	case ctx.Err() != nil:
 		return fmt.Errorf("plugin %q: %w: %w", p.cfg.Name, ctx.Err(), err)
+	case late && overdue(ctx): // gRPC noticed before the context did
+		return fmt.Errorf("plugin %q: %w: %w", p.cfg.Name, context.DeadlineExceeded, err)
 	case cutOff(err): // its socket ends before it does
 		select {
 		case <-s.ended:
@@ -185,6 +187,12 @@ func (p *Plugin) Do(ctx context.Context, patience time.Duration, fn func(ctx con
 		}
 	}
 	return fmt.Errorf("plugin %q: %w", p.cfg.Name, err)
+}
+
+// overdue reports whether the deadline of who asks has passed.
+func overdue(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ok && !time.Now().Before(deadline)
 }
 
 // cutOff reports whether a call may have failed because the connection ended: by the program's end, or by ours of

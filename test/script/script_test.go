@@ -30,7 +30,7 @@ import (
 var update = flag.Bool("update", false, "write the help texts as they are into the scripts")
 
 // patience is how long a session waits for something that comes about by itself.
-const patience = 30 * time.Second
+const patience = 2 * time.Minute
 
 // binaries is the folder of the built commands.
 var binaries string
@@ -224,7 +224,7 @@ func helps(ts *testscript.TestScript, neg bool, args []string) {
 	walk(args)
 }
 
-// httpget asks a URL again and again until its answer has the status, and writes the body:
+// httpget asks a URL again and again until there is an answer with the status, and writes the body:
 //
 //	httpget 200 http://127.0.0.1:$PORT/live
 func httpget(ts *testscript.TestScript, neg bool, args []string) {
@@ -238,18 +238,21 @@ func httpget(ts *testscript.TestScript, neg bool, args []string) {
 	for {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, args[1], http.NoBody)
 		ts.Check(err)
+		got, body := "no answer", []byte(nil)
 		resp, err := http.DefaultClient.Do(req)
-		ts.Check(err)
-		body, err := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		ts.Check(err)
-		if strconv.Itoa(resp.StatusCode) == args[0] {
+		if err == nil {
+			body, err = io.ReadAll(resp.Body)
+			resp.Body.Close()
+			ts.Check(err)
+			got = strconv.Itoa(resp.StatusCode)
+		}
+		if got == args[0] {
 			fmt.Fprint(ts.Stdout(), string(body))
 			return
 		}
 		select {
 		case <-ctx.Done():
-			ts.Fatalf("status %d: %s", resp.StatusCode, body)
+			ts.Fatalf("%s: %s%v", got, body, err)
 		case <-tick.C:
 		}
 	}
