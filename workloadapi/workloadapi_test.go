@@ -99,7 +99,7 @@ func TestAttestation(t *testing.T) {
 	t.Run("attestors that fail, hang or panic cost only their own selectors", func(t *testing.T) {
 		release := make(chan struct{})
 		t.Cleanup(func() { close(release) })
-		w := serve(t, workloadapi.Config{}, newFake(say("a:b")), newFake(
+		w := serveWithin(t, 2*time.Second, workloadapi.Config{}, newFake(say("a:b")), newFake(
 			func(context.Context, attestor.Process) ([]attestor.Selector, error) {
 				return nil, errors.New("engine is down")
 			}),

@@ -142,7 +142,7 @@ func (a *auditLog) Audit(l workloadapi.Line) {
 // wait returns the first line that fits.
 func (a *auditLog) wait(t *testing.T, fits func(workloadapi.Line) bool) workloadapi.Line {
 	t.Helper()
-	timeout := time.After(10 * time.Second)
+	timeout := time.After(time.Minute)
 	for {
 		a.mu.Lock()
 		i := slices.IndexFunc(a.lines, fits)
@@ -179,6 +179,12 @@ func (l *lockedBuffer) String() string {
 // serve runs a Workload API with these attestors until the test ends.
 func serve(t testing.TB, cfg workloadapi.Config, attestors ...*fakeAttestor) *world {
 	t.Helper()
+	return serveWithin(t, time.Minute, cfg, attestors...)
+}
+
+// serveWithin is serve where an attestor has this long for its answer.
+func serveWithin(t testing.TB, timeout time.Duration, cfg workloadapi.Config, attestors ...*fakeAttestor) *world {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "wapi") //nolint:usetesting // t.TempDir is closed to other users and too long for a socket
 	if err != nil {
 		t.Fatal(err)
@@ -204,7 +210,7 @@ func serve(t testing.TB, cfg workloadapi.Config, attestors ...*fakeAttestor) *wo
 	for i, a := range attestors {
 		list = append(list, workloadapi.Attestor{Type: fmt.Sprintf("fake%d", i), Workload: a})
 	}
-	attest := workloadapi.NewAttestation(list, workloadapi.AttestationConfig{Log: log, Timeout: time.Second})
+	attest := workloadapi.NewAttestation(list, workloadapi.AttestationConfig{Log: log, Timeout: timeout})
 	server := workloadapi.New(w.src, attest, cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup

@@ -41,10 +41,13 @@ func newDeaf(t *testing.T) *deaf {
 		t.Fatal(err)
 	}
 	d := &deaf{fd: fd, address: (&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: name.(*unix.SockaddrInet4).Port}).String()}
-	for len(d.waiting) < 10 {
+	for misses := 0; len(d.waiting) < 10; {
 		conn, err := net.DialTimeout("tcp", d.address, 200*time.Millisecond)
 		if err != nil {
-			return d
+			if misses++; misses == 3 { // one may be this machine's, which has much to do
+				return d
+			}
+			continue
 		}
 		t.Cleanup(func() { _ = conn.Close() })
 		d.waiting = append(d.waiting, conn)

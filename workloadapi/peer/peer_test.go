@@ -179,7 +179,7 @@ func waitDone(t *testing.T, p *Peer) {
 	t.Helper()
 	select {
 	case <-p.Done():
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Fatal("nobody noticed the exit")
 	}
 }

@@ -31,7 +31,7 @@ type Target struct {
 	// than all granted before (made in one second, its ID comes after theirs), and returns
 	// what takes it away again. There are no identities at the start.
 	Grant func(t *testing.T, path, hint string) (withdraw func())
-	// Patience is how long anything may take; 0 means ten seconds.
+	// Patience is how long anything may take; 0 means a minute.
 	Patience time.Duration
 }
 
@@ -55,7 +55,7 @@ func Run(t *testing.T, open func(t *testing.T) Target) {
 		t.Run(c.name, func(t *testing.T) {
 			target := open(t)
 			if target.Patience == 0 {
-				target.Patience = 10 * time.Second
+				target.Patience = time.Minute
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), target.Patience)
 			defer cancel()
