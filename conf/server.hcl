@@ -584,8 +584,9 @@ key_manager "disk" {
   #oidc {
     #issuer   = "https://login.example.org"
     #audience = "assay"
-    # A text, a list of texts, or a regular expression for all of the value, from ^ to $. Commands send a
-    # token with -tokenFile or ASSAY_ID_TOKEN_FILE.
+    # A text, a list of texts, or a regular expression for all of the value, from ^ to $; of a claim that is a
+    # list, as groups are, one value must be that. What is in an object is "realm_access.roles". Commands send
+    # a token with -tokenFile or ASSAY_ID_TOKEN_FILE.
     #claims   = { "email" = "^[^@]+@shop\\.example\\.org$" }
   #}
   #unix {

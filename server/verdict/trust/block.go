@@ -86,6 +86,7 @@ type signers struct {
 type condition struct {
 	field string
 	is    *pattern
+	among bool // a list will do, if one value of it is that
 }
 
 type conditions []condition
@@ -369,7 +370,7 @@ func (c *complaints) conditions(given map[string]cty.Value, known []string) cond
 			continue
 		}
 		if p := c.pattern(name, given[name]); p != nil {
-			all = append(all, condition{name, p})
+			all = append(all, condition{field: name, is: p})
 		}
 	}
 	return all

@@ -7,13 +7,15 @@ import (
 	"errors"
 	"math"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 )
 
 // claims are a token's claims whose signature was verified.
 type claims struct {
-	texts map[string]string // texts, numbers and truth values; those within objects as "outer.inner"
+	texts map[string]string   // texts, numbers and truth values; those within objects as "outer.inner"
+	lists map[string][]string // of such, as groups and roles are
 	raw   object
 }
 
@@ -30,15 +32,15 @@ func parseClaims(raw []byte) (*claims, error) {
 	if err := decoder.Decode(&all); err != nil {
 		return nil, refuse(ErrMalformed, "the token's claims are unreadable: %w", err)
 	}
-	c := &claims{texts: map[string]string{}, raw: m}
+	c := &claims{texts: map[string]string{}, lists: map[string][]string{}, raw: m}
 	c.flatten("", all)
-	if len(c.texts) > maxClaims {
-		return nil, refuse(ErrTooLarge, "the token has %d claims, the limit is %d", len(c.texts), maxClaims)
+	if n := len(c.texts) + len(c.lists); n > maxClaims {
+		return nil, refuse(ErrTooLarge, "the token has %d claims, the limit is %d", n, maxClaims)
 	}
 	return c, nil
 }
 
-// flatten takes the single values. Outer ones come last, so that an object cannot take the place of a
+// flatten takes the single values, and lists of them. Outer ones come last, so that an object cannot take the place of a
 // claim whose name holds a dot.
 func (c *claims) flatten(prefix string, values map[string]any) {
 	for name, v := range values {
@@ -49,8 +51,42 @@ func (c *claims) flatten(prefix string, values map[string]any) {
 	for name, v := range values {
 		if s, ok := word(v); ok {
 			c.texts[prefix+name] = s
+			delete(c.lists, prefix+name)
+		}
+		if list, ok := v.([]any); ok {
+			delete(c.texts, prefix+name)
+			c.lists[prefix+name] = words(list)
 		}
 	}
+}
+
+// words are those of a list that are one; what else is in it, nobody can ask for.
+func words(list []any) []string {
+	all := make([]string, 0, len(list))
+	for _, v := range list {
+		if s, ok := word(v); ok {
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+// hold says which condition does not. Of a list one value must be what is asked for: who is in three groups is in
+// each of them.
+func (c *claims) hold(where conditions) error {
+	for _, w := range where {
+		list, ok := c.lists[w.field]
+		if !ok || !w.among {
+			if err := (conditions{w}).hold(c.texts); err != nil {
+				return err
+			}
+			continue
+		}
+		if !slices.ContainsFunc(list, w.is.match) {
+			return refuse(ErrIdentity, "none of the %d values of %s is %s", len(list), w.field, w.is)
+		}
+	}
+	return nil
 }
 
 // current checks the token's times (RFC 7519 sections 4.1.4 to 4.1.6) and returns when it expires.

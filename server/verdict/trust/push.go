@@ -236,7 +236,7 @@ func (c *Callers) rule(ctx context.Context, r *tokenRule, token string) (*Push, 
 	if err != nil {
 		return nil, err
 	}
-	if err := r.where.hold(claims.texts); err != nil {
+	if err := claims.hold(r.where); err != nil {
 		return nil, err
 	}
 	return &Push{Kind: "oidc", Issuer: r.issuer, Subject: idToken.Subject, Fields: claims.fields(r.issuer), ExpiresAt: expires}, nil

@@ -281,6 +281,31 @@ func TestToken(t *testing.T) {
 			}
 		})
 	}
+	t.Run("of a claim that is a list one value must be what is asked for", func(t *testing.T) {
+		asks := trust.OIDCBlock{Issuer: is.URL, Audience: cty.StringVal(audience), CAPath: is.caFile, Claims: cty.ObjectVal(map[string]cty.Value{
+			"groups": cty.TupleVal([]cty.Value{cty.StringVal("ops"), cty.StringVal("^dev-[a-z]+$")}), "realm_access.roles": cty.StringVal("pki"),
+		})}
+		roles := map[string]any{"roles": []any{"other", "pki"}}
+		for name, c2 := range map[string]struct {
+			groups, roles any
+			says          string // "" is accepted
+		}{
+			"the last of three": {[]any{"a", "b", "dev-shop"}, roles, ""},
+			"a text":            {"ops", roles, ""},
+			"a list of others":  {[]any{"a", "dev-1", "xops"}, roles, "none of the 3 values of groups"},
+			"an empty list":     {[]any{}, roles, "none of the 0 values of groups"},
+			"a list in a list":  {[]any{[]any{"ops"}}, roles, "none of the 0 values of groups"},
+			"an object":         {map[string]any{"ops": true}, roles, "groups is not stated"},
+			"another list that lacks what it must have": {[]any{"ops"}, map[string]any{"roles": []any{"pkix"}}, "none of the 1 values of realm_access.roles"},
+		} {
+			_, err := callers(t, at, source(t, "shop", asks)).Token(t.Context(), good(map[string]any{"groups": c2.groups, "realm_access": c2.roles}))
+			if c2.says != "" {
+				refused(t, err, trust.ErrIdentity, c2.says)
+			} else if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
 	t.Run("a source that is removed accepts nothing", func(t *testing.T) {
 		c := callers(t, at, source(t, "shop", owned(is, "17")))
 		if _, err := c.Token(t.Context(), good(nil)); err != nil {

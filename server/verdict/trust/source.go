@@ -229,13 +229,18 @@ func (c *complaints) keySet(r *tokenRule, b OIDCBlock) {
 	}
 }
 
-// claims reads claims = { "name" = value }.
+// claims reads claims = { "name" = value }: of any issuer, whose groups and roles are lists. Those that have a key of
+// their own are of CI systems, who make none.
 func (c *complaints) claims(v cty.Value) conditions {
 	if t := v.Type(); v.IsNull() || !t.IsObjectType() && !t.IsMapType() {
 		c.say("", "write { \"claim\" = value }.")
 		return nil
 	}
-	return c.conditions(v.AsValueMap(), nil)
+	all := c.conditions(v.AsValueMap(), nil)
+	for i := range all {
+		all[i].among = true
+	}
+	return all
 }
 
 func (c *complaints) ids(patterns []string) []string {
