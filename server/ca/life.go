@@ -132,8 +132,8 @@ func (c *CA) retire(ctx context.Context) error {
 			case c.cfg.NewAuthorityOnLostKey:
 				log.Error("Private key of the active authority is lost: a new one is made because new_authority_on_lost_key says so")
 			default:
-				return fmt.Errorf("%w: %s authority %s, valid until %s, has no key %s in the key file: "+
-					"put the key file back, or set new_authority_on_lost_key once to start with a new authority "+
+				return fmt.Errorf("%w: %s authority %s, valid until %s, has no key %s in the key manager: "+
+					"put the keys back (with key_manager \"disk\": the key file), or set new_authority_on_lost_key once to start with a new authority "+
 					"(what the lost one signed stays valid until then)",
 					ErrLostKey, kind, a.line.AuthorityID, a.line.NotAfter.Format(time.RFC3339), a.line.KeyID)
 			}
@@ -242,23 +242,15 @@ func (c *CA) resume(ctx context.Context, kind string, now time.Time) error {
 	return nil
 }
 
-// prepare journals the successor when it is time, or the first authority. One that another authority signs
-// was made before, by ahead.
+// prepare journals the successor that ahead made, when it is time, or the first authority. It makes none itself:
+// keys may be elsewhere, and whoever asks about authorities would wait for them.
 func (c *CA) prepare(ctx context.Context, kind string, now time.Time) error {
 	if !c.due(kind, now) {
 		return nil
 	}
 	next := c.usable(kind, now)
 	if next == nil {
-		if kind == KindX509 && c.cfg.Upstream != nil {
-			return nil // ahead says why
-		}
-		c.dropPending(ctx, kind)
-		var err error
-		if next, err = c.makeAuthority(ctx, kind); err != nil {
-			return err
-		}
-		c.pending[kind] = next
+		return nil // ahead says why
 	}
 	changed := []*authority{next.authority}
 	prepared := c.find(kind, StatePrepared)
