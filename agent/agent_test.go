@@ -100,7 +100,7 @@ func (n *node) start() *node {
 		done <- err
 		n.t.Fatalf("agent ended: %v", err)
 	case <-time.After(time.Minute):
-		n.t.Fatal("not ready within 20 s")
+		n.t.Fatal("not ready within a minute")
 	}
 	return n
 }
@@ -119,7 +119,7 @@ func (n *node) process() *process {
 		n.t.Fatal(err)
 	}
 	n.t.Cleanup(func() { _ = conn.Close() })
-	ctx, cancel := context.WithTimeout(n.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(n.t.Context(), 2*time.Minute)
 	n.t.Cleanup(cancel)
 	return &process{
 		t: n.t, client: workload.NewSpiffeWorkloadAPIClient(conn),
