@@ -237,15 +237,21 @@ func TestAFleetBehindOneAddress(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	var admitted, attempts atomic.Int64
+	var admitted, attempts, late atomic.Int64
 	failed := crowd2(agents, func(i int) error {
 		conn := conns[i]
 		n, err := heeding(ctx, func() error {
-			// An agent does not wait for ever: those at the end of the line are sent away.
-			once, over := context.WithTimeout(ctx, 2*time.Second)
-			defer over()
-			_, _, err := enroll(once, conn, fmt.Sprint("nat-", i))
-			return err
+			// An agent does not wait for ever: those at the end of the line are sent away. A few who had their turn
+			// and were not served in time, on a loaded machine, come again at once.
+			for {
+				once, over := context.WithTimeout(ctx, 2*time.Second)
+				_, _, err := enroll(once, conn, fmt.Sprint("nat-", i))
+				over()
+				if status.Code(err) != codes.DeadlineExceeded || late.Add(1) > int64(agents/10) {
+					return err
+				}
+				attempts.Add(1)
+			}
 		})
 		attempts.Add(int64(n))
 		if err == nil {
@@ -300,6 +306,7 @@ func TestWhatAnAgentCosts(t *testing.T) {
 func TestConnectionsAreBounded(t *testing.T) {
 	g := newGround(t, func(c *server.Config) {
 		c.Limits.MaxPerSource, c.Limits.MaxConnections = 100, 150
+		c.Limits.Handshake = time.Hour // no stranger's place is free because the time for a preface is over
 	})
 	from := func(ip string) (net.Conn, error) {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}, Timeout: patience}
