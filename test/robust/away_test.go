@@ -105,7 +105,7 @@ func TestAwayPastEveryTTL(t *testing.T) {
 	s.ServerExtra = `ca_ttl = "1m"
   default_x509_svid_ttl = "9s"
   default_jwt_svid_ttl = "9s"
-  agent_ttl = "10s"`
+  agent_ttl = "20s"`
 	server, agent := machine(t, s)
 	s.ServerBlocks = server + `node_attestor "join_token" {}`
 	h := newHistory()
