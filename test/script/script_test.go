@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	ossignal "os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -37,6 +38,11 @@ var binaries string
 
 func TestMain(m *testing.M) {
 	spireplugin.RunIfAsked()
+	// Sessions end what they left running with an interrupt. Who is started in the background of a shell has that
+	// ignored, and so has all that it starts, unless it looks for it.
+	if ossignal.Ignored(os.Interrupt) {
+		ossignal.Notify(make(chan os.Signal, 1), os.Interrupt)
+	}
 	flag.Parse()
 	os.Exit(testMain(m))
 }

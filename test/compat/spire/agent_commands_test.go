@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -151,6 +152,9 @@ func (s *agentShell) interrupted(t *testing.T, c *command, cmd *exec.Cmd) string
 	var stdout, stderr heard
 	stdout.first = make(chan struct{})
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if signal.Ignored(os.Interrupt) { // as below a shell that started us in the background; what we start would ignore it too
+		signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
