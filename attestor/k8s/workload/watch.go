@@ -54,9 +54,9 @@ func (t *table) list(ctx context.Context, item func(json.RawMessage) error) (str
 	}
 }
 
-// watch calls event for every change after a version, until the API server ends the stream, and returns the
-// version to go on from.
-func (t *table) watch(ctx context.Context, version string, event func(kind string, object json.RawMessage) error) (string, error) {
+// watch calls opened when the API server has taken the question, and event for every change after a version, until
+// the API server ends the stream, and returns the version to go on from.
+func (t *table) watch(ctx context.Context, version string, opened func(), event func(kind string, object json.RawMessage) error) (string, error) {
 	query := t.asked()
 	query.Set("watch", "true")
 	query.Set("allowWatchBookmarks", "true")
@@ -73,6 +73,7 @@ func (t *table) watch(ctx context.Context, version string, event func(kind strin
 		return version, err
 	}
 	defer body.Close()
+	opened()
 	stream := &io.LimitedReader{R: body}
 	d := json.NewDecoder(stream)
 	for {
@@ -155,10 +156,9 @@ func (t *table) keep(ctx context.Context, k keeper, seen func(error)) {
 				done()
 				version = listed
 			}
-			k.live(true)
-			seen(nil)
 			opened := time.Now()
-			next, err := t.watch(ctx, version, k.event)
+			// Not before the answer has begun: a connection to who is away can hang for minutes.
+			next, err := t.watch(ctx, version, func() { k.live(true); seen(nil) }, k.event)
 			version = next
 			if err == nil || errors.Is(err, errGone) {
 				if time.Since(opened) > time.Second {
