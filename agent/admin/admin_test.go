@@ -160,6 +160,7 @@ func TestExplain(t *testing.T) {
 		{"a PID nobody has", &wire.ExplainRequest{Target: &wire.ExplainRequest_Pid{Pid: 1 << 22}}, codes.NotFound},
 		{"a container's name", &wire.ExplainRequest{Target: &wire.ExplainRequest_Container{Container: "shop"}}, codes.InvalidArgument},
 		{"a path as container", &wire.ExplainRequest{Target: &wire.ExplainRequest_Container{Container: "../../../etc"}}, codes.InvalidArgument},
+		{"a container nobody is in, as the status of its pod names it", &wire.ExplainRequest{Target: &wire.ExplainRequest_Container{Container: "containerd://0123456789ab"}}, codes.NotFound},
 		{"a container nobody is in", &wire.ExplainRequest{Target: &wire.ExplainRequest_Container{Container: "0123456789ab"}}, codes.NotFound},
 	} {
 		t.Run("refused: "+c.name, func(t *testing.T) {

@@ -196,7 +196,7 @@ func adviseUnmatched(x explanation, st Status) []string {
 			return append(out, fmt.Sprintf("The nearest entry, %s for %s, can match nobody here: %s.", n.entry.ID, n.entry.SPIFFEID, n.missing[i].reason))
 		}
 		if gates := ungrantedOf(n); len(gates) == len(n.missing) {
-			return append(out, fmt.Sprintf("The nearest entry, %s for %s, demands %s of the image. %s. Ask the server why: assay-server evidence explain%s",
+			return append(out, fmt.Sprintf("The nearest entry, %s for %s, demands %s of the image. %s. Ask the server why: assay-server evidence explain -image%s",
 				n.entry.ID, n.entry.SPIFFEID, strings.Join(gates, " and "), sentence(n.missing[0].reason), digestOf(x)))
 		}
 		var wrong, absent []string

@@ -148,6 +148,9 @@ func (s *Server) target(req *wire.ExplainRequest) (pid, siblings int, err error)
 		return int(t.Pid), 0, nil
 	case *wire.ExplainRequest_Container:
 		id := strings.ToLower(strings.TrimSpace(t.Container))
+		if _, after, ok := strings.Cut(id, "://"); ok { // as a pod's status has it: containerd://…
+			id = after
+		}
 		if !askedContainer.MatchString(id) {
 			return 0, 0, errContainerID
 		}

@@ -38,7 +38,7 @@ func TestExplainingVerdicts(t *testing.T) {
 		{"a good verdict", inContainer, verdict(nil, "scan:policy:prod"), false, []string{"verdict 12", "has      scan:policy:prod", "Entries that match: 1 of 1"}, "MISSING"},
 		{"a bad one says why", inContainer, verdict(failed, "scan:status:prod:fail"), false, []string{
 			"policy   prod says fail: CVE-2026-1 is critical", "has      scan:status:prod:fail", "MISSING  scan:policy:prod",
-			"verdict 12 on image " + digest + " does not have it: policy prod says fail (CVE-2026-1 is critical)", "assay-server evidence explain",
+			"verdict 12 on image " + digest + " does not have it: policy prod says fail (CVE-2026-1 is critical)", "assay-server evidence explain -image " + digest,
 		}, "entry update"},
 		{"none is held", inContainer, nil, false, []string{digest + "  no verdict is held", "the agent holds no verdict on image"}, ""},
 		{"one that has ended", inContainer, verdict(func(v *identity.Verdict) { v.NotAfter = now }, "scan:policy:prod"), false, []string{
