@@ -79,6 +79,11 @@ type federationOf struct {
 	failed   error
 }
 
+func (f *federationOf) trustDomain() string {
+	td, _, _ := unstructured.NestedString(f.resource.Object, "spec", "trustDomain") // it was read before
+	return td
+}
+
 // wantedFederations returns the relationships that resources ask for, by trust domain; of several
 // resources for one trust domain the oldest counts.
 func (d *desk) wantedFederations() (map[string]*types.FederationRelationship, map[string]*federationOf) {
@@ -194,6 +199,10 @@ func (d *desk) writeFederations(ctx context.Context, create, update []*types.Fed
 	note := func(td string, st *types.Status) {
 		if err := statusError(st, nil); err != nil {
 			statuses[td].failed = err
+			if hopeless(err) { // no better another time: the resource's status says why
+				d.log.WithFields(logrus.Fields{"trust_domain": td, "err": err}).Warn("a federation cannot be what the resource makes of it; there is none until that changes")
+				return
+			}
 			wrong = append(wrong, fmt.Errorf("federation with %q: %w", td, err))
 			return
 		}
@@ -286,7 +295,7 @@ type federationStatus struct {
 }
 
 func (d *desk) writeFederationStatus(ctx context.Context, f *federationOf) error {
-	ready := metav1.Condition{Type: "Ready", Status: metav1.ConditionTrue, Reason: "RelationshipSet", Message: "the bundle is fetched from the endpoint"}
+	ready := metav1.Condition{Type: "Ready", Status: metav1.ConditionTrue, Reason: "RelationshipSet", Message: "the server federates; what it has fetched: assay-server bundle list -id spiffe://" + f.trustDomain()}
 	if f.failed != nil {
 		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, "NotSet", f.failed.Error()
 	}

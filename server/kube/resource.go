@@ -132,6 +132,13 @@ func (r *rule) read(u *unstructured.Unstructured) error {
 // readSpec reads the spec of a resource into its struct.
 func readSpec(u *unstructured.Unstructured, to any) error {
 	spec, _, err := unstructured.NestedMap(u.Object, "spec")
+	for _, field := range []string{"ttl", "jwtTtl", "x509SVIDTTL", "jwtSVIDTTL"} { // what reads them does not say which it is
+		if text, is := spec[field].(string); is {
+			if _, wrong := time.ParseDuration(text); wrong != nil {
+				return fmt.Errorf("spec.%s: %q is no length of time, such as \"30m\" or \"1h30m\"", field, text)
+			}
+		}
+	}
 	if err == nil {
 		err = runtime.DefaultUnstructuredConverter.FromUnstructured(spec, to)
 	}

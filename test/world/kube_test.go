@@ -256,6 +256,7 @@ func TestBadRulesOfACluster(t *testing.T) {
 		{"more DNS names than an entry may have", map[string]any{"spiffeIDTemplate": bySA + "/x", "dnsNameTemplates": many("{{ .PodMeta.Name }}-%d.example.org", identity.MaxDNSNames+1)}, "EntryFailures", "DNS names"},
 		{"a hint beyond limits", map[string]any{"spiffeIDTemplate": bySA + "/x", "hint": strings.Repeat("x", identity.MaxHint+1)}, "EntryFailures", "hint"},
 		{"a reserved path", map[string]any{"spiffeIDTemplate": "spiffe://example.org/spire/agent/x"}, "RenderFailures", "fenced"},
+		{"a lifetime that is none", map[string]any{"spiffeIDTemplate": bySA, "jwtTtl": "1 hour"}, "InvalidSpec", `spec.jwtTtl: "1 hour" is no length of time`},
 		{"a negative lifetime", map[string]any{"spiffeIDTemplate": bySA, "ttl": "-1s"}, "InvalidSpec", "negative"},
 		{"a field of the wrong kind", map[string]any{"spiffeIDTemplate": bySA, "admin": "yes"}, "InvalidSpec", "spec"},
 		{"a policy with no name", map[string]any{"spiffeIDTemplate": bySA, "scanPolicy": "a:b"}, "InvalidSpec", "spec.scanPolicy"},
@@ -331,7 +332,9 @@ func TestFederationsOfACluster(t *testing.T) {
 	c.resource("ClusterFederatedTrustDomain", "clusterfederatedtrustdomains", "bank", spec("bank.org"))
 	c.resource("ClusterFederatedTrustDomain", "clusterfederatedtrustdomains", "hand", spec("hand.org"))
 	has("bank.org https://bundles.invalid/bank.org", "hand.org https://hand.org/")
-	c.condition("clusterfederatedtrustdomains", "bank", "RelationshipSet")
+	if m := c.condition("clusterfederatedtrustdomains", "bank", "RelationshipSet"); !strings.Contains(m, "bundle list -id spiffe://bank.org") {
+		t.Errorf("message %q", m) // and not that the bundle was fetched, which it was not
+	}
 	if m := c.condition("clusterfederatedtrustdomains", "hand", "NotSet"); !strings.Contains(m, "somebody else") {
 		t.Errorf("message %q", m)
 	}
