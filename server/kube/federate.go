@@ -213,8 +213,8 @@ func (d *desk) writeFederations(ctx context.Context, create, update []*types.Fed
 		if err != nil {
 			return err
 		}
-		for i, r := range resp.GetResults() {
-			note(create[i].GetTrustDomain(), r.GetStatus())
+		for i, w := range create[:min(len(create), len(resp.GetResults()))] {
+			note(w.GetTrustDomain(), resp.GetResults()[i].GetStatus())
 		}
 	}
 	if len(update) > 0 {
@@ -225,8 +225,8 @@ func (d *desk) writeFederations(ctx context.Context, create, update []*types.Fed
 		if err != nil {
 			return err
 		}
-		for i, r := range resp.GetResults() {
-			note(update[i].GetTrustDomain(), r.GetStatus())
+		for i, w := range update[:min(len(update), len(resp.GetResults()))] {
+			note(w.GetTrustDomain(), resp.GetResults()[i].GetStatus())
 		}
 	}
 	return errors.Join(wrong...)
