@@ -40,7 +40,8 @@ func cgroupOf(proc string, pid int) (container, cgroup string) {
 		if ids := containerID.FindAllString(parts[2], -1); len(ids) > 0 {
 			return ids[len(ids)-1], parts[2]
 		}
-		if cgroup == "" || parts[0] == "0" {
+		// Where both are mounted, v2 may be unused: all processes are at its root then.
+		if cgroup == "" || cgroup == "/" || parts[0] == "0" && parts[2] != "/" {
 			cgroup = parts[2]
 		}
 	}

@@ -56,3 +56,16 @@ func TestContainers(t *testing.T) {
 		}
 	})
 }
+
+func TestTheCgroupThatIsShownIsNotTheRootOfAnUnusedHierarchy(t *testing.T) {
+	for text, want := range map[string]string{
+		"2:pids:/\n1:name=systemd:/system.slice/web.service\n0::/\n": "/system.slice/web.service",
+		"1:name=systemd:/system.slice/web.service\n2:pids:/\n0::/\n": "/system.slice/web.service",
+		"1:name=systemd:/old\n0::/system.slice/web.service\n":        "/system.slice/web.service",
+		"0::/\n": "/",
+	} {
+		if container, cgroup := cgroupOf(fakeProc(t, [3]any{10, 10, text}), 10); container != "" || cgroup != want {
+			t.Errorf("%q: %q in %q", text, container, cgroup)
+		}
+	}
+}
