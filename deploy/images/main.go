@@ -75,7 +75,7 @@ func (i image) write(bin, out, tag, arch string) error {
 	if err != nil {
 		return fmt.Errorf("%w; build it first with make", err)
 	}
-	bill, err := billOf(path)
+	bill, err := billOf(path, tag)
 	if err != nil {
 		return err
 	}
@@ -238,8 +238,9 @@ type component struct {
 	Ref     string `json:"bom-ref"`
 }
 
-// billOf lists the modules that a binary was built of, as the linker wrote them into it.
-func billOf(path string) ([]byte, error) {
+// billOf lists the modules that a binary was built of, as the linker wrote them into it. Of the binary itself the
+// linker knows no version, unless it was built as another's module.
+func billOf(path, version string) ([]byte, error) {
 	info, err := buildinfo.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("read build information: %w", err)
@@ -249,7 +250,7 @@ func billOf(path string) ([]byte, error) {
 		return component{Type: kind, Name: name, Version: version, PURL: ref, Ref: ref}
 	}
 	bill := billOfMaterials{BOMFormat: "CycloneDX", SpecVersion: "1.5", Version: 1}
-	bill.Metadata.Component = purl("application", info.Path, info.Main.Version)
+	bill.Metadata.Component = purl("application", info.Path, version)
 	bill.Components = []component{purl("library", "stdlib", strings.TrimPrefix(info.GoVersion, "go"))}
 	for _, m := range info.Deps {
 		if m.Replace != nil {

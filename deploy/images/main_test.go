@@ -108,6 +108,9 @@ func TestImage(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		if about := bill.Metadata.Component; about.Version != "v1" || about.PURL != "pkg:golang/"+info.Path+"@v1" {
+			t.Errorf("it is about %+v", about)
+		}
 		if len(info.Deps) == 0 || len(bill.Components) != len(info.Deps)+1 || bill.Components[0].Name != "stdlib" {
 			t.Errorf("%d components of %d modules", len(bill.Components), len(info.Deps))
 		}
