@@ -337,8 +337,9 @@ func telling(facts attestor.Set) []attestor.Selector {
 			continue
 		}
 		out := []attestor.Selector{all[i]}
-		if kind.prefix == "unix:path:" { // a program anybody can start says little without its user
-			if j := slices.IndexFunc(all, func(s attestor.Selector) bool { return strings.HasPrefix(s.String(), "unix:uid:") }); j >= 0 {
+		// A program anybody can start says little without its user, and each namespace has its own "default".
+		if with := map[string]string{"unix:path:": "unix:uid:", "k8s:sa:": "k8s:ns:"}[kind.prefix]; with != "" {
+			if j := slices.IndexFunc(all, func(s attestor.Selector) bool { return strings.HasPrefix(s.String(), with) }); j >= 0 {
 				out = append(out, all[j])
 			}
 		}
