@@ -154,11 +154,16 @@ func (w *world) agentDeleted(t *testing.T, r *report, p *corev1.Pod) {
 	})
 }
 
-// agents are the processes of agents on the node: the one that serves, and those that stand by.
+// agents are the processes of this installation's agents on the node: the one that serves, and those that stand by.
+// One that was installed beside it may still be ending.
 func (w *world) agents(t *testing.T) (serves int, stand []int) {
 	t.Helper()
 	eventually(t, "an agent serves", func() error {
 		serves, stand = 0, nil
+		pods, err := w.agentPods(t)
+		if err != nil {
+			return err
+		}
 		locks, err := os.ReadFile("/proc/locks")
 		if err != nil {
 			return err
@@ -170,10 +175,9 @@ func (w *world) agents(t *testing.T) (serves int, stand []int) {
 			}
 		}
 		each(func(pid int, dir string) {
-			cgroup, _ := os.ReadFile(filepath.Join(dir, "cgroup"))
 			line, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
 			switch {
-			case !strings.Contains(string(cgroup), "kubepods"), !strings.HasPrefix(string(line), "/bin/assay-agent\x00run"):
+			case podOf(pods, pid) < 0, !strings.HasPrefix(string(line), "/bin/assay-agent\x00run"):
 			case holds[strconv.Itoa(pid)]:
 				serves = pid
 			default:
@@ -191,12 +195,10 @@ func (w *world) agents(t *testing.T) (serves int, stand []int) {
 // deleteAgent deletes the pod of the agent that serves, and returns how long a stream was without one.
 func (w *world) deleteAgent(t *testing.T, p *corev1.Pod) time.Duration {
 	t.Helper()
+	serves, _ := w.agents(t)
 	pods, err := w.agentPods(t)
 	must(t, err)
-	serves, _ := w.agents(t)
-	cgroup, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", serves))
-	must(t, err)
-	i := slices.IndexFunc(pods, func(one corev1.Pod) bool { return strings.Contains(string(cgroup), "pod"+string(one.UID)+"/") })
+	i := podOf(pods, serves)
 	if i < 0 {
 		t.Fatalf("none of %d pods is that of the agent that serves", len(pods))
 	}
@@ -204,6 +206,12 @@ func (w *world) deleteAgent(t *testing.T, p *corev1.Pod) time.Duration {
 	must(t, w.Client.CoreV1().Pods(space).Delete(t.Context(), pods[i].Name, metav1.DeleteOptions{}))
 	lost := w.until(t, p, began, "none", "").At
 	return w.until(t, p, lost, "svid", cart).At.Sub(lost)
+}
+
+// podOf is which of the pods a process is in, or negative.
+func podOf(pods []corev1.Pod, pid int) int {
+	cgroup, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+	return slices.IndexFunc(pods, func(one corev1.Pod) bool { return strings.Contains(string(cgroup), "pod"+string(one.UID)+"/") })
 }
 
 func (w *world) agentPods(t *testing.T) ([]corev1.Pod, error) {
