@@ -220,26 +220,21 @@ func (j *Joiner) SetBundle(b *identity.Bundle) {
 
 // Denied tells the Joiner that the server refused a call made as own with err. What it does depends
 // on the reason in err, which may be that no authority of the server's signed own: it attests again, or takes the
-// ban. An answer to an SVID that has been
-// replaced meanwhile means nothing.
+// ban. An answer to an SVID that has been replaced meanwhile means nothing.
 func (j *Joiner) Denied(own *keep.Own, err error) {
-	reason := reasonOf(err)
-	j.mu.Lock()
-	if own != j.own || own == nil {
-		j.mu.Unlock()
+	if own == nil {
 		return
 	}
-	j.mu.Unlock()
-	switch {
+	switch reason := reasonOf(err); {
 	case reason == types.PermissionDeniedDetails_AGENT_BANNED:
-		j.ban(err)
+		j.ban(own, err)
 	case reason == types.PermissionDeniedDetails_AGENT_EXPIRED, reason == types.PermissionDeniedDetails_AGENT_NOT_ACTIVE,
 		reason == types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, reason == types.PermissionDeniedDetails_AGENT_MUST_REATTEST,
 		dial.CertificateRefused(err):
 		j.mu.Lock()
 		// A server forgets the old SVID when it signs the new one, before that has arrived here.
-		expected := j.refused || j.busy
-		j.refused = true
+		expected := own != j.own || j.refused || j.busy
+		j.refused = j.refused || own == j.own
 		j.mu.Unlock()
 		if !expected {
 			j.log.WithError(err).WithField("reason", reason.String()).Warn("server no longer takes the agent's SVID; attesting again")
@@ -270,9 +265,13 @@ func (j *Joiner) Accepted(own *keep.Own) {
 	}
 }
 
-// ban empties the agent.
-func (j *Joiner) ban(err error) {
+// ban empties the agent, unless it was said of an SVID that is not in force any more. Nil is said of the agent.
+func (j *Joiner) ban(of *keep.Own, err error) {
 	j.mu.Lock()
+	if of != nil && of != j.own {
+		j.mu.Unlock()
+		return
+	}
 	already := j.banned
 	j.banned, j.own, j.refused, j.last = true, nil, false, err
 	close(j.changed)
@@ -449,7 +448,7 @@ func (j *Joiner) failed(how action, err error, failures int) time.Duration {
 	reason := reasonOf(err)
 	switch {
 	case reason == types.PermissionDeniedDetails_AGENT_BANNED:
-		j.ban(err)
+		j.ban(nil, err)
 	case how == renewing && (reason != types.PermissionDeniedDetails_UNKNOWN || dial.CertificateRefused(err)):
 		j.mu.Lock()
 		j.refused = true // next attests
