@@ -51,7 +51,7 @@ import (
 type Records interface {
 	CreateEntries(ctx context.Context, entries []*identity.Entry) ([]records.EntryResult, kv.Rev, error)
 	UpdateEntry(ctx context.Context, id string, change func(*identity.Entry) error) (*identity.Entry, kv.Rev, error)
-	DeleteEntries(ctx context.Context, ids []string) ([]error, kv.Rev, error)
+	DeleteEntriesIf(ctx context.Context, ids []string, still func(*identity.Entry) bool) ([]error, kv.Rev, error)
 	UpdateNode(ctx context.Context, id spiffeid.ID, change func(n *records.Node, exists bool) error) (*records.Node, kv.Rev, error)
 	CreateToken(ctx context.Context, token string, expires time.Time) error
 	UpdateBundle(ctx context.Context, td spiffeid.TrustDomain, change func(*identity.Bundle) error) (*identity.Bundle, kv.Rev, error)

@@ -381,7 +381,7 @@ func (s *bundleService) remove(ctx context.Context, name string, mode bundlev1.B
 		for i, e := range entries {
 			ids[i] = e.ID
 		}
-		errs, rev, err := s.api.Records.DeleteEntries(ctx, ids)
+		errs, rev, err := s.api.Records.DeleteEntriesIf(ctx, ids, func(e *identity.Entry) bool { return slices.Contains(e.FederatesWith, td) })
 		for i, e := range errs {
 			if e == nil {
 				ledgerOf(ctx).item(audit.Line{EntryID: ids[i], SPIFFEID: entries[i].SPIFFEID.String(), Rev: rev}, nil)

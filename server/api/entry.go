@@ -249,7 +249,8 @@ func (s *entryService) BatchDeleteEntry(ctx context.Context, req *entryv1.BatchD
 		hidden[id] = limited && (!ok || !reaches(ctx, e))
 	}
 	ids = slices.DeleteFunc(ids, func(id string) bool { return hidden[id] })
-	errs, rev, err := s.api.Records.DeleteEntries(ctx, ids)
+	// The view may be behind what is deleted: what has left the caller's reach meanwhile is not theirs to delete.
+	errs, rev, err := s.api.Records.DeleteEntriesIf(ctx, ids, func(e *identity.Entry) bool { return reaches(ctx, e) })
 	if err != nil {
 		return nil, fail("failed to delete entries", err)
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -20,6 +21,7 @@ import (
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
+	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/terms"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -48,6 +50,44 @@ func (r *racing) SignWIT(context.Context, ca.WITParams) (*identity.WITSVID, erro
 func (r *racing) SignJWT(_ context.Context, p ca.JWTParams) (*identity.JWTSVID, error) {
 	r.token, r.now = p, r.then
 	return &identity.JWTSVID{ID: p.ID, Token: "token"}, nil
+}
+
+// moved is a view that has not heard yet where an entry was moved, and the records that know.
+type moved struct {
+	View
+	Records
+	was, is *identity.Entry
+	deleted bool
+}
+
+func (m *moved) Entry(string) (*identity.Entry, bool) { return m.was, true }
+
+func (m *moved) DeleteEntriesIf(_ context.Context, _ []string, still func(*identity.Entry) bool) ([]error, kv.Rev, error) {
+	if m.deleted = still(m.is); !m.deleted {
+		return []error{records.ErrNotFound}, 0, nil
+	}
+	return []error{nil}, 0, nil
+}
+
+func TestAnEntryThatLeavesARolesReachIsNotDeleted(t *testing.T) {
+	at := func(path string) *identity.Entry {
+		return &identity.Entry{ID: "e", SPIFFEID: spiffeid.RequireFromPath(spiffeid.RequireTrustDomainFromString("example.org"), path)}
+	}
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	shop := &caller.Role{Name: "shop", Verbs: []string{"*"}, Paths: []string{"/shop"}}
+	for path, want := range map[string]codes.Code{"/shop/till": codes.OK, "/bank/till": codes.NotFound} {
+		m := &moved{was: at("/shop/till"), is: at(path)}
+		ctx := caller.NewContext(t.Context(), &caller.Caller{Kind: caller.Scoped, Roles: []*caller.Role{shop}})
+		s := &entryService{api: New(Parts{View: m, Records: m}, Config{Log: log})}
+		resp, err := s.BatchDeleteEntry(ctx, &entryv1.BatchDeleteEntryRequest{Ids: []string{"e"}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := codes.Code(resp.GetResults()[0].GetStatus().GetCode()); got != want || m.deleted != (want == codes.OK) {
+			t.Errorf("moved to %s: %s, deleted %t", path, got, m.deleted)
+		}
+	}
 }
 
 func TestAChangeBeatsWhatIsBeingSigned(t *testing.T) {

@@ -332,6 +332,14 @@ func (r *Records) takenByOther(ctx context.Context, e *identity.Entry) (bool, er
 // ErrNotFound, or what kept the entry from being deleted. The revision is that of the last commit it
 // took, 0 for none. The last error is not nil only if nothing was tried.
 func (r *Records) DeleteEntries(ctx context.Context, ids []string) ([]error, kv.Rev, error) {
+	return r.DeleteEntriesIf(ctx, ids, anyEntry)
+}
+
+func anyEntry(*identity.Entry) bool { return true }
+
+// DeleteEntriesIf is DeleteEntries for those entries that are, when they are deleted, as still says. For the others
+// the error is ErrNotFound.
+func (r *Records) DeleteEntriesIf(ctx context.Context, ids []string, still func(*identity.Entry) bool) ([]error, kv.Rev, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, 0, fmt.Errorf("delete entries: %w", err)
 	}
@@ -345,7 +353,7 @@ func (r *Records) DeleteEntries(ctx context.Context, ids []string) ([]error, kv.
 		}
 		seen[id] = struct{}{}
 		p := &piece{at: i}
-		if p.txn, errs[i] = r.deletion(ctx, id); errs[i] == nil {
+		if p.txn, errs[i] = r.deletion(ctx, id, still); errs[i] == nil {
 			pending = append(pending, p)
 		}
 	}
@@ -353,7 +361,7 @@ func (r *Records) DeleteEntries(ctx context.Context, ids []string) ([]error, kv.
 	for len(pending) > 0 {
 		r.commit(ctx, pending)
 		again := settle(pending, func(p *piece) (err error) {
-			p.txn, err = r.deletion(ctx, ids[p.at])
+			p.txn, err = r.deletion(ctx, ids[p.at], still)
 			return err
 		})
 		for _, p := range pending {
@@ -366,9 +374,12 @@ func (r *Records) DeleteEntries(ctx context.Context, ids []string) ([]error, kv.
 	return errs, last, nil
 }
 
-// deletion returns the transaction that deletes an entry as it is now.
-func (r *Records) deletion(ctx context.Context, id string) (kv.Txn, error) {
+// deletion returns the transaction that deletes an entry as it is now, or ErrNotFound if it is not as still says.
+func (r *Records) deletion(ctx context.Context, id string, still func(*identity.Entry) bool) (kv.Txn, error) {
 	e, at, err := r.entry(ctx, id)
+	if err == nil && !still(e) {
+		err = ErrNotFound
+	}
 	if err != nil {
 		return kv.Txn{}, err
 	}

@@ -185,7 +185,7 @@ func (r *Records) aliasDeletions(ctx context.Context, tokenHash string) ([]*piec
 	}
 	var pieces []*piece
 	for _, id := range ids {
-		t, err := r.deletion(ctx, id)
+		t, err := r.deletion(ctx, id, anyEntry)
 		if errors.Is(err, ErrNotFound) { // deleted since
 			continue
 		}

@@ -359,6 +359,26 @@ func TestSweep(t *testing.T) {
 			}
 		}
 	})
+	t.Run("the end of a token's time is not that of one made again under its name", func(t *testing.T) {
+		r, _ := open(t)
+		ctx := t.Context()
+		for _, expires := range []time.Time{noon.Add(time.Minute), noon.Add(time.Hour)} {
+			if err := r.CreateToken(ctx, "again", expires); err != nil {
+				t.Fatal(err)
+			}
+			if expires.Equal(noon.Add(time.Minute)) {
+				if err := r.BurnToken(ctx, "again"); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := r.Sweep(ctx, noon.Add(time.Minute+tokenGrace)); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.BurnToken(ctx, "again"); err != nil {
+			t.Errorf("the second: %v", err)
+		}
+	})
 	t.Run("expiry keys lie in the order of time", func(t *testing.T) {
 		for _, pair := range [][2]time.Time{
 			{time.Unix(9, 0), time.Unix(10, 0)}, {time.Unix(999999999, 0), time.Unix(1000000000, 0)},

@@ -192,6 +192,29 @@ func TestOpen(t *testing.T) {
 	})
 }
 
+func TestDeleteEntriesIf(t *testing.T) {
+	store := &afterRead{Store: openStore(t)}
+	r, err := Open(t.Context(), store, domain, Config{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine := create(t, r, entry("mine", "a:1"))
+	store.reads, store.then = 1, func() { // between what is read and what is deleted
+		_, _, err := r.UpdateEntry(t.Context(), mine.ID, func(e *identity.Entry) error { e.Hint = "theirs"; return nil })
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	still := func(e *identity.Entry) bool { return e.Hint == "" }
+	errs, _, err := r.DeleteEntriesIf(t.Context(), []string{mine.ID}, still)
+	if err != nil || !errors.Is(errs[0], ErrNotFound) {
+		t.Errorf("%v, %v", errs, err)
+	}
+	if e, err := r.Entry(t.Context(), mine.ID); err != nil || e.Hint != "theirs" {
+		t.Errorf("it is %v, %v", e, err)
+	}
+}
+
 func TestCreateEntries(t *testing.T) {
 	t.Run("an entry gets an ID, a time and revision 0, and is there", func(t *testing.T) {
 		r, _ := open(t)

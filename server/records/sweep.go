@@ -143,7 +143,7 @@ func (r *Records) sweep(ctx context.Context, items []kv.Item) error {
 		case kindEntry:
 			p.txn, err = r.expiredEntry(ctx, it.Key, id, at)
 		case kindToken:
-			p.txn, err = r.expiredToken(ctx, it.Key, id)
+			p.txn, err = r.expiredToken(ctx, it.Key, id, at)
 		default: // of a later version
 			continue
 		}
@@ -181,17 +181,18 @@ func (r *Records) sweep(ctx context.Context, items []kv.Item) error {
 // expiredEntry returns what deletes an entry that was to expire at a Unix time, or only the expiry
 // key if that was changed.
 func (r *Records) expiredEntry(ctx context.Context, key, id string, at int64) (kv.Txn, error) {
-	stale := kv.Txn{Ops: []kv.Op{kv.Del(key)}}
+	// Unless it is created, or changed back, at this moment.
+	stale := func(rev kv.Rev) kv.Txn {
+		return kv.Txn{If: []kv.Cond{{Key: entryKey(id), Rev: rev}}, Ops: []kv.Op{kv.Del(key)}}
+	}
 	e, rev, err := r.entry(ctx, id)
 	switch {
 	case errors.Is(err, ErrNotFound):
-		return stale, nil
+		return stale(0), nil
 	case err != nil:
 		return kv.Txn{}, err
 	case unix(e.ExpiresAt) != at:
-		// Unless it is changed back at this moment.
-		stale.If = []kv.Cond{{Key: entryKey(id), Rev: rev}}
-		return stale, nil
+		return stale(rev), nil
 	}
 	return deletionOf(e, rev), nil // the expiry key is one of its index keys
 }
@@ -199,16 +200,23 @@ func (r *Records) expiredEntry(ctx context.Context, key, id string, at int64) (k
 // maxAliases is how many aliases of one token are deleted in one transaction.
 const maxAliases = 20
 
-// expiredToken returns what deletes a join token that nobody used, and the aliases that were made
-// with it if no node came to be.
-func (r *Records) expiredToken(ctx context.Context, key, hash string) (kv.Txn, error) {
-	var t kv.Txn
+// expiredToken returns what deletes a join token that nobody used by a Unix time, and the aliases that were made
+// with it if no node came to be; or only the expiry key, if that is of a token of the same name before this one.
+func (r *Records) expiredToken(ctx context.Context, key, hash string, at int64) (kv.Txn, error) {
 	item, found, err := r.get(ctx, tokenKey(hash))
 	if err != nil {
 		return kv.Txn{}, err
 	}
+	t := kv.Txn{If: []kv.Cond{{Key: tokenKey(hash), Rev: item.Rev}}} // 0: nor must it come to be in between
 	if found {
-		t.If = []kv.Cond{{Key: item.Key, Rev: item.Rev}}
+		expires, err := decodeToken(item.Value)
+		if err != nil {
+			return kv.Txn{}, damaged("token", err)
+		}
+		if unix(expires.Add(tokenGrace)) != at {
+			t.Ops = []kv.Op{kv.Del(key)}
+			return t, nil
+		}
 		t.Ops = []kv.Op{kv.Del(item.Key)}
 	}
 	token := kv.Txn{If: slices.Clip(t.If), Ops: append(slices.Clip(t.Ops), kv.Del(key))}
