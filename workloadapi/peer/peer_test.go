@@ -443,6 +443,26 @@ func TestPin(t *testing.T) {
 			t.Error("a released pin answers")
 		}
 	})
+	t.Run("the number of a thread is no process's", func(t *testing.T) {
+		var threads []int
+		entries, err := os.ReadDir("/proc/self/task")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if id, err := strconv.Atoi(e.Name()); err == nil && id != os.Getpid() {
+				threads = append(threads, id)
+			}
+		}
+		if len(threads) == 0 {
+			t.Fatal("Go has no second thread")
+		}
+		for _, id := range threads {
+			if _, err := h.tracker.Pin(id); !errors.Is(err, ErrDead) {
+				t.Errorf("thread %d: %v", id, err)
+			}
+		}
+	})
 	for _, pid := range []int{0, -1, 1 << 22} {
 		t.Run(fmt.Sprintf("PID %d is refused", pid), func(t *testing.T) {
 			if _, err := h.tracker.Pin(pid); err == nil {

@@ -329,8 +329,8 @@ func (t *Tracker) open(pid int) (pin, error) {
 		switch {
 		case err == nil:
 			return pin{fd: fd, pidfd: true}, nil
-		case errors.Is(err, unix.ESRCH):
-			return pin{}, ErrDead
+		case errors.Is(err, unix.ESRCH), errors.Is(err, unix.ENOENT), errors.Is(err, unix.EINVAL):
+			return pin{}, ErrDead // the last two: there is a thread of that number, but no process
 		case !errors.Is(err, unix.ENOSYS) && !errors.Is(err, unix.EPERM): // a seccomp filter says EPERM
 			return pin{}, fmt.Errorf("open pidfd: %w", err)
 		}
