@@ -24,6 +24,7 @@ const (
 
 // arrival is a call whose request has not come.
 type arrival struct {
+	call context.Context // gRPC cancels it when the call is over
 	over sync.Once
 	end  func()
 }
@@ -43,6 +44,64 @@ func (a *arrival) done() {
 	}
 }
 
+// arrivals are the calls whose request has not come, of all users. Each user has its share of them.
+type arrivals struct {
+	places *quota
+	mu     sync.Mutex                       // guards open
+	open   map[uint32]map[*arrival]struct{} // by user ID
+}
+
+func newArrivals() *arrivals {
+	return &arrivals{places: newQuota(maxArrivals), open: map[uint32]map[*arrival]struct{}{}}
+}
+
+// begin counts a call, or says that its user has enough of them. The arrival is over when its done was
+// called; it calls slow if that takes too long.
+func (as *arrivals) begin(call context.Context, uid uint32, slow func()) (*arrival, bool) {
+	leave, ok := as.places.take(uid)
+	if !ok {
+		as.sweep(uid)
+		if leave, ok = as.places.take(uid); !ok {
+			return nil, false
+		}
+	}
+	late := time.AfterFunc(arrivalTime, slow)
+	a := &arrival{call: call}
+	a.end = func() {
+		late.Stop()
+		as.mu.Lock()
+		defer as.mu.Unlock()
+		if delete(as.open[uid], a); len(as.open[uid]) == 0 {
+			delete(as.open, uid)
+		}
+		leave()
+	}
+	as.mu.Lock()
+	defer as.mu.Unlock()
+	if as.open[uid] == nil {
+		as.open[uid] = map[*arrival]struct{}{}
+	}
+	as.open[uid][a] = struct{}{}
+	return a, true
+}
+
+// sweep ends the user's arrivals whose calls were canceled. Each ends by itself, in a goroutine, which may
+// have to wait for its turn; whoever opens and cancels calls faster than that would otherwise have a
+// share full of calls that are none any more, and his user's honest processes would be refused.
+func (as *arrivals) sweep(uid uint32) {
+	as.mu.Lock()
+	var canceled []*arrival
+	for a := range as.open[uid] {
+		if a.call.Err() != nil {
+			canceled = append(canceled, a)
+		}
+	}
+	as.mu.Unlock()
+	for _, a := range canceled {
+		a.done()
+	}
+}
+
 // arrive is asked about each call when its headers have come, before there is a goroutine for it. It
 // gives each user its share of calls, and cuts off those who announce a request and do not send it.
 func (s *Server) arrive(ctx context.Context, call *tap.Info) (context.Context, error) {
@@ -55,15 +114,14 @@ func (s *Server) arrive(ctx context.Context, call *tap.Info) (context.Context, e
 		s.metrics.refused.Inc()
 		return ctx, s.toStatus(ctx, call.FullMethodName, errTooMany)
 	}
-	come, ok := s.arrivals.take(p.UID)
+	inner, cut := context.WithCancel(ctx)
+	a, ok := s.arrivals.begin(ctx, p.UID, cut)
 	if !ok {
+		cut()
 		leave()
 		s.metrics.refused.Inc()
 		return ctx, s.toStatus(ctx, call.FullMethodName, errTooMany)
 	}
-	inner, cut := context.WithCancel(ctx)
-	slow := time.AfterFunc(arrivalTime, cut)
-	a := &arrival{end: func() { slow.Stop(); come() }}
 	// gRPC cancels the context it gave us when the call is over.
 	context.AfterFunc(ctx, func() { a.done(); leave() })
 	return context.WithValue(inner, arrivalKey{}, a), nil

@@ -1,6 +1,7 @@
 package workloadapi_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
@@ -59,6 +62,14 @@ func TestLimits(t *testing.T) {
 				}
 				workloadapitest.WantCode(t, err, codes.ResourceExhausted)
 			}
+		}
+	})
+	t.Run("a call that is canceled takes no place, however soon the next one comes", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{}, newFake(say("a:b")))
+		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // what ends a call may have to wait for its turn
+		const calls = 5000
+		if refused := cancelAtOnce(t, w.socket, calls); refused > 0 {
+			t.Errorf("%d of %d calls were told that there are too many, where there was one at a time", refused, calls)
 		}
 	})
 	t.Run("a user over its share of connections is cut off", func(t *testing.T) {
@@ -118,6 +129,59 @@ func TestLimits(t *testing.T) {
 		}
 		wantPaths(t, w.stream(t, t.Context()), "/one")
 	})
+}
+
+// cancelAtOnce opens so many calls on one connection, each canceled before the next, as fast as they can
+// be read. It returns how many were told that there are too many.
+func cancelAtOnce(t *testing.T, socket string, calls uint32) (refused int) {
+	t.Helper()
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	var attack, head bytes.Buffer
+	attack.WriteString(http2.ClientPreface)
+	out, enc := http2.NewFramer(&attack, nil), hpack.NewEncoder(&head)
+	_ = out.WriteSettings() // to memory, like all that follows
+	for i := range calls {
+		head.Reset()
+		for _, f := range [][2]string{
+			{":method", "POST"}, {":scheme", "http"}, {":path", workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName},
+			{":authority", "x"}, {"content-type", "application/grpc"}, {"te", "trailers"},
+		} {
+			_ = enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
+		}
+		_ = out.WriteHeaders(http2.HeadersFrameParam{StreamID: 2*i + 1, BlockFragment: head.Bytes(), EndHeaders: true})
+		_ = out.WriteRSTStream(2*i+1, http2.ErrCodeCancel)
+	}
+	last := [8]byte{1}
+	_ = out.WritePing(false, last)
+	go func() { _, _ = conn.Write(attack.Bytes()) }() // a connection that was cut misses the ping
+	in, dec := http2.NewFramer(nil, conn), hpack.NewDecoder(4096, nil)
+	for {
+		f, err := in.ReadFrame()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ping, ok := f.(*http2.PingFrame); ok && ping.Data == last {
+			break
+		}
+		headers, ok := f.(*http2.HeadersFrame)
+		if !ok {
+			continue
+		}
+		fields, err := dec.DecodeFull(headers.HeaderBlockFragment())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range fields {
+			if f.Name == "grpc-status" && f.Value == strconv.Itoa(int(codes.ResourceExhausted)) {
+				refused++
+			}
+		}
+	}
+	return refused
 }
 
 func TestNoDescriptorIsLeaked(t *testing.T) {

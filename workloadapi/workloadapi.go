@@ -152,7 +152,7 @@ type Server struct {
 
 	connections *quota
 	streams     *quota
-	arrivals    *quota
+	arrivals    *arrivals
 	dialogues   *quota
 	shelf       shelf
 	first       *turnstile // attestations somebody waits for
@@ -196,7 +196,7 @@ func New(src Source, attest *Attestation, cfg Config) *Server {
 		metrics: newMetrics(cfg.Metrics), foreign: map[string]bool{}, logged: map[string]bool{},
 		connections: newQuota(cfg.Limits.Connections),
 		streams:     newQuota(cfg.Limits.Streams),
-		arrivals:    newQuota(maxArrivals),
+		arrivals:    newArrivals(),
 		dialogues:   newQuota(maxDialogues),
 		first:       newTurnstile(cfg.Limits.Attestations),
 		again:       newTurnstile(max(1, cfg.Limits.Attestations/4)),
