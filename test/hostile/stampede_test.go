@@ -239,18 +239,20 @@ func TestAFleetBehindOneAddress(t *testing.T) {
 	}
 	var admitted, attempts, late atomic.Int64
 	failed := crowd2(agents, func(i int) error {
-		conn := conns[i]
+		conn, name := conns[i], fmt.Sprint("nat-", i)
 		n, err := heeding(ctx, func() error {
 			// An agent does not wait for ever: those at the end of the line are sent away. A few who had their turn
-			// and were not served in time, on a loaded machine, come again at once.
+			// and were not served in time, on a loaded machine, come again at once, with proof of their own: that of
+			// before may have been taken by then.
 			for {
 				once, over := context.WithTimeout(ctx, 2*time.Second)
-				_, _, err := enroll(once, conn, fmt.Sprint("nat-", i))
+				_, _, err := enroll(once, conn, name)
 				over()
 				if status.Code(err) != codes.DeadlineExceeded || late.Add(1) > int64(agents/10) {
 					return err
 				}
 				attempts.Add(1)
+				name += "-again"
 			}
 		})
 		attempts.Add(int64(n))
