@@ -40,8 +40,9 @@ type Evidence interface {
 	Accept(ctx context.Context, hash, image, reason, who string) (*verdict.Pushed, error)
 	TooLarge(ctx context.Context, who verdict.Pusher, image string) error
 	Collect(ctx context.Context, who verdict.Pusher, image string) ([]verdict.Collected, error)
-	// Issued writes down certificates that rest on verdicts, before they are given out.
-	Issued(ctx context.Context, serials ...records.Serial) error
+	// Issued writes down certificates that rest on verdicts, before they are given out, and returns for each why it
+	// must not be.
+	Issued(ctx context.Context, serials ...records.Serial) []error
 }
 
 // Limits on pushes.

@@ -42,7 +42,13 @@ func TestWhatIsSignedLivesNoLongerThanItsEntryAndTheVerdicts(t *testing.T) {
 // forgetful judges images, and cannot write down what was issued.
 type forgetful struct{ Evidence }
 
-func (forgetful) Issued(context.Context, ...records.Serial) error { return errors.New("disk full") }
+func (forgetful) Issued(_ context.Context, serials ...records.Serial) []error {
+	errs := make([]error, len(serials))
+	for n := range errs {
+		errs[n] = errors.New("disk full")
+	}
+	return errs
+}
 
 func TestWhatCouldNotBeRevokedDoesNotLeave(t *testing.T) {
 	gate := attestor.Selector{Type: "scan", Value: "policy:prod"}

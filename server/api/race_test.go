@@ -22,6 +22,7 @@ import (
 	"github.com/assay-id/assay/server/ca"
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/store/kv"
+	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/terms"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -50,6 +51,59 @@ func (r *racing) SignWIT(context.Context, ca.WITParams) (*identity.WITSVID, erro
 func (r *racing) SignJWT(_ context.Context, p ca.JWTParams) (*identity.JWTSVID, error) {
 	r.token, r.now = p, r.then
 	return &identity.JWTSVID{ID: p.ID, Token: "token"}, nil
+}
+
+// turned is who judges images, and knows of a verdict that no picture shows yet.
+type turned struct{ Evidence }
+
+func (turned) Issued(_ context.Context, serials ...records.Serial) []error {
+	errs := make([]error, len(serials))
+	for n, one := range serials {
+		if one.GetEntryId() == "turned" {
+			errs[n] = verdict.ErrTurned
+		}
+	}
+	return errs
+}
+
+// steady is racing without a change; many may use it at the same time.
+type steady struct{ *racing }
+
+func (steady) SignWorkload(context.Context, ca.WorkloadParams) ([]*x509.Certificate, error) {
+	return []*x509.Certificate{{SerialNumber: big.NewInt(7)}}, nil
+}
+
+func TestAVerdictThatNoPictureShowsYetBeatsWhatIsBeingSigned(t *testing.T) {
+	scan := attestor.Selector{Type: "scan", Value: "policy:prod"}
+	entry := func(id string, selectors ...attestor.Selector) *identity.Entry {
+		return &identity.Entry{ID: id, SPIFFEID: spiffeid.RequireFromString("spiffe://example.org/" + id), Selectors: attestor.NewSet(selectors...)}
+	}
+	uid := attestor.Selector{Type: "unix", Value: "uid:1"}
+	picture := &view.AgentPicture{
+		Entries:  []*identity.Entry{entry("plain", uid), entry("stands", uid, scan), entry("turned", uid, scan)},
+		Verdicts: []*records.Verdict{{Digest: "sha256:" + strings.Repeat("a", 64), Seq: 1, Selectors: attestor.NewSet(scan)}},
+	}
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	r := steady{&racing{now: picture}}
+	s := &svidService{api: New(Parts{View: r, CA: r, Evidence: turned{}}, Config{Log: log})}
+	req := new(svidv1.BatchNewX509SVIDRequest)
+	for _, id := range []string{"turned", "plain", "stands", "turned"} {
+		req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: id, Csr: request(t)})
+	}
+	resp, err := s.BatchNewX509SVID(caller.NewContext(t.Context(), &caller.Caller{}), req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, got := range resp.GetResults() {
+		want := codes.OK
+		if req.GetParams()[i].GetEntryId() == "turned" {
+			want = codes.FailedPrecondition
+		}
+		if codes.Code(got.GetStatus().GetCode()) != want || (got.GetSvid() != nil) != (want == codes.OK) {
+			t.Errorf("%s: %v, want %s", req.GetParams()[i].GetEntryId(), got, want)
+		}
+	}
 }
 
 // moved is a view that has not heard yet where an entry was moved, and the records that know.

@@ -24,6 +24,7 @@ import (
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/records/stored"
 	"github.com/assay-id/assay/server/turn"
+	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/terms"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -76,14 +77,13 @@ func (s *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 		serials[i] = item.serial(b.who.ID, chain[0], s.api.cfg.Now())
 		results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemOK(), Svid: svidWire(chain, item.entry)}
 	})
-	// Before it is looked whether the verdicts still stand: what is revoked from here on is found.
 	noted := s.noteSerials(ctx, serials)
 	now := s.api.View.Agent(b.who.ID)
 	signed := 0
 	for i, line := range lines {
-		if errs[i] == nil && noted != nil && len(items[i].grant.By) > 0 {
-			errs[i] = noted
-			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(noted)}
+		if errs[i] == nil && noted[i] != nil {
+			errs[i] = noted[i]
+			results[i] = &svidv1.BatchNewX509SVIDResponse_Result{Status: itemFailed(noted[i])}
 		}
 		if errs[i] == nil {
 			if errs[i] = s.still(b.picture, now, items[i]); errs[i] != nil {
@@ -212,16 +212,28 @@ func (p *permitted) serial(agent spiffeid.ID, cert *x509.Certificate, now time.T
 	return records.Serial{Number: cert.SerialNumber.String(), EvidenceSerial: m}
 }
 
-// noteSerials writes down what may have to be revoked.
-func (s *svidService) noteSerials(ctx context.Context, serials []records.Serial) error {
-	serials = slices.DeleteFunc(serials, func(one records.Serial) bool { return one.Number == "" })
-	if len(serials) == 0 || s.api.Evidence == nil {
-		return nil
+// noteSerials writes down what may have to be revoked, and returns for each why it must not be given out.
+func (s *svidService) noteSerials(ctx context.Context, serials []records.Serial) []error {
+	errs := make([]error, len(serials))
+	var list []records.Serial
+	var at []int // where those of list are among all
+	for i, one := range serials {
+		if one.Number != "" {
+			list, at = append(list, one), append(at, i)
+		}
 	}
-	if err := s.api.Evidence.Issued(ctx, serials...); err != nil {
-		return fail("failed to note the serial number", err)
+	if len(list) == 0 || s.api.Evidence == nil {
+		return errs
 	}
-	return nil
+	for n, err := range s.api.Evidence.Issued(ctx, list...) {
+		switch {
+		case errors.Is(err, verdict.ErrTurned):
+			errs[at[n]] = errChanged
+		case err != nil:
+			errs[at[n]] = fail("failed to note the serial number", err)
+		}
+	}
+	return errs
 }
 
 // permitted is an entry that may be signed for, and what the verdicts say to it.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -12,6 +13,7 @@ import (
 	"github.com/assay-id/assay/server/records"
 	"github.com/assay-id/assay/server/records/stored"
 	"github.com/assay-id/assay/server/store/durable"
+	"github.com/assay-id/assay/server/store/kv"
 )
 
 // Signer signs lists of revoked certificates; *ca.CA is one.
@@ -23,9 +25,13 @@ type Signer interface {
 	CRLsDue() <-chan struct{}
 }
 
+// ErrTurned says that a certificate must not be given out any more: a verdict that it rests on grants it no longer.
+var ErrTurned = errors.New("a verdict that the certificate rests on has turned")
+
 // crl are the lists of revoked certificates. Service.mu guards what is no atomic.
 type crl struct {
 	number uint64
+	owed   bool // something is revoked that may not be on the lists yet
 	lists  atomic.Pointer[[][]byte]
 }
 
@@ -45,37 +51,68 @@ func (s *Service) CRLs() [][]byte {
 	return nil
 }
 
-// Issued writes down a certificate that is about to be given out on the strength of a verdict. Without
-// that line it could not be revoked, so on an error it must not be given out.
-func (s *Service) Issued(ctx context.Context, serials ...records.Serial) error {
+// Issued writes down certificates that are about to be given out on the strength of verdicts. It returns for
+// each of them why it must not be given out, nil if it may be: without that line it could not be revoked, and
+// for one whose verdict has turned by now nobody looks any more.
+//
+// First the line, then the look at the verdict, as publish and revoke first write the verdict and then look for
+// lines: whichever comes second sees the other. The view would not do, for it may be behind the store.
+func (s *Service) Issued(ctx context.Context, serials ...records.Serial) []error {
+	refused := make([]error, len(serials))
 	if !s.revokes.Load() {
-		return nil // no policy ever revokes
+		return refused // no policy ever revokes
 	}
 	if err := s.Store.PutSerials(ctx, serials...); err != nil {
-		return fmt.Errorf("note issued certificate: %w", err)
+		for n := range refused {
+			refused[n] = fmt.Errorf("note issued certificate: %w", err)
+		}
+		return refused
 	}
-	return nil
+	known := map[string]*records.Verdict{}
+	for n, one := range serials {
+		for _, digest := range one.GetDigests() {
+			v, looked := known[digest]
+			if !looked {
+				var err error
+				if v, err = s.Store.Verdict(ctx, digest); err != nil && !errors.Is(err, records.ErrNotFound) {
+					refused[n] = fmt.Errorf("look whether the verdict still stands: %w", err)
+					break
+				}
+				known[digest] = v
+			}
+			if !s.grants(one, v) {
+				refused[n] = ErrTurned
+				break
+			}
+		}
+	}
+	return refused
+}
+
+// grants reports whether the certificate would be issued now, as far as one verdict is concerned.
+func (s *Service) grants(one records.Serial, v *records.Verdict) bool {
+	e, ok := s.View.Entry(one.GetEntryId())
+	return ok && v != nil && e.Gates().In(v.Selectors)
 }
 
 // keepCRL signs the lists when the server starts, when another authority is prepared and before they end, and
-// forgets what has expired.
+// forgets what has expired. At the start it revokes what the server that ended did not come to.
 func (s *Service) keepCRL(ctx context.Context) {
 	if s.Signer == nil {
 		return
 	}
+	select {
+	case <-s.View.Ready():
+	case <-ctx.Done():
+		return
+	}
 	for ctx.Err() == nil {
 		another := s.Signer.CRLsDue()
-		s.mu.Lock()
-		now := s.cfg.Now()
 		pause := crlRenew
-		if err := s.signCRL(ctx, now); err != nil && ctx.Err() == nil {
+		if err := s.renewLists(ctx); err != nil && ctx.Err() == nil {
 			s.cfg.Log.WithError(err).Error("cannot sign the list of revoked certificates, will try again")
 			pause, another = retryAfter, nil
 		}
-		if err := s.Store.SweepSerials(ctx, now.Add(-crlKeep)); err != nil && ctx.Err() == nil {
-			s.cfg.Log.WithError(err).Warn("cannot forget expired certificates, will try again")
-		}
-		s.mu.Unlock()
 		timer := time.NewTimer(pause)
 		select {
 		case <-timer.C:
@@ -84,6 +121,18 @@ func (s *Service) keepCRL(ctx context.Context) {
 		}
 		timer.Stop()
 	}
+}
+
+// renewLists revokes what is owed, signs the lists anew and forgets what has expired.
+func (s *Service) renewLists(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := s.cfg.Now()
+	err := errors.Join(s.revoke(ctx, slices.Collect(maps.Values(s.state.images)), now), s.signCRL(ctx, now))
+	if err := s.Store.SweepSerials(ctx, now.Add(-crlKeep)); err != nil && ctx.Err() == nil {
+		s.cfg.Log.WithError(err).Warn("cannot forget expired certificates, will try again")
+	}
+	return err
 }
 
 // signCRL makes the lists of all that is revoked and not expired. mu is held.
@@ -106,6 +155,15 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 	}
 	s.crl.number = number
 	s.crl.lists.Store(&lists)
+	if err := s.handOut(ctx, lists, len(revoked) > 0); err != nil {
+		return err
+	}
+	s.crl.owed = false
+	return nil
+}
+
+// handOut brings the lists to where they are looked for. mu is held.
+func (s *Service) handOut(ctx context.Context, lists [][]byte, revoked bool) error {
 	if s.cfg.CRLPath != "" {
 		if err := durable.Replace(s.cfg.CRLPath, 0o644, PEM(lists)); err != nil {
 			return fmt.Errorf("write lists of revoked certificates: %w", err)
@@ -114,7 +172,7 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 	if s.cfg.CRLChanged == nil {
 		return nil
 	}
-	if len(revoked) == 0 && !s.revokes.Load() {
+	if !revoked && !s.revokes.Load() {
 		return s.cfg.CRLChanged(ctx, nil)
 	}
 	// Empty lists too: what reads them from files does not start without, and refuses everybody once those
@@ -122,35 +180,74 @@ func (s *Service) signCRL(ctx context.Context, now time.Time) error {
 	return s.cfg.CRLChanged(ctx, lists)
 }
 
-// revoke puts on the list what was issued on the strength of an earlier verdict on the image and would
-// not be issued now. mu is held.
-func (s *Service) revoke(ctx context.Context, i *image, now time.Time) error {
+// revoke puts on the list what was issued on the strength of earlier verdicts on the images and would not be
+// issued now. What it could not do stays owed, and is tried again. mu is held.
+func (s *Service) revoke(ctx context.Context, images []*image, now time.Time) error {
+	owed := map[string]*image{}
+	for _, i := range images {
+		if i.owed {
+			owed[i.digest] = i
+		}
+	}
+	if len(owed) == 0 {
+		return nil
+	}
+	select {
+	case <-s.View.Ready():
+	default:
+		return nil // no entry is known yet, so that all would seem to be lost; keepCRL comes back to it
+	}
+	if err := s.revokeOf(ctx, owed, now); err != nil {
+		for _, i := range owed {
+			i.due = now
+		}
+		return fmt.Errorf("revoke certificates: %w", err)
+	}
+	for _, i := range owed {
+		i.owed = false
+	}
+	return nil
+}
+
+// revokeOf is revoke for images by their digests.
+func (s *Service) revokeOf(ctx context.Context, owed map[string]*image, now time.Time) error {
 	all, err := s.Store.Serials(ctx, now)
 	if err != nil {
 		return err
 	}
 	var list []records.Serial
+	var lines []audit.Line
 	for _, one := range all {
-		if one.GetRevokedAt() != 0 || !slices.Contains(one.GetDigests(), i.digest) {
+		if one.GetRevokedAt() != 0 {
 			continue
 		}
-		if e, ok := s.View.Entry(one.GetEntryId()); ok && i.published != nil && e.Gates().In(i.published.Selectors) {
-			continue
+		for _, digest := range one.GetDigests() {
+			i := owed[digest]
+			if i == nil || s.grants(one, i.published) {
+				continue
+			}
+			one.RevokedAt, one.Reason = now.Unix(), "image "+i.digest
+			list = append(list, one)
+			lines = append(lines, audit.Line{
+				Event: "svid.x509.revoke", Outcome: audit.Allow, Caller: "policy", Serial: one.Number, Agent: one.GetAgent(),
+				EntryID: one.GetEntryId(), SPIFFEID: one.GetSpiffeId(), Verdicts: []string{i.name()},
+			})
+			break
 		}
-		one.RevokedAt, one.Reason = now.Unix(), "image "+i.digest
-		list = append(list, one)
 	}
-	if len(list) == 0 {
+	for len(list) > 0 {
+		n := min(len(list), kv.MaxOps) // what is written at once is told at once
+		s.crl.owed = true              // even after an error, for it may be written all the same
+		if err := s.Store.PutSerials(ctx, list[:n]...); err != nil {
+			return err
+		}
+		for _, line := range lines[:n] {
+			s.note(line)
+		}
+		list, lines = list[n:], lines[n:]
+	}
+	if !s.crl.owed {
 		return nil
 	}
-	if err := s.Store.PutSerials(ctx, list...); err != nil {
-		return err
-	}
-	for _, one := range list {
-		s.note(audit.Line{
-			Event: "svid.x509.revoke", Outcome: audit.Allow, Caller: "policy", Serial: one.Number, Agent: one.GetAgent(),
-			EntryID: one.GetEntryId(), SPIFFEID: one.GetSpiffeId(), Verdicts: []string{i.name()},
-		})
-	}
-	return errors.Join(s.signCRL(ctx, now))
+	return s.signCRL(ctx, now)
 }

@@ -291,7 +291,6 @@ func (s *Service) publish(ctx context.Context, images []*image, now time.Time) e
 	var group errgroup.Group
 	group.SetLimit(publishers)
 	revs := make([]kv.Rev, len(images))
-	revoked := make([]bool, len(images))
 	for n, i := range images {
 		runs := len(s.View.Runners(i.digest)) > 0
 		if !runs {
@@ -311,6 +310,7 @@ func (s *Service) publish(ctx context.Context, images []*image, now time.Time) e
 			before := i.published
 			var want records.Verdict
 			s.record(i, &want)
+			i.owed = i.owed && want.Revoke
 			if before != nil && same(before, &want) && (!runs || !renew) {
 				return nil
 			}
@@ -323,17 +323,12 @@ func (s *Service) publish(ctx context.Context, images []*image, now time.Time) e
 				i.due, i.lease = now, time.Time{} // try again
 				return fmt.Errorf("write verdict on %s: %w", i.digest, err)
 			}
-			revoked[n] = want.Revoke && (before == nil || !before.Revoke || !before.Selectors.Equal(want.Selectors))
+			i.owed = i.owed || want.Revoke && (before == nil || !before.Revoke || !before.Selectors.Equal(want.Selectors))
 			i.published, revs[n] = after, rev
 			return nil
 		})
 	}
-	err := group.Wait()
-	for n, i := range images {
-		if revoked[n] {
-			err = errors.Join(err, s.revoke(ctx, i, now))
-		}
-	}
+	err := errors.Join(group.Wait(), s.revoke(ctx, images, now))
 	s.rev = max(s.rev, slices.Max(revs))
 	return err
 }

@@ -64,6 +64,7 @@ type image struct {
 	due       time.Time // when time alone may change something; zero: never
 	lease     time.Time // when published is to be renewed; zero: nobody runs it
 	unwritten bool      // the store has refused the last change
+	owed      bool      // what rests on earlier verdicts is to be revoked, or may be: the server may have ended in between
 }
 
 func (s *Service) newImage(digest string) *image {
@@ -414,7 +415,7 @@ func (s *Service) readImage(ctx context.Context, digest string, m *stored.Eviden
 	if err != nil && !errors.Is(err, records.ErrNotFound) {
 		return err
 	}
-	i.published = published
+	i.published, i.owed = published, published != nil && published.Revoke
 	return nil
 }
 

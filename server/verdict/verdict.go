@@ -70,6 +70,8 @@ type View interface {
 	Runners(digest string) []spiffeid.ID
 	FollowDigests() ([]string, <-chan struct{})
 	Wait(ctx context.Context, rev kv.Rev) error
+	// Ready returns a channel that is closed once the view shows anything.
+	Ready() <-chan struct{}
 	Entry(id string) (*identity.Entry, bool)
 	ListEntries(filter view.EntryFilter, after string, limit int) (entries []*identity.Entry, next string)
 }

@@ -41,9 +41,10 @@ type world struct {
 	log   *lines
 	rules Rules
 
-	mu  sync.Mutex // guards at
-	at  time.Time
-	cfg Config
+	mu    sync.Mutex // guards at
+	at    time.Time
+	cfg   Config
+	parts func(Parts) Parts // nil: they stay as they are
 }
 
 func (w *world) now() time.Time {
@@ -67,6 +68,7 @@ type fleet struct {
 	runs    map[string]int
 	entries []*identity.Entry
 	fresh   chan struct{}
+	loading chan struct{} // closed when the entries are there; nil: they are
 }
 
 func (f *fleet) Runners(digest string) []spiffeid.ID {
@@ -90,6 +92,15 @@ func (f *fleet) FollowDigests() ([]string, <-chan struct{}) {
 }
 
 func (f *fleet) Wait(context.Context, kv.Rev) error { return nil }
+
+func (f *fleet) Ready() <-chan struct{} {
+	if f.loading != nil {
+		return f.loading
+	}
+	done := make(chan struct{})
+	close(done)
+	return done
+}
 
 func (f *fleet) Entry(id string) (*identity.Entry, bool) {
 	for _, e := range f.entries {
@@ -211,7 +222,11 @@ func (w *world) open() {
 	silent.SetOutput(io.Discard)
 	cfg := w.cfg
 	cfg.Log, cfg.Now = silent, w.now
-	if w.Service, err = Open(w.t.Context(), Parts{Store: w.rec, View: w.view, Audit: w.log}, w.rules, cfg); err != nil {
+	parts := Parts{Store: w.rec, View: w.view, Audit: w.log}
+	if w.parts != nil {
+		parts = w.parts(parts)
+	}
+	if w.Service, err = Open(w.t.Context(), parts, w.rules, cfg); err != nil {
 		w.t.Fatal(err)
 	}
 }
