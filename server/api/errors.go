@@ -119,6 +119,8 @@ func code(err error) (codes.Code, string) {
 		return codes.Unavailable, ca.ErrNoAuthority.Error()
 	case errors.Is(err, verdict.ErrStale), errors.Is(err, verdict.ErrHeld):
 		return codes.FailedPrecondition, err.Error()
+	case errors.Is(err, verdict.ErrRules):
+		return codes.Aborted, verdict.ErrRules.Error()
 	case errors.Is(err, verdict.ErrMany):
 		return codes.ResourceExhausted, err.Error()
 	case errors.Is(err, verdict.ErrRefused):

@@ -43,6 +43,10 @@ var (
 	ErrLarge = refusal("too-large")
 )
 
+// ErrRules says that other rules about who may push were put in force while a document was on its way. Nothing is
+// wrong with it: it may be pushed again.
+var ErrRules = errors.New("the rules about who may push evidence were replaced while the document was on its way; push it again")
+
 // refused is a reason below ErrRefused; its text is a metric label.
 type refused struct{ word string }
 
@@ -126,8 +130,8 @@ type Pushed struct {
 const maxDocuments = 200
 
 // Push takes in one document. When it returns, the document is on the disk and the verdicts that follow
-// from it are written. An error that wraps ErrRefused says what is wrong with the document; then
-// nothing has changed.
+// from it are written. An error that wraps ErrRefused says what is wrong with the document; then, and with
+// ErrRules, nothing has changed.
 func (s *Service) Push(ctx context.Context, who Pusher, d Document) (*Pushed, error) {
 	in := &incoming{now: s.cfg.Now(), hash: digestOf(d.Content)}
 	out, err := s.pushed(ctx, who, d, in)
@@ -193,18 +197,38 @@ func (s *Service) push(ctx context.Context, who Pusher, d Document, in *incoming
 			in.unresolved = ", and the registry could not say it either: " + clip(err.Error())
 		}
 	}
+	for {
+		rules, err := s.judgeDocument(ctx, in, who, d)
+		if err != nil {
+			return nil, err
+		}
+		s.mu.Lock()
+		switch {
+		case who.Push != nil && !s.callers.Current(who.Push):
+			s.mu.Unlock()
+			return nil, ErrRules
+		case s.replaced == rules:
+			defer s.mu.Unlock()
+			return s.take(ctx, in, who, d)
+		}
+		s.mu.Unlock() // whoever vouched for it may not be trusted any more
+	}
+}
+
+// judgeDocument finds out what the document says and whether it may. It returns the number of the rules by which it
+// did.
+func (s *Service) judgeDocument(ctx context.Context, in *incoming, who Pusher, d Document) (rules uint64, err error) {
+	s.mu.Lock()
+	rules = s.replaced
+	s.mu.Unlock()
+	in.notes = nil
 	if err := s.vouch(ctx, in, who, d); err != nil {
-		return nil, err
+		return 0, err
 	}
 	if err := in.parse(); err != nil {
-		return nil, err
+		return 0, err
 	}
-	if err := in.check(); err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.take(ctx, in, who, d)
+	return rules, in.check()
 }
 
 // image makes out which image the document is pushed for.

@@ -174,6 +174,88 @@ func TestARevokedKeyTakesWithItWhatItSigned(t *testing.T) {
 	})
 }
 
+// reloading is the context of a push while which other rules are put in force: once it is known by which rules the
+// document is judged, for the context is asked from then on.
+type reloading struct {
+	context.Context
+	replace func()
+}
+
+func (r *reloading) Err() error {
+	if replace := r.replace; replace != nil {
+		r.replace = nil
+		replace()
+	}
+	return r.Context.Err()
+}
+
+func TestRulesThatArePutInForceMeanwhileDecide(t *testing.T) {
+	key, other := newSigner(t), newSigner(t)
+	w := newWorld(t, prod+trusting(key, ""))
+	replace := func(rules string) func() {
+		return func() {
+			if err := w.Replace(t.Context(), rulesOf(t, rules)); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	push := func(image string, s signer, rules string) error {
+		ctx := &reloading{Context: t.Context(), replace: replace(rules)}
+		content := s.sign(t, vulnPredicate, vulnOf(t, scan{image: image, at: w.now()}), image)
+		_, err := w.Push(ctx, admin, Document{Image: "reg/shop@" + image, Content: content})
+		if ctx.replace != nil {
+			t.Fatal("the rules were not replaced")
+		}
+		return err
+	}
+	if err := push(config(1), key, prod+trusting(other, "")); !errors.Is(err, trust.ErrRefused) {
+		t.Errorf("by a key that is not trusted any more: %v", err)
+	}
+	w.wantGate(config(1), false)
+	if err := push(config(2), other, prod+trusting(other, "")); err != nil {
+		t.Errorf("by a key that is trusted still: %v", err)
+	}
+	w.wantGate(config(2), true)
+}
+
+func TestWhoWasLetInByOtherRulesPushesNothing(t *testing.T) {
+	source := func(id string) string {
+		return strings.Replace(prod, `"scanner"]`, `"ci"]`, 1) + `
+evidence_source "ci" {
+  repositories   = ["reg/shop"]
+  allow_unsigned = true
+  svid {
+    ids = ["spiffe://example.org/` + id + `"]
+  }
+}
+`
+	}
+	w := newWorld(t, source("ci"))
+	image := config(1)
+	send := func(push *trust.Push) error {
+		_, err := w.Push(t.Context(), Pusher{Name: "ci", Push: push}, Document{Image: "reg/shop@" + image, Content: scan{image: image, at: w.now()}.json(t)})
+		return err
+	}
+	push, err := w.Callers().SVID(spiffeid.RequireFromPath(td, "/ci"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Replace(t.Context(), rulesOf(t, source("build"))); err != nil {
+		t.Fatal(err)
+	}
+	if err := send(push); !errors.Is(err, ErrRules) || errors.Is(err, ErrRefused) {
+		t.Errorf("got %v", err)
+	}
+	w.wantGate(image, false)
+	if push, err = w.Callers().SVID(spiffeid.RequireFromPath(td, "/build")); err != nil {
+		t.Fatal(err)
+	}
+	if err := send(push); err != nil {
+		t.Error(err)
+	}
+	w.wantGate(image, true)
+}
+
 // manifestOf returns a manifest with the config, and its digest.
 func manifestOf(config string) ([]byte, string) {
 	m := []byte(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"` +

@@ -152,16 +152,18 @@ type Service struct {
 	dueAt atomic.Int64
 
 	// mu guards all below and is held while a change of it is written.
-	mu     sync.Mutex
-	rules  Rules
-	state  state
-	crl    crl
-	outbox outbox
-	feeds  feeds
-	marks  *marksFile
-	sweep  time.Time // when to look for images to forget again
-	rev    kv.Rev    // of the last verdict written
-	held   []waiting // reports for an operator, the oldest first
+	mu    sync.Mutex
+	rules Rules
+	// replaced is how often the rules were.
+	replaced uint64
+	state    state
+	crl      crl
+	outbox   outbox
+	feeds    feeds
+	marks    *marksFile
+	sweep    time.Time // when to look for images to forget again
+	rev      kv.Rev    // of the last verdict written
+	held     []waiting // reports for an operator, the oldest first
 	// releasing is the policy whose guard lets everything go, while an operator releases it.
 	releasing string
 }
@@ -396,6 +398,7 @@ func (s *Service) Replace(ctx context.Context, rules Rules) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rules = rules
+	s.replaced++
 	s.m.policies(rules.Policies)
 	before := s.revokes.Swap(slices.ContainsFunc(rules.Policies, revokes))
 	s.verifier.Replace(rules.Trust)

@@ -29,6 +29,8 @@ type Push struct {
 	ExpiresAt time.Time
 	// Sources are those whose rules the caller fulfills, by name; never empty.
 	Sources []*Source
+
+	among *[]*Source // what was in force when the caller was let in
 }
 
 // For returns the sources among the push's that may push for the repository, which must be without tag and
@@ -107,10 +109,14 @@ func (c *Callers) Replace(sources []*Source) {
 // Sources returns the sources in force, by name. The caller must not change the slice.
 func (c *Callers) Sources() []*Source { return *c.sources.Load() }
 
+// Current reports whether the sources in force are still those by which the push was let in.
+func (c *Callers) Current(p *Push) bool { return p.among == c.sources.Load() }
+
 // SVID says what a caller may push who proved an X.509-SVID of the ID. The error wraps ErrRefused.
 func (c *Callers) SVID(id spiffeid.ID) (*Push, error) {
-	p := &Push{Kind: "svid", Issuer: id.TrustDomain().IDString(), Subject: id.String()}
-	for _, s := range c.Sources() {
+	among := c.sources.Load()
+	p := &Push{Kind: "svid", Issuer: id.TrustDomain().IDString(), Subject: id.String(), among: among}
+	for _, s := range *among {
 		if slices.ContainsFunc(s.ids, func(pattern string) bool { return under(pattern, id.String()) }) {
 			p.Sources = append(p.Sources, s)
 		}
@@ -148,7 +154,8 @@ func (c *Callers) token(ctx context.Context, token string) (*Push, error) {
 	var push *Push
 	var refusals []error
 	known := false
-	for _, s := range c.Sources() {
+	among := c.sources.Load()
+	for _, s := range *among {
 		for _, r := range s.tokens {
 			if r.issuer != claimed {
 				continue
@@ -163,7 +170,7 @@ func (c *Callers) token(ctx context.Context, token string) (*Push, error) {
 				continue
 			}
 			if push == nil {
-				push = p
+				push, p.among = p, among
 			}
 			push.Sources = append(push.Sources, s)
 			break

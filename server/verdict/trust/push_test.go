@@ -197,6 +197,9 @@ func TestToken(t *testing.T) {
 		if p.Kind != "oidc" || p.Issuer != is.URL || p.Subject != "repo:acme/shop:ref:refs/heads/main" || !p.ExpiresAt.Equal(received.Add(5*time.Minute)) {
 			t.Errorf("push is %+v", p)
 		}
+		if !c.Current(p) {
+			t.Error("it was let in by other sources")
+		}
 		if len(p.Sources) != 2 || p.Sources[0].Name() != "also" || p.Sources[1].Name() != "shop" {
 			t.Errorf("sources are %v", p.Sources)
 		}
