@@ -180,6 +180,9 @@ func adviseMatched(x explanation, now time.Time) []string {
 // itsSide is what is left when the agent would give an identity and the workload has none.
 const itsSide = "If the workload itself still has no identity, look at its side: does SPIFFE_ENDPOINT_SOCKET name this agent's socket, is the socket mounted into its container, and does it call from this very process?"
 
+// othersPods is said where no entry comes near but those of other pods, which are not to be given away.
+const othersPods = "No entry is this pod's: those that come near are other pods'. A pod has its entries of the ClusterSPIFFEIDs that select it; whether one does, and what is wrong with it: kubectl get clusterspiffeids"
+
 // adviseUnmatched compares with the entry that is nearest.
 func adviseUnmatched(x explanation, st Status) []string {
 	var out []string
@@ -188,6 +191,9 @@ func adviseUnmatched(x explanation, st Status) []string {
 	}
 	if len(x.near) > 0 {
 		n := x.near[0]
+		if n.another {
+			return append(out, othersPods, "To give the process an identity of its own: "+create(x, st))
+		}
 		if unknown := untold(x); len(unknown) > 0 {
 			return append(out, fmt.Sprintf("The nearest entry, %s for %s, needs %s, of which nothing is known until that attestor answers.",
 				n.entry.ID, n.entry.SPIFFEID, strings.Join(unknown, " and ")))
@@ -210,7 +216,7 @@ func adviseUnmatched(x explanation, st Status) []string {
 		switch {
 		case len(wrong) > 0 && len(absent) == 0:
 			out = append(out, fmt.Sprintf("The nearest entry, %s for %s, asks for %s. If the entry is wrong: %s. If the workload is wrong, correct it and start it again.",
-				n.entry.ID, n.entry.SPIFFEID, strings.Join(wrong, ", and for "), update(n)))
+				n.entry.ID, n.entry.SPIFFEID, strings.Join(wrong, ", and for "), correct(n)))
 		case len(n.missing) < n.entry.Selectors.Len():
 			out = append(out, fmt.Sprintf("The nearest entry, %s for %s, also asks for %s, which the process does not have.",
 				n.entry.ID, n.entry.SPIFFEID, strings.Join(append(names(wrong), absent...), " and ")))
@@ -248,6 +254,14 @@ func forWorkloads(e *identity.Entry) string {
 	served := *e
 	served.StoreSVID = false
 	return update(near{entry: &served})
+}
+
+// correct is what makes the nearest entry match. One that the server's registrar made it would make again.
+func correct(n near) string {
+	if strings.HasPrefix(n.entry.ID, "kube.") {
+		return "correct what it is made from, kubectl get clusterspiffeids,clusterstaticentries"
+	}
+	return update(n)
 }
 
 // update is the command that makes the nearest entry match.

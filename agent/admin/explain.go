@@ -204,6 +204,7 @@ func (m match) over(now time.Time) bool { return !m.until.IsZero() && !m.until.A
 type near struct {
 	entry   *identity.Entry
 	missing []missing
+	another bool // it is another pod's
 }
 
 // missing is a selector an entry asks for and the process does not show.
@@ -238,6 +239,7 @@ func weigh(findings []attestor.Finding, picture *view.Picture, entries []*identi
 			n := near{entry: e}
 			for _, sel := range absent {
 				n.missing = append(n.missing, missing{selector: sel})
+				n.another = n.another || ofAnotherPod(sel, x.facts)
 			}
 			x.near = append(x.near, n)
 			continue
@@ -246,10 +248,10 @@ func weigh(findings []attestor.Finding, picture *view.Picture, entries []*identi
 		x.matches = append(x.matches, m)
 		hints[e.Hint] = hints[e.Hint] || !e.StoreSVID
 	}
-	// Fewest missing first; then those of which more is there, because one of one missing says
-	// less than one of three; then those where something close is there.
+	// Those of other pods last, of which a node has many. Fewest missing first; then those of which more is there,
+	// because one of one missing says less than one of three; then those where something close is there.
 	slices.SortStableFunc(x.near, func(a, b near) int {
-		return cmp.Or(cmp.Compare(len(a.missing), len(b.missing)), cmp.Compare(b.entry.Selectors.Len(), a.entry.Selectors.Len()),
+		return cmp.Or(last(a.another, b.another), cmp.Compare(len(a.missing), len(b.missing)), cmp.Compare(b.entry.Selectors.Len(), a.entry.Selectors.Len()),
 			cmp.Compare(closeness(b, x.facts), closeness(a, x.facts)))
 	})
 	x.near = x.near[:min(len(x.near), maxNear)]
@@ -263,6 +265,17 @@ func weigh(findings []attestor.Finding, picture *view.Picture, entries []*identi
 		}
 	}
 	return x
+}
+
+// last orders what is so behind what is not.
+func last(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	}
+	return -1
 }
 
 // closeness counts the missing selectors of which something similar is there.

@@ -214,6 +214,9 @@ func TestPages(t *testing.T) {
 	shop := entry("shop", 1, "unix:uid:1000", "docker:label:app:shop")
 	shop.Hint, shop.DNSNames, shop.X509SVIDTTL = "inside", []string{"shop.example.org"}, time.Hour
 	till := entry("till", 2, "docker:label:app:till", "docker:label:tier:front", "k8s:ns:shop")
+	pod := attestor.Finding{Attestor: "k8s", Selectors: set("k8s:pod-uid:u1", "k8s:ns:shop", "k8s:container-name:main"), Took: time.Millisecond}
+	other := entry("kube.prod.rule.u2", 1, "k8s:pod-uid:u2", "k8s:container-name:main")
+	gated, side := entry("kube.prod.rule.u1", 2, "k8s:pod-uid:u1", "scan:policy:prod"), entry("kube.prod.rule.u1", 2, "k8s:pod-uid:u1", "k8s:container-name:side")
 	hostile := &wire.Process{Pid: 7, Exe: "/tmp/\x1b[2Jevil", Name: "evil\x1b]0;x\a"}
 	dockerDown := attestor.Finding{Attestor: "docker", Err: errors.New("dial unix /var/run/docker.sock: connect: no such file or directory"), Took: time.Millisecond}
 	all, second := entry("all", 1, "unix:uid:1000"), entry("second", 2, "unix:gid:1000")
@@ -263,6 +266,9 @@ func TestPages(t *testing.T) {
 		{"for-a-store-beside-another", situation{[]attestor.Finding{unix}, []*identity.Entry{stored, second}, nil, agent, 812, nil, map[string]error{"second": nil}}},
 		{"wrong-clock", situation{[]attestor.Finding{unix}, nil, nil, with(fresh,
 			`attest with join_token: rpc error: code = Unavailable desc = connection error: desc = "transport: authentication handshake failed: x509svid: could not verify leaf certificate: x509: certificate has expired or is not yet valid: current time 2026-11-30T02:00:00Z is after 2026-11-29T22:00:00Z"`), 0, nil, nil}},
+		{"other-pods", situation{[]attestor.Finding{unix, pod}, []*identity.Entry{other}, nil, agent, 812, nil, nil}},
+		{"other-pods-last", situation{[]attestor.Finding{unix, pod}, []*identity.Entry{other, gated}, nil, agent, 812, nil, nil}},
+		{"of-a-rule", situation{[]attestor.Finding{unix, pod}, []*identity.Entry{other, side}, nil, agent, 812, nil, nil}},
 		{"expired-away", situation{[]attestor.Finding{unix}, []*identity.Entry{all}, nil, gone, 812, nil, map[string]error{"all": errExpired}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

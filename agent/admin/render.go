@@ -130,6 +130,11 @@ func verdict(r *wire.ExplainResponse, now time.Time) string {
 	}
 	n := r.GetNearest()[0]
 	m := n.GetMissing()[0]
+	if slices.ContainsFunc(n.GetMissing(), func(m *wire.Missing) bool {
+		return m.GetSelector().GetType() == "k8s" && strings.HasPrefix(m.GetSelector().GetValue(), podUID) && len(m.GetSimilar()) > 0
+	}) {
+		return who + " gets no identity: no entry is this pod's."
+	}
 	why := "the nearest entry wants " + text(m.GetSelector())
 	if len(n.GetMissing()) > 1 {
 		why += fmt.Sprintf(" and %d more", len(n.GetMissing())-1)

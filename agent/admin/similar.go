@@ -14,6 +14,17 @@ const maxSimilar = 3
 // maxDistance is how many typing mistakes make a near miss.
 const maxDistance = 2
 
+// podUID begins the value of the selector of type k8s that names one pod, which entries of pods have.
+const podUID = "pod-uid:"
+
+// ofAnotherPod reports whether a selector that a process lacks names another pod than the one it is in.
+func ofAnotherPod(want attestor.Selector, facts attestor.Set) bool {
+	return want.Type == "k8s" && strings.HasPrefix(want.Value, podUID) &&
+		slices.ContainsFunc(facts.All(), func(s attestor.Selector) bool {
+			return s.Type == want.Type && strings.HasPrefix(s.Value, podUID)
+		})
+}
+
 // similar returns the selectors of a process that come close to one it lacks: the same name with
 // another value (unix:uid), the same but for upper and lower case, or for a slip of the finger. The
 // closest is first.

@@ -237,6 +237,31 @@ func openJudge(t *testing.T, body string) (attestor.Judge, error) {
 	return server.Kind().Open(config, attestor.Needs{})
 }
 
+func TestTheClusterAroundTheServerIsLookedForOnlyWhereItRuns(t *testing.T) {
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	for _, c := range []struct {
+		name, body string
+		trial      bool
+		says       string
+	}{
+		{"outside", `service_account_allow_list = ["assay:agent"]`, false, "set kube_config_file"},
+		{"outside, on trial", `service_account_allow_list = ["assay:agent"]`, true, ""},
+		{"a mistake, on trial", `service_account_allow_list = ["agent"]`, true, `no "namespace:name"`},
+		{"a file that is not there, on trial", "service_account_allow_list = [\"assay:agent\"]\nkube_config_file = \"/nowhere\"", true, "read kube_config_file"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			config, diags := attestortest.Decode(server.Kind().Config, "cluster \"prod\" {\n"+c.body+"\n}")
+			if diags.HasErrors() {
+				t.Fatal(diags)
+			}
+			_, err := server.Kind().Open(config, attestor.Needs{Trial: c.trial})
+			if (err == nil) != (c.says == "") || err != nil && !strings.Contains(err.Error(), c.says) {
+				t.Errorf("got %v, want %q", err, c.says)
+			}
+		})
+	}
+}
+
 var good = []byte(`{"cluster":"prod","token":"good"}`)
 
 func TestRefused(t *testing.T) {

@@ -30,6 +30,23 @@ import (
 const kubeconfig = `{"apiVersion":"v1","kind":"Config","current-context":"x","contexts":[{"name":"x","context":{"cluster":"c","user":"u"}}],
 "clusters":[{"name":"c","cluster":{"server":"https://127.0.0.1:1"}}],"users":[{"name":"u","user":{"token":"t"}}]}`
 
+// Operators judge the files as they are, on their own machine, before they are in any cluster.
+func TestConfigurationsAreJudgedOutsideOfTheCluster(t *testing.T) {
+	bin, err := binaries()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, dir := range []string{"base", "overlays/high-security"} { // those that name no files of the pod
+		for _, name := range []string{"server", "agent"} {
+			cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "assay-"+name), "validate", "-config", "../../deploy/k8s/"+dir+"/"+name+".hcl")
+			cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+			if text, err := cmd.CombinedOutput(); err != nil {
+				t.Errorf("%s of %s: %v: %s", name, dir, err, text)
+			}
+		}
+	}
+}
+
 // validate has the binaries judge the configuration of each pod, with the files that the pod would see where
 // it would see them, and returns how many there were.
 func validate(t *testing.T, all []*unstructured.Unstructured) int {
