@@ -33,16 +33,26 @@ import (
 type Authority struct {
 	*plugin.Plugin
 
-	listening sync.WaitGroup
-	mu        sync.Mutex // guards the rest
-	closed    bool
-	x509      []identity.X509Authority
-	jwt       []identity.JWTAuthority
-	changed   chan struct{} // closed and made anew whenever the two above change
-	more      bool          // somebody says more than what comes with a signature
+	listening  sync.WaitGroup
+	publishing chan struct{} // holds a token while a JWT key is published: answers come in the order of the questions
+	mu         sync.Mutex    // guards the rest
+	closed     bool
+	voice      *voice // whose answers about JWT keys count: those to the last question that was answered
+	x509       []identity.X509Authority
+	jwt        []identity.JWTAuthority
+	changed    chan struct{} // closed and made anew whenever the two above change
+	more       bool          // somebody says more than what comes with a signature
 }
 
 var _ upstream.Authority = (*Authority)(nil)
+
+// voice is one question and all that is answered to it, for as long as it may be.
+type voice struct {
+	over bool // nobody waits for the first answer any more; Authority.mu guards it
+}
+
+// errOvertaken ends a conversation that has nothing more to say.
+var errOvertaken = errors.New("another question was answered since")
 
 // Open starts the plugin.
 func Open(c *block.Config, needs attestor.Needs) (*Authority, error) {
@@ -50,7 +60,7 @@ func Open(c *block.Config, needs attestor.Needs) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Authority{Plugin: p, changed: make(chan struct{})}, nil
+	return &Authority{Plugin: p, publishing: make(chan struct{}, 1), changed: make(chan struct{})}, nil
 }
 
 // Close ends the plugin and everybody who listens to it.
@@ -66,9 +76,9 @@ func (a *Authority) Close() error {
 // forever is the patience with a stream that says something when there is something to say.
 const forever = 10 * 365 * 24 * time.Hour
 
-// conversation hands the first answer of a stream to who waits for it, and the others to next, in a goroutine
-// that Close waits for.
-func conversation[A any](ctx context.Context, a *Authority, open func(context.Context, upstreamauthorityv1.UpstreamAuthorityClient) (grpc.ServerStreamingClient[A], error), next func(*A) error) (*A, error) {
+// conversation hands all answers of a stream to hear, one after the other, in a goroutine that Close waits for. It
+// returns the first one after it was heard.
+func conversation[A any](ctx context.Context, a *Authority, open func(context.Context, upstreamauthorityv1.UpstreamAuthorityClient) (grpc.ServerStreamingClient[A], error), hear func(it *A, first bool) error) (*A, error) {
 	type answer struct {
 		it  *A
 		err error
@@ -85,11 +95,12 @@ func conversation[A any](ctx context.Context, a *Authority, open func(context.Co
 				if got, err = stream.Recv(); err != nil {
 					break
 				}
+				if err = hear(got, !told); err != nil {
+					return err
+				}
 				if !told {
 					told = true
 					first <- answer{it: got}
-				} else if err = next(got); err != nil {
-					return err
 				}
 			}
 			if errors.Is(err, io.EOF) && told {
@@ -128,7 +139,12 @@ func (a *Authority) Sign(ctx context.Context, r upstream.Request) (*upstream.Sig
 		func(ctx context.Context, c upstreamauthorityv1.UpstreamAuthorityClient) (grpc.ServerStreamingClient[upstreamauthorityv1.MintX509CAResponse], error) {
 			return c.MintX509CAAndSubscribe(ctx, in)
 		},
-		func(next *upstreamauthorityv1.MintX509CAResponse) error { return a.roots(next.GetUpstreamX509Roots()) })
+		func(it *upstreamauthorityv1.MintX509CAResponse, first bool) error {
+			if first {
+				return nil // they are returned
+			}
+			return a.roots(it.GetUpstreamX509Roots())
+		})
 	if err != nil {
 		return nil, fmt.Errorf("have the plugin sign an authority: %w", err)
 	}
@@ -232,18 +248,32 @@ func (a *Authority) PublishJWT(ctx context.Context, key identity.JWTAuthority) e
 	if !key.ExpiresAt.IsZero() {
 		in.JwtKey.ExpiresAt = key.ExpiresAt.Unix()
 	}
-	got, err := conversation(ctx, a,
+	select {
+	case a.publishing <- struct{}{}:
+		defer func() { <-a.publishing }()
+	case <-ctx.Done():
+		return fmt.Errorf("wait until another JWT key is published: %w", ctx.Err())
+	}
+	who := new(voice)
+	_, err = conversation(ctx, a,
 		func(ctx context.Context, c upstreamauthorityv1.UpstreamAuthorityClient) (grpc.ServerStreamingClient[upstreamauthorityv1.PublishJWTKeyResponse], error) {
 			return c.PublishJWTKeyAndSubscribe(ctx, in)
 		},
-		func(next *upstreamauthorityv1.PublishJWTKeyResponse) error { return a.keys(next.GetUpstreamJwtKeys()) })
+		func(it *upstreamauthorityv1.PublishJWTKeyResponse, first bool) error {
+			return a.keys(who, first, it.GetUpstreamJwtKeys())
+		})
+	if err != nil {
+		a.mu.Lock()
+		who.over = true
+		a.mu.Unlock()
+	}
 	switch {
 	case status.Code(err) == codes.Unimplemented:
 		return upstream.ErrNoJWT
 	case err != nil:
 		return fmt.Errorf("have the plugin publish a JWT key: %w", err)
 	}
-	return a.keys(got.GetUpstreamJwtKeys())
+	return nil
 }
 
 // PublishWIT implements upstream.Authority: SPIRE's plugins know no such keys.
@@ -251,14 +281,21 @@ func (a *Authority) PublishWIT(context.Context, identity.JWTAuthority) error {
 	return upstream.ErrNoJWT
 }
 
-// keys takes over the JWT keys that the plugin made known.
-func (a *Authority) keys(wire []*types.JWTKey) error {
+// keys takes over the JWT keys that the plugin answers, each time all. Of several conversations the one counts whose
+// question was answered last: what another still says may be of before.
+func (a *Authority) keys(who *voice, first bool, wire []*types.JWTKey) error {
 	authorities, err := jwtAuthorities(wire)
 	if err != nil {
 		return err
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if first && !who.over {
+		a.voice = who
+	}
+	if a.voice != who {
+		return errOvertaken
+	}
 	a.jwt = authorities
 	a.tell()
 	return nil
