@@ -191,6 +191,11 @@ func (h *helper) ask(ctx context.Context, q Question) (Answer, error) {
 	case a := <-to:
 		return a, a.err()
 	case <-h.ended:
+		select {
+		case a := <-to: // the last thing it said, and most likely why it ended
+			return a, a.err()
+		default:
+		}
 		return Answer{}, errEnded
 	case <-ctx.Done():
 		h.mu.Lock()

@@ -183,3 +183,36 @@ func FuzzServe(f *testing.F) {
 		_ = Serve(bytes.NewReader(in), io.Discard, func(Question) (Token, error) { return soft{keys.Memory()}, nil })
 	})
 }
+
+// dying is the input of a helper that answers and has ended before anybody has listened.
+type dying struct {
+	*helper
+	say string // empty: it ends without an answer
+}
+
+func (d dying) Write(line []byte) (int, error) {
+	if d.say != "" {
+		d.waiting[d.next] <- Answer{ID: d.next, Error: d.say}
+	}
+	close(d.ended)
+	return len(line), nil
+}
+
+func (dying) Close() error { return nil }
+
+func TestTheLastAnswerCountsMoreThanTheEnd(t *testing.T) {
+	ask := func(say string) error {
+		h := &helper{ended: make(chan struct{}), waiting: map[uint64]chan Answer{}}
+		h.in = dying{h, say}
+		_, err := h.ask(t.Context(), Question{Op: OpOpen})
+		return err
+	}
+	for range 100 { // of two things that are there at once either may be taken
+		if err := ask("wrong PIN"); err == nil || err.Error() != "wrong PIN" {
+			t.Fatalf("got %v", err)
+		}
+	}
+	if err := ask(""); !errors.Is(err, errEnded) {
+		t.Errorf("got %v", err)
+	}
+}
