@@ -60,6 +60,9 @@ func TestFederation(t *testing.T) {
 func TestFederationMistakes(t *testing.T) {
 	const spiffe = "\n      bundle_endpoint_url = \"https://a.test\"\n      bundle_endpoint_profile \"https_spiffe\" {\n        endpoint_spiffe_id = \"spiffe://a.test/s\"\n      }\n    }"
 	endpoint := func(text string) string { return "    bundle_endpoint {\n      " + text + "\n    }" }
+	acme := func(domain string) string {
+		return endpoint("port = 1\n profile \"https_web\" {\n acme {\n domain_name = \"" + domain + "\"\n tos_accepted = true\n }\n }")
+	}
 	for _, c := range []struct{ name, text, want string }{
 		{"no port", endpoint(`address = "127.0.0.1"`), `"port" is required`},
 		{"a port beyond all", endpoint(`port = 70000`), "is no TCP port"},
@@ -72,6 +75,11 @@ func TestFederationMistakes(t *testing.T) {
 		{"files that are not there", endpoint("port = 1\n profile \"https_web\" {\n serving_cert_file {\n cert_file_path = \"/nowhere\"\n key_file_path = \"/nowhere\"\n }\n }"), "/nowhere: no such file"},
 		{"terms that nobody accepted", endpoint("port = 1\n profile \"https_web\" {\n acme {\n domain_name = \"a.test\"\n }\n }"), "set tos_accepted = true"},
 		{"an ACME directory by http", endpoint("port = 1\n profile \"https_web\" {\n acme {\n domain_name = \"a.test\"\n tos_accepted = true\n directory_url = \"http://a.test\"\n }\n }"), "write https://"},
+		{"an ACME domain with a scheme", acme("https://a.test"), "is no name that an authority of the web"},
+		{"an ACME domain that is an address", acme("192.0.2.1"), "is no name that an authority of the web"},
+		{"an ACME domain that is a pattern", acme("*.a.test"), "is no name that an authority of the web"},
+		{"an ACME domain that ends in a dot", acme("a.test."), "is no name that an authority of the web"},
+		{"an ACME domain without a dot", acme("localhost"), "is no name that an authority of the web"},
 		{"oneself", `    federates_with "example.org" {` + spiffe, "own trust domain"},
 		{"a trust domain that is none", `    federates_with "no domain" {` + spiffe, "must be a trust domain"},
 		{"a trust domain twice", `    federates_with "a.test" {` + spiffe + "\n" + `    federates_with "a.test" {` + spiffe, "is there twice"},

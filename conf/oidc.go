@@ -1,6 +1,7 @@
 package conf
 
 import (
+	"net"
 	"net/url"
 	"slices"
 	"strings"
@@ -98,6 +99,7 @@ func (l *loader) oidc(b *oidcBlock, issuer string) *OIDCDiscovery {
 		l.say(key+"jwt_issuer", "Conflicting issuers", "The documents would say %q and the tokens %q; verifiers want both to be the same. Leave it out here.", b.Issuer, issuer)
 	default:
 		o.Issuer = issuer
+		l.webURL("server.jwt_issuer", issuer, b.PlainHTTP)
 	}
 	return o
 }
@@ -161,6 +163,9 @@ func (l *loader) servingFile(key string, b *servingBlock) *ServingCertificate {
 // acme reads how a certificate is ordered.
 func (l *loader) acme(key string, b *acmeBlock) *ACME {
 	l.required(key+"domain_name", b.Domain, "it is the name that the certificate is ordered for")
+	if d := b.Domain; d != "" && (strings.ContainsAny(d, "/:*@ \t") || strings.HasSuffix(d, ".") || !strings.Contains(d, ".") || net.ParseIP(d) != nil) {
+		l.say(key+"domain_name", "Invalid domain", "%q is no name that an authority of the web gives a certificate for; write one in DNS, as in \"bundle.example.org\", without scheme, port and path.", d)
+	}
 	if !b.Accepted {
 		l.say(key+"tos_accepted", "Terms not accepted", "The authority gives certificates to who accepts its terms of service: read them, and set tos_accepted = true.")
 	}

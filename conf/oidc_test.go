@@ -42,6 +42,8 @@ func TestOIDCDiscovery(t *testing.T) {
 		{"", block(port, proxy), "set it to https://oidc.example.org"},
 		{issuer, "oidc_discovery {\n bind_port = 1\n behind_proxy = true\n}", `"domains" is required`},
 		{issuer, "oidc_discovery {\n domains = [\"https://x\"]\n bind_port = 1\n behind_proxy = true\n}", "no name of a host"},
+		{"oidc.example.org", block(port, proxy), "is no https URL"},
+		{"http://oidc.example.org", block(port, proxy), "is no https URL"},
 		{issuer, block(port), "exactly one of acme"},
 		{issuer, block(port, proxy, "acme {\n domain_name = \"oidc.example.org\"\n tos_accepted = true\n}"), "exactly one of acme"},
 		{issuer, block(port, "acme {\n domain_name = \"other.example.org\"\n tos_accepted = true\n}"), "which is none of the domains"},

@@ -214,7 +214,8 @@ node_attestor "join_token" {}
 # Other claims in JWT-SVIDs whose audiences are all of a list. The usual one is an OAuth authorization server
 # that follows RFC 7523 to the letter, to which the token says who its client is: iss and sub are the client's
 # ID, which is its SPIFFE ID, and jti is there. Agents of ours do not hold tokens with a jti; for a SPIRE agent
-# set it in the entry as well (-jwtSVIDIncludeJTI), or it gives the same token twice.
+# set it in the entry as well (-jwtSVIDIncludeJTI), or it gives the same token twice. What is changed here is in
+# new tokens; agents hold others for half of their life.
 #jwt_profile "login" {
   #audiences = ["https://login.example.org"]
   # For whom: SPIFFE IDs, or all below a path; for all by default.

@@ -98,7 +98,7 @@ func openAbroad(cfg *Config, rec *records.Records, pictures *view.View, authorit
 	case e.ACME != nil:
 		acme := *e.ACME
 		fill(&acme.Cache, filepath.Join(cfg.DataDir, "bundle-acme"))
-		if a.tls, err = acme.Config(); err != nil {
+		if a.tls, err = acme.Config(logger); err != nil {
 			return nil, fmt.Errorf("open bundle endpoint: %w", err)
 		}
 	default:

@@ -68,7 +68,7 @@ func openDiscovery(cfg *Config, pictures *view.View, log logrus.FieldLogger) (*d
 	case o.ACME != nil:
 		acme := *o.ACME
 		fill(&acme.Cache, filepath.Join(cfg.DataDir, "oidc-acme"))
-		if d.tls, err = acme.Config(); err != nil {
+		if d.tls, err = acme.Config(log); err != nil {
 			return nil, fmt.Errorf("open OIDC discovery: %w", err)
 		}
 	}

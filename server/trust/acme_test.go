@@ -224,7 +224,7 @@ func TestACMECertificate(t *testing.T) {
 	}
 	web := newACME(t, domain, l.Addr().String())
 	cache := t.TempDir()
-	config, err := ACME{Domain: domain, Email: "a@own.test", DirectoryURL: web.at("/directory"), AcceptTOS: true, Cache: cache}.Config()
+	config, err := ACME{Domain: domain, Email: "a@own.test", DirectoryURL: web.at("/directory"), AcceptTOS: true, Cache: cache}.Config(silent())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/sirupsen/logrus"
+	logtest "github.com/sirupsen/logrus/hooks/test"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -179,11 +180,11 @@ func TestFileCertificate(t *testing.T) {
 
 func TestACME(t *testing.T) {
 	a := ACME{Domain: "bundle.own.test", DirectoryURL: "https://localhost:1/", Cache: t.TempDir()}
-	if _, err := a.Config(); !errors.Is(err, errTerms) {
+	if _, err := a.Config(silent()); !errors.Is(err, errTerms) {
 		t.Errorf("without consent: %v", err)
 	}
 	a.AcceptTOS = true
-	config, err := a.Config()
+	config, err := a.Config(silent())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,4 +194,53 @@ func TestACME(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// TestACMETellsTheOperator holds that a certificate that does not come, or is not renewed, is in the log.
+func TestACMETellsTheOperator(t *testing.T) {
+	const domain = "bundle.own.test"
+	start := time.Unix(1_800_000_000, 0)
+	refused := errors.New("the directory is away")
+	leaf := func(left time.Duration) *tls.Certificate {
+		return &tls.Certificate{Leaf: &x509.Certificate{NotBefore: start.Add(left - 60*time.Hour), NotAfter: start.Add(left)}}
+	}
+	for _, c := range []struct {
+		what  string
+		hello tls.ClientHelloInfo
+		cert  *tls.Certificate
+		err   error
+		after []time.Duration
+		want  []string
+	}{
+		{"no certificate, which is said once for all who ask in a while", tls.ClientHelloInfo{ServerName: "Bundle.own.test"}, nil, refused, []time.Duration{0, time.Second, warnAgain, warnAgain + 1}, []string{"there is no certificate", "there is no certificate"}},
+		{"another name", tls.ClientHelloInfo{ServerName: "elsewhere.test"}, nil, refused, []time.Duration{0}, nil},
+		{"no name", tls.ClientHelloInfo{}, nil, refused, []time.Duration{0}, nil},
+		{"a challenge", tls.ClientHelloInfo{ServerName: domain, SupportedProtos: []string{"acme-tls/1"}}, nil, refused, []time.Duration{0}, nil},
+		{"a certificate that is good for long", tls.ClientHelloInfo{ServerName: domain}, leaf(11 * time.Hour), nil, []time.Duration{0}, nil},
+		{"one that nobody renews", tls.ClientHelloInfo{ServerName: domain}, leaf(9 * time.Hour), nil, []time.Duration{0, time.Second}, []string{"has not been renewed"}},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			log, lines := logtest.NewNullLogger()
+			now := start
+			get := ACME{Domain: domain}.warned(func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return c.cert, c.err }, func() time.Time { return now }, log)
+			for _, d := range c.after {
+				now = start.Add(d)
+				if cert, err := get(&c.hello); cert != c.cert || !errors.Is(err, c.err) {
+					t.Errorf("it answers %v, %v", cert, err)
+				}
+			}
+			got := lines.AllEntries()
+			if len(got) != len(c.want) {
+				t.Fatalf("%d lines: %v", len(got), got)
+			}
+			for i, line := range got {
+				if line.Level != logrus.WarnLevel || !strings.Contains(line.Message, c.want[i]) || line.Data["domain"] != domain {
+					t.Errorf("it says %v %q %v", line.Level, line.Message, line.Data)
+				}
+				if c.err != nil && line.Data["error"] != c.err.Error() {
+					t.Errorf("it does not say why: %v", line.Data)
+				}
+			}
+		})
+	}
 }

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -118,7 +120,7 @@ var errTerms = errors.New("tos_accepted is not set: the ACME authority's terms o
 
 // Config is the TLS of the endpoint, which also answers the authority's challenges (RFC 8737): the authority
 // must reach it at port 443 of the domain.
-func (a ACME) Config() (*tls.Config, error) {
+func (a ACME) Config(log logrus.FieldLogger) (*tls.Config, error) {
 	if !a.AcceptTOS {
 		return nil, errTerms
 	}
@@ -133,5 +135,33 @@ func (a ACME) Config() (*tls.Config, error) {
 	config := m.TLSConfig()
 	config.MinVersion = tls.VersionTLS12
 	config.SessionTicketsDisabled = true
+	config.GetCertificate = a.warned(config.GetCertificate, time.Now, log)
 	return config, nil
+}
+
+// warnAgain is how long it is quiet after a warning: strangers may ask for a certificate as often as they like.
+const warnAgain = 10 * time.Minute
+
+// warned has the operator told when the domain has no certificate, or one that nobody renews: callers are told
+// nothing, and the library tells nobody. Other names and an authority's challenges are not the operator's matter.
+func (a ACME) warned(get func(*tls.ClientHelloInfo) (*tls.Certificate, error), now func() time.Time, log logrus.FieldLogger) func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	log = log.WithField("domain", a.Domain)
+	var last atomic.Int64 // when it was told, in Unix seconds
+	return func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		cert, err := get(hello)
+		if !strings.EqualFold(hello.ServerName, a.Domain) || slices.Contains(hello.SupportedProtos, acme.ALPNProto) {
+			return cert, err
+		}
+		at, t := last.Load(), now()
+		late := err == nil && cert.Leaf != nil && cert.Leaf.NotAfter.Sub(t) < cert.Leaf.NotAfter.Sub(cert.Leaf.NotBefore)/6
+		if (err == nil && !late) || t.Sub(time.Unix(at, 0)) < warnAgain || !last.CompareAndSwap(at, t.Unix()) {
+			return cert, err
+		}
+		if err != nil {
+			log.WithField("error", clip(err.Error())).Warn("there is no certificate from the ACME authority; whoever connects is refused until there is one")
+		} else {
+			log.WithField("expires_at", cert.Leaf.NotAfter.UTC().Format(time.RFC3339)).Warn("the certificate from the ACME authority has not been renewed")
+		}
+		return cert, err
+	}
 }

@@ -135,8 +135,9 @@ type Keeper struct {
 
 // state is how a group of files is.
 type state struct {
-	had bool  // it was written at least once
-	err error // of the last try
+	had  bool   // it was written at least once
+	err  error  // of the last try
+	told string // what was last warned of since it was as it should be
 }
 
 // Groups of files, as health calls them.
@@ -278,15 +279,27 @@ func (k *Keeper) follow(ctx context.Context, group string, open func(ctx context
 // failed notes that a group could not be brought up to date. What is on disk stays.
 func (k *Keeper) failed(group string, err error) {
 	k.mu.Lock()
-	was := k.states[group]
-	k.states[group] = state{had: was.had, err: err}
+	s := k.states[group]
+	news := s.told != err.Error()
+	s.err, s.told = err, err.Error()
+	k.states[group] = s
 	k.mu.Unlock()
 	log := k.log.WithError(err).WithField("what", group)
-	if was.err == nil || was.err.Error() != err.Error() {
+	if news {
 		log.Warn("files cannot be brought up to date; trying again")
 	} else {
 		log.Debug("files cannot be brought up to date; trying again")
 	}
+}
+
+// wrote notes what came of writing a group. mu is held. Who called it returns the error, which failed then tells.
+func (k *Keeper) wrote(group string, err error) {
+	s := k.states[group]
+	s.had, s.err = s.had || err == nil, err
+	if err == nil {
+		s.told = ""
+	}
+	k.states[group] = s
 }
 
 // Once writes all files once and returns; the first error ends it.

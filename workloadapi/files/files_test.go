@@ -22,6 +22,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sirupsen/logrus"
+	logtest "github.com/sirupsen/logrus/hooks/test"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 )
 
@@ -496,6 +498,55 @@ func TestHostileDirectory(t *testing.T) {
 	})
 }
 
+// TestWhatCannotBeWrittenIsTold holds that an operator who reads no debug log learns of a file that cannot be
+// written, and does so once.
+func TestWhatCannotBeWrittenIsTold(t *testing.T) {
+	w := newWorld(t)
+	w.everything()
+	log, lines := logtest.NewNullLogger()
+	log.SetLevel(logrus.DebugLevel)
+	told := func(level logrus.Level, what string) (n int) {
+		for _, e := range lines.AllEntries() {
+			if err, _ := e.Data[logrus.ErrorKey].(error); e.Level == level && e.Data["what"] == what && errors.Is(err, errWrite) {
+				n++
+			}
+		}
+		return n
+	}
+	wait := func(level logrus.Level, what string, n int) {
+		t.Helper()
+		until(t, fmt.Sprintf("%s of %s", level, what), func() error {
+			if told(level, what) < n {
+				return errors.New("nobody was told")
+			}
+			return nil
+		})
+	}
+	dir := t.TempDir()
+	obstacle := func(name string) { must(t, os.MkdirAll(filepath.Join(dir, name, "x"), 0o700)) }
+	for _, name := range []string{"key.pem", "token", "jwks.json"} {
+		obstacle(name)
+	}
+	cfg := Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", JWKS: "jwks.json", JWTs: []JWT{{Audience: []string{"one"}, File: "token"}}, Log: log}
+	k := w.keep(cfg)
+	for _, what := range []string{groupX509, groupJWTBundles, "JWT-SVID token"} {
+		wait(logrus.WarnLevel, what, 1)
+		wait(logrus.DebugLevel, what, 1)
+		if n := told(logrus.WarnLevel, what); n != 1 {
+			t.Errorf("%s: it was told %d times", what, n)
+		}
+	}
+	for _, name := range []string{"key.pem", "token", "jwks.json"} {
+		must(t, os.RemoveAll(filepath.Join(dir, name)))
+	}
+	until(t, "the files", k.Ready)
+	until(t, "the token", func() error { _, err := os.Stat(filepath.Join(dir, "token")); return err })
+	must(t, os.Remove(filepath.Join(dir, "key.pem")))
+	obstacle("key.pem")
+	w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}} })
+	wait(logrus.WarnLevel, groupX509, 2)
+}
+
 func TestTokens(t *testing.T) {
 	w := newWorld(t)
 	w.everything()
@@ -507,6 +558,13 @@ func TestTokens(t *testing.T) {
 		defer w.mu.Unlock()
 		if got := strings.Join(w.asked[0], " "); got != "one two" {
 			t.Errorf("they are %q", got)
+		}
+	})
+	t.Run("whose keys are the own trust domain's, is no question where no keys are written", func(t *testing.T) {
+		k := New(w, Config{Dir: t.TempDir(), JWTs: []JWT{{Audience: []string{"one"}, File: "token"}}})
+		must(t, k.jwtBundles(&workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://example.org": []byte(`{"keys":[]}`), "spiffe://a.test": []byte(`{"keys":[]}`)}}))
+		if len(k.pokes[0]) != 1 {
+			t.Error("the token is not fetched anew")
 		}
 	})
 	t.Run("when keys change, it is fetched anew", func(t *testing.T) {

@@ -22,12 +22,15 @@ func (k *Keeper) jwtBundles(resp *workload.JWTBundlesResponse) error {
 		return nil
 	}
 	k.poke() // a token's key may be one that is not to be used any more
+	if !k.writesJWTBundles() {
+		return nil // and nobody has to know which trust domain is the own one
+	}
 	list, err := k.jwtBundleFiles(resp.GetBundles())
 	if err != nil {
 		return fmt.Errorf("read answer of the API: %w", err)
 	}
 	changed, err := k.put(list)
-	k.states[groupJWTBundles] = state{had: k.states[groupJWTBundles].had || err == nil, err: err}
+	k.wrote(groupJWTBundles, err)
 	if err != nil {
 		return err
 	}
@@ -152,8 +155,7 @@ func (k *Keeper) jwt(ctx context.Context, n int) (time.Duration, error) {
 		return 0, fmt.Errorf("read answer of the API: %w", err)
 	}
 	_, err = k.put([]file{{j.File, []byte(chosen.GetSvid()), k.cfg.JWTMode}})
-	group := jwtGroup(j)
-	k.states[group] = state{had: k.states[group].had || err == nil, err: err}
+	k.wrote(jwtGroup(j), err)
 	if err != nil {
 		return 0, err
 	}

@@ -99,14 +99,16 @@ func (t *teller) run(ctx context.Context) {
 			return
 		}
 		t.mu.Lock()
-		first := err != nil && t.failed == nil
+		first, again := err != nil && t.failed == nil, err == nil && t.failed != nil
 		t.failed = err
 		if err != nil && t.event == "" {
 			t.event = event
 		}
 		t.mu.Unlock()
 		if err == nil {
-			tries = 0
+			if tries = 0; again {
+				t.log.Info("the reader could be told now")
+			}
 			continue
 		}
 		tries++

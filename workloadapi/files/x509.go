@@ -46,7 +46,7 @@ func (k *Keeper) x509(resp *workload.X509SVIDResponse) error {
 	back := k.withdrawn || !k.known
 	k.withdrawn, k.known = false, true
 	changed, err := k.put(list)
-	k.states[groupX509] = state{had: k.states[groupX509].had || err == nil, err: err}
+	k.wrote(groupX509, err)
 	if err != nil {
 		return err
 	}
@@ -208,7 +208,11 @@ func (k *Keeper) withdraw() error {
 		gone, failed := k.remove(j.File)
 		changed, err = changed || gone, errors.Join(err, failed)
 	}
-	k.states[groupX509] = state{had: k.states[groupX509].had, err: err}
+	s := k.states[groupX509]
+	if s.err = err; err == nil {
+		s.told = ""
+	}
+	k.states[groupX509] = s
 	if changed {
 		k.log.WithField("how", k.cfg.Withdrawn).Warn("the identity is withdrawn, and with it its files")
 		if k.cfg.Changed != nil {
