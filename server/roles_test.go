@@ -51,7 +51,7 @@ func (g *grants) Token(_ context.Context, token string) (string, []*caller.Role,
 func (g *grants) Unix(uint32, uint32) ([]*caller.Role, bool) { return g.unix, g.unix != nil }
 
 var shopRole = &caller.Role{
-	Name: "shop", Verbs: []string{"entry:read", "entry:write", "svid:mint", "token:create", "bundle:write"}, Paths: []string{"/shop"}, DNSNames: []string{"*.shop.test"},
+	Name: "shop", Verbs: []string{"entry:read", "entry:write", "svid:mint", "token:create", "bundle:write"}, Paths: []string{"/shop"}, Parents: []string{"/node"}, DNSNames: []string{"*.shop.test"},
 	Selectors: []attestor.Selector{{Type: "k8s", Value: "ns:shop"}},
 }
 
@@ -103,17 +103,29 @@ func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
 			t.Errorf("audit line %v", line)
 		}
 	})
-	for name, change := range map[string]func(e *types.Entry){
-		"another path":         func(e *types.Entry) { e.SpiffeId = id("/bank/x") },
-		"a foreign DNS name":   func(e *types.Entry) { e.DnsNames = []string{"bank.test"} },
-		"without the selector": func(e *types.Entry) { e.Selectors = selectors("k8s:sa:x") },
-		"an administrator":     func(e *types.Entry) { e.Admin = true },
-		"a downstream server":  func(e *types.Entry) { e.Downstream = true },
+	for name, c := range map[string]struct {
+		beyond string
+		change func(e *types.Entry)
+	}{
+		"another path":         {"path /bank/x", func(e *types.Entry) { e.SpiffeId = id("/bank/x") }},
+		"another parent":       {"parent /spire/agent/x", func(e *types.Entry) { e.ParentId = id("/spire/agent/x") }},
+		"a foreign DNS name":   {"DNS names bank.test", func(e *types.Entry) { e.DnsNames = []string{"a.shop.test", "bank.test"} }},
+		"without the selector": {"selectors k8s:sa:x", func(e *types.Entry) { e.Selectors = selectors("k8s:sa:x") }},
+		"an administrator":     {"admin", func(e *types.Entry) { e.Admin = true }},
+		"a downstream server":  {"downstream", func(e *types.Entry) { e.Downstream = true }},
 	} {
-		t.Run("an entry for "+name+" is refused, and the refusal has its audit line", func(t *testing.T) {
-			create(t, shopEntry("x", change), codes.PermissionDenied)
-			if line := w.denied(t, "entry.create"); line["reason"] != "it is outside of the caller's roles" {
-				t.Errorf("audit line %v", line)
+		t.Run("an entry for "+name+" is refused, and the audit line alone says why", func(t *testing.T) {
+			resp, err := entries.BatchCreateEntry(w.context(), &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{shopEntry("x", c.change)}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := resp.GetResults()[0].GetStatus()
+			if status(t, got, codes.PermissionDenied); got.GetMessage() != "it is outside of the caller's roles" {
+				t.Errorf("the caller is told %q", got.GetMessage())
+			}
+			want := "it is outside of the caller's roles (not in role shop: its " + c.beyond + ")"
+			if line := w.denied(t, "entry.create"); line["reason"] != want {
+				t.Errorf("audit line %v, want %q", line, want)
 			}
 		})
 	}
@@ -149,6 +161,12 @@ func TestRolesLimitWhatAnAdministratorMayDo(t *testing.T) {
 		}
 		status(t, resp.GetResults()[0].GetStatus(), codes.NotFound)
 		status(t, resp.GetResults()[1].GetStatus(), codes.PermissionDenied)
+		if got := resp.GetResults()[0].GetStatus().GetMessage(); got != "failed to update entry" {
+			t.Errorf("the caller is told %q", got)
+		}
+		if line := w.denied(t, "entry.update"); line["reason"] != "it is outside of the caller's roles (not in role shop: its path /bank)" {
+			t.Errorf("audit line %v", line)
+		}
 		gone, err := entries.BatchDeleteEntry(w.context(), &entryv1.BatchDeleteEntryRequest{Ids: []string{bank.GetId(), mine.GetId(), "none"}})
 		if err != nil {
 			t.Fatal(err)
@@ -302,6 +320,10 @@ func TestEveryWayToMintIsBoundByTheRolesPaths(t *testing.T) {
 			}
 			err := conn.Invoke(w.context(), name, way("/bank"), &emptypb.Empty{})
 			refused(t, err, codes.PermissionDenied, "outside of the caller's roles")
+			line := w.lastAudit(map[string]string{"MintX509SVID": "svid.x509.mint", "MintJWTSVID": "svid.jwt.mint", "MintWITSVID": "svid.wit.mint"}[method.MethodName])
+			if reason, _ := line["reason"].(string); !strings.Contains(reason, "not in role shop: its path /bank") || strings.Contains(err.Error(), "/bank") {
+				t.Errorf("the caller is told %v, the audit line is %v", err, line)
+			}
 		})
 	}
 }

@@ -174,8 +174,8 @@ func (s *agentService) CreateJoinToken(ctx context.Context, req *agentv1.CreateJ
 		if err != nil {
 			return nil, malformed("invalid agent ID", err)
 		}
-		if !reachesID(ctx, id, nil) {
-			return nil, errScope
+		if err := outsideID(ctx, id, nil); err != nil {
+			return nil, err
 		}
 		alias = &identity.Entry{
 			SPIFFEID: id, ParentID: parent,

@@ -8,6 +8,7 @@ import (
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/audit"
@@ -86,8 +87,8 @@ func (s *entryService) BatchCreateEntry(ctx context.Context, req *entryv1.BatchC
 		e, err := s.api.entryFromWire(w)
 		if err != nil {
 			err = malformed("failed to convert entry", err)
-		} else if !reaches(ctx, e) {
-			err = errScope
+		} else {
+			err = outside(ctx, e)
 		}
 		if err != nil {
 			l.item(claimedLine(w), err)
@@ -199,16 +200,16 @@ func (s *entryService) update(ctx context.Context, w *types.Entry, mask *types.E
 		}
 	}
 	e, rev, err := s.api.Records.UpdateEntry(ctx, w.GetId(), func(e *identity.Entry) error {
-		if !reaches(ctx, e) {
-			return records.ErrNotFound
+		if err := outside(ctx, e); err != nil {
+			return &failure{st: status.New(codes.NotFound, "failed to update entry"), cause: err}
 		}
 		merged := mergeEntry(e.Wire(), w, mask)
 		changed, err := s.api.entryFromWire(merged)
 		if err != nil {
 			return malformed("failed to convert entry", err)
 		}
-		if !reaches(ctx, changed) {
-			return errScope
+		if err := outside(ctx, changed); err != nil {
+			return err
 		}
 		changed.ID, changed.CreatedAt, changed.Revision = e.ID, e.CreatedAt, e.Revision
 		*e = *changed

@@ -2,11 +2,14 @@ package api
 
 import (
 	"context"
+	"errors"
 	"slices"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/workloadapi/identity"
@@ -26,10 +29,70 @@ func reaches(ctx context.Context, e *identity.Entry) bool {
 	return !limited || slices.ContainsFunc(roles, func(r *caller.Role) bool { return r.Entry(e) })
 }
 
-// reachesID reports whether the caller may give an ID away, with DNS names.
-func reachesID(ctx context.Context, id spiffeid.ID, names []string) bool {
+// maxScopeReason is how much an audit line says of what is outside of roles, in bytes: most of it is the caller's.
+const maxScopeReason = 1000
+
+// outside returns errScope if the caller may not touch an entry. What of it is outside of which role the caller is
+// not told, but whoever reads the audit log.
+func outside(ctx context.Context, e *identity.Entry) error {
+	return beyond(ctx, func(r *caller.Role) (string, string) {
+		switch what := r.Beyond(e); what {
+		case caller.BeyondPath:
+			return what, e.SPIFFEID.Path()
+		case caller.BeyondParent:
+			return what, e.ParentID.Path()
+		case caller.BeyondSelectors:
+			return what, strings.Join(e.Selectors.Strings(), ", ")
+		case caller.BeyondNames:
+			return what, foreign(r, e.DNSNames)
+		default:
+			return what, ""
+		}
+	})
+}
+
+// outsideID returns errScope if the caller may not give an ID away, with DNS names.
+func outsideID(ctx context.Context, id spiffeid.ID, names []string) error {
+	return beyond(ctx, func(r *caller.Role) (string, string) {
+		switch {
+		case !r.ID(id):
+			return caller.BeyondPath, id.Path()
+		case !r.Names(names):
+			return caller.BeyondNames, foreign(r, names)
+		}
+		return "", ""
+	})
+}
+
+// foreign returns those of the DNS names that are not the role's to give.
+func foreign(r *caller.Role, names []string) string {
+	return strings.Join(slices.DeleteFunc(slices.Clone(names), func(name string) bool { return r.Names([]string{name}) }), ", ")
+}
+
+// beyond returns nil if the caller is not limited, or one of its roles covers a thing. look returns what of the thing
+// a role does not cover, empty if it does, and the value of that.
+func beyond(ctx context.Context, look func(*caller.Role) (what, value string)) error {
 	roles, limited := caller.FromContext(ctx).Scope()
-	return !limited || slices.ContainsFunc(roles, func(r *caller.Role) bool { return r.ID(id) && r.Names(names) })
+	if !limited {
+		return nil
+	}
+	var why []string
+	for _, r := range roles {
+		what, value := look(r)
+		if what == "" {
+			return nil
+		}
+		why = append(why, strings.TrimSpace("not in role "+r.Name+": its "+what+" "+clipped(value, maxScopeReason/4)))
+	}
+	return &failure{st: status.Convert(errScope), cause: errors.New(clipped(strings.Join(why, "; "), maxScopeReason))}
+}
+
+// clipped returns a text of at most n bytes and a mark.
+func clipped(text string, n int) string {
+	if len(text) <= n {
+		return text
+	}
+	return strings.ToValidUTF8(text[:n], "") + "…"
 }
 
 // reached is a filter of lists: nil if the caller is not limited.

@@ -417,8 +417,8 @@ func (s *svidService) MintX509SVID(ctx context.Context, req *svidv1.MintX509SVID
 	if csr.Subject.CommonName != "" { // which some take for a name, too
 		names = append(slices.Clone(names), csr.Subject.CommonName)
 	}
-	if !reachesID(ctx, id, names) {
-		return nil, errScope
+	if err := outsideID(ctx, id, names); err != nil {
+		return nil, err
 	}
 	chain, err := s.api.CA.SignMint(ctx, ca.MintParams{
 		PublicKey: csr.PublicKey, ID: id, DNSNames: csr.DNSNames, Subject: csr.Subject, TTL: ttl,
@@ -455,8 +455,8 @@ func (s *svidService) MintJWTSVID(ctx context.Context, req *svidv1.MintJWTSVIDRe
 	if err != nil {
 		return nil, err
 	}
-	if !reachesID(ctx, id, nil) {
-		return nil, errScope
+	if err := outsideID(ctx, id, nil); err != nil {
+		return nil, err
 	}
 	svid, err := s.api.CA.SignJWT(ctx, ca.JWTParams{ID: id, Audience: audience, TTL: ttl})
 	if err != nil {

@@ -64,8 +64,8 @@ func (s *svidService) MintWITSVID(ctx context.Context, req *svidv1.MintWITSVIDRe
 	if err != nil {
 		return nil, err
 	}
-	if !reachesID(ctx, id, nil) {
-		return nil, errScope
+	if err := outsideID(ctx, id, nil); err != nil {
+		return nil, err
 	}
 	svid, err := s.api.CA.SignWIT(ctx, ca.WITParams{ID: id, PublicKey: key, Algorithm: req.GetSigningAlgorithm(), TTL: ttl})
 	if err != nil {

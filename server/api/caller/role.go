@@ -50,14 +50,35 @@ func (r *Role) may(verb string) bool {
 
 // Entry reports whether an entry is within the role: what it gives, to whom, and to what selectors. Entries
 // that make an administrator or a server of their holder are within none.
-func (r *Role) Entry(e *identity.Entry) bool {
-	if e.Admin || e.Downstream || !r.ID(e.SPIFFEID) || len(r.Parents) > 0 && !under(r.Parents, e.ParentID.Path()) {
-		return false
+func (r *Role) Entry(e *identity.Entry) bool { return r.Beyond(e) == "" }
+
+// What of an entry may be beyond a role.
+const (
+	BeyondAdmin      = "admin"
+	BeyondDownstream = "downstream"
+	BeyondPath       = "path"
+	BeyondParent     = "parent"
+	BeyondSelectors  = "selectors"
+	BeyondNames      = "DNS names"
+)
+
+// Beyond returns what of an entry is beyond the role, the first thing; empty: it is within.
+func (r *Role) Beyond(e *identity.Entry) string {
+	switch {
+	case e.Admin:
+		return BeyondAdmin
+	case e.Downstream:
+		return BeyondDownstream
+	case !r.ID(e.SPIFFEID):
+		return BeyondPath
+	case len(r.Parents) > 0 && !under(r.Parents, e.ParentID.Path()):
+		return BeyondParent
+	case len(r.Selectors) > 0 && !slices.ContainsFunc(r.Selectors, e.Selectors.Has):
+		return BeyondSelectors
+	case !r.Names(e.DNSNames):
+		return BeyondNames
 	}
-	if len(r.Selectors) > 0 && !slices.ContainsFunc(r.Selectors, e.Selectors.Has) {
-		return false
-	}
-	return r.Names(e.DNSNames)
+	return ""
 }
 
 // ID reports whether the role may give an ID away.
