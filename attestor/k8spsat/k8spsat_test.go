@@ -326,8 +326,32 @@ func TestRefused(t *testing.T) {
 			if !errors.Is(err, attestor.ErrEvidence) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("error is %v, want %q", err, c.says)
 			}
+			if !strings.Contains(err.Error(), `(cluster "prod"`) {
+				t.Errorf("%v names no cluster", err)
+			}
 		})
 	}
+	t.Run("a refusal says whom it is about", func(t *testing.T) {
+		a := startAPI(t)
+		j, err := openJudge(t, a.config(""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.change(func() { meta(a)["uid"] = "other" })
+		_, err = j.Judge(t.Context(), good, nil)
+		if want := `pod of the token is gone: another has its name (cluster "prod", service account "assay:agent", pod "` + a.pod["metadata"].(dict)["name"].(string) + `")`; err == nil || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+		a.change(func() { as("evil", "agent")(a) })
+		_, err = j.Judge(t.Context(), good, nil)
+		if want := `token is not of a service account that agents may have (cluster "prod", service account "evil:agent")`; err == nil || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+		_, err = j.Judge(t.Context(), []byte(`{"cluster":"`+strings.Repeat("x", 1000)+`","token":"good"}`), nil)
+		if want := `cluster is not one that this server knows: "` + strings.Repeat("x", 100) + `"`; err == nil || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+	})
 	t.Run("a label that cannot be a selector is left out", func(t *testing.T) {
 		a := startAPI(t)
 		j, err := openJudge(t, a.config(labels))

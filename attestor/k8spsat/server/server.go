@@ -145,17 +145,17 @@ func (j *judge) Judge(ctx context.Context, payload []byte, _ attestor.Ask) (atte
 	}
 	c := j.clusters[evidence.Cluster]
 	if c == nil {
-		return attestor.Proof{}, attestor.Refusef("cluster is not one that this server knows")
+		return attestor.Proof{}, attestor.Refusef("cluster is not one that this server knows: %.100q", evidence.Cluster)
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
 	b, err := c.review(ctx, evidence.Token)
 	if err != nil {
-		return attestor.Proof{}, err
+		return attestor.Proof{}, c.named(err, b)
 	}
 	pod, node, err := c.look(ctx, b)
 	if err != nil {
-		return attestor.Proof{}, err
+		return attestor.Proof{}, c.named(err, b)
 	}
 	uid := string(node.UID)
 	if c.UsePodUID {
@@ -172,6 +172,21 @@ func (j *judge) Judge(ctx context.Context, payload []byte, _ attestor.Ask) (atte
 	}, nil
 }
 
+// named adds to a refusal whom it is about, for the audit line. It is nothing that the evidence does not say itself.
+func (c *cluster) named(err error, b bound) error {
+	if !errors.Is(err, attestor.ErrEvidence) {
+		return err
+	}
+	whom := fmt.Sprintf("cluster %q", c.Name)
+	if b.account != "" {
+		whom += fmt.Sprintf(", service account %.300q", b.namespace+":"+b.account)
+	}
+	if b.podName != "" {
+		whom += fmt.Sprintf(", pod %.300q", b.podName)
+	}
+	return attestor.Refusef("%w (%s)", err, whom)
+}
+
 // bound is what a token was made for.
 type bound struct {
 	namespace, account string
@@ -179,7 +194,8 @@ type bound struct {
 	nodeName, nodeUID  string // empty where the API server is too old to tell
 }
 
-// review asks the API server whether the token is good. Refusals do not say what else would have been.
+// review asks the API server whether the token is good. Refusals do not say what else would have been. With one comes
+// what is known of the token.
 func (c *cluster) review(ctx context.Context, token string) (bound, error) {
 	reply, err := c.auth.Create(ctx, &authv1.TokenReview{
 		Spec: authv1.TokenReviewSpec{Token: token, Audiences: c.Audience},
@@ -196,23 +212,25 @@ func (c *cluster) review(ctx context.Context, token string) (bound, error) {
 		// An API server that knows no audiences answers none, and has not looked at them.
 		return bound{}, attestor.Refusef("token is not for this server")
 	}
-	account, ok := strings.CutPrefix(status.User.Username, "system:serviceaccount:")
-	if !ok || !slices.Contains(c.ServiceAccounts, account) {
-		return bound{}, attestor.Refusef("token is not of a service account that agents may have")
-	}
 	var b bound
-	b.namespace, b.account, _ = strings.Cut(account, ":")
+	account, ok := strings.CutPrefix(status.User.Username, "system:serviceaccount:")
+	if ok {
+		b.namespace, b.account, _ = strings.Cut(account, ":")
+	}
+	if !ok || !slices.Contains(c.ServiceAccounts, account) {
+		return b, attestor.Refusef("token is not of a service account that agents may have")
+	}
 	for key, into := range map[string]*string{
 		extraPodName: &b.podName, extraPodUID: &b.podUID, extraNodeName: &b.nodeName, extraNodeUID: &b.nodeUID,
 	} {
 		if values := status.User.Extra[key]; len(values) == 1 {
 			*into = values[0]
 		} else if len(values) > 1 {
-			return bound{}, attestor.Refusef("token is bound to several pods")
+			return b, attestor.Refusef("token is bound to several pods")
 		}
 	}
 	if b.podName == "" || b.podUID == "" {
-		return bound{}, attestor.Refusef("token is not bound to a pod: it must be a projected one")
+		return b, attestor.Refusef("token is not bound to a pod: it must be a projected one")
 	}
 	return b, nil
 }
