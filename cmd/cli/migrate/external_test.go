@@ -14,11 +14,56 @@ import (
 	"github.com/assay-id/assay/conf"
 )
 
+// TestObjectsOfJSON holds that an object of JSON in which there are but objects stays one: the old parser takes it apart.
+func TestObjectsOfJSON(t *testing.T) {
+	dir := t.TempDir()
+	path, made := filepath.Join(dir, "spire.json"), filepath.Join(dir, "made.hcl")
+	program := filepath.Join(dir, "plugin")
+	if err := os.WriteFile(program, []byte("\x7fELF and more"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	file := `{"server": {"trust_domain": "example.org", "data_dir": "` + dir + `", "federation": {
+  "bundle_endpoint": {"port": 8443, "profile": {"https_spiffe": {}}},
+  "federates_with": {"a.test": {"bundle_endpoint_url": "https://a.test", "bundle_endpoint_profile": {"https_web": {}}},
+                     "b.test": {"bundle_endpoint_url": "https://b.test", "bundle_endpoint_profile": {"https_web": {}}}}}},
+ "plugins": {"KeyManager": {"memory": {"plugin_data": {}}},
+             "NodeAttestor": {"ours": {"plugin_cmd": "` + program + `", "plugin_data": {"a": {"x": 1}, "b": {"y": [2, {"z": 3}]}}}}}}`
+	if err := os.WriteFile(path, []byte(file), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kind := attestor.JudgeKind{Type: external.Type, Config: func() any { return new(external.Config) }}
+	result, err := Server(path, Shape{File: conf.ServerShape(), Plugins: map[string]map[string]func() any{
+		"key_manager": conf.KeyManagerKinds(), "node_attestor": {external.Type: kind.Config},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(made, result.Config, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	loaded, err := conf.LoadServer(made, []attestor.JudgeKind{kind}, conf.Options{})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, result.Config)
+	}
+	if f := loaded.Federation; f.Endpoint == nil || len(f.With) != 2 {
+		t.Errorf("the federation is %+v", f)
+	}
+	var data map[string]any
+	if err := hclv1.Decode(&data, loaded.Judges[0].Config.(*external.Config).Data); err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]any{"a": []map[string]any{{"x": 1}}, "b": []map[string]any{{"y": []any{2, map[string]any{"z": 3}}}}}
+	if diff := cmp.Diff(want, data); diff != "" {
+		t.Errorf("the plugin's configuration (-want +got):\n%s", diff)
+	}
+}
+
 // TestExternal migrates a plugin, and reads its configuration as SPIRE's plugins do: before and after.
 func TestExternal(t *testing.T) {
 	const data = `
   text = "with \"quotes\", a \\ and ${not_a_variable} %{neither}"
   list = ["a", "b ${c}"]
+  mixed = [1, "two", { b = "c ${d}", a = [true, { x = 1.5 }], e {} }, []]
   number = 4711
   yes = true
   block "labelled" { inner = "x" }

@@ -334,6 +334,13 @@ func value(v cty.Value) string {
 			all = append(all, value(each))
 		}
 		return "[" + strings.Join(all, ", ") + "]"
+	case v.Type().IsObjectType():
+		var all []string
+		for key, each := range v.AsValueMap() {
+			all = append(all, strconv.Quote(key)+" = "+value(each))
+		}
+		slices.Sort(all)
+		return "{" + strings.Join(all, ", ") + "}"
 	}
 	return string(hclwrite.TokensForValue(v).Bytes())
 }
@@ -404,7 +411,7 @@ func (m *migration) inner(out *hclwrite.Body, field reflect.StructField, n *node
 	}
 	t := elem(field.Type)
 	if !labelled(t) {
-		m.body(out.AppendNewBlock(n.key, nil).Body(), t, n.kids, key)
+		m.body(out.AppendNewBlock(n.key, nil).Body(), t, older(key, n.kids), key)
 		return
 	}
 	for _, label := range n.kids {

@@ -2,6 +2,7 @@ package migrate
 
 import (
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/zclconf/go-cty/cty"
@@ -94,6 +95,22 @@ var agentSide = side{
 		{"socket_path", "/tmp/spire-agent/public/api.sock", "workloads look for it there"},
 		{"data_dir", ".", "SPIRE keeps what it has where it was started; better name a directory"},
 	},
+}
+
+// older writes keys as SPIRE has them now where it takes what they were before: a bundle endpoint without a profile
+// that has acme shows a certificate of the web, not the server's SVID.
+func older(block string, kids []*node) []*node {
+	if block != "server.federation.bundle_endpoint" || slices.ContainsFunc(kids, func(n *node) bool { return n.key == "profile" }) {
+		return kids
+	}
+	now := slices.Clone(kids)
+	for i, n := range now {
+		if n.key == "acme" && n.leaf == nil {
+			web := &node{key: "https_web", at: n.at, kids: []*node{n}}
+			now[i] = &node{key: "profile", at: n.at, kids: []*node{web}}
+		}
+	}
+	return now
 }
 
 // lower: SPIRE takes DEBUG for debug.

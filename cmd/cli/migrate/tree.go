@@ -3,6 +3,7 @@ package migrate
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 
 	hclv1 "github.com/hashicorp/hcl"
@@ -19,6 +20,7 @@ type node struct {
 	key  string
 	at   token.Pos
 	kids []*node    // of an object
+	part bool       // the old parser took JSON's object apart: there may be more of it
 	leaf *cty.Value // of anything else
 }
 
@@ -64,9 +66,7 @@ func (n *node) add(list *ast.ObjectList, depth int) error {
 		}
 		into := n
 		for _, key := range item.Keys[:len(item.Keys)-1] {
-			label := &node{key: text(key.Token), at: key.Pos()}
-			into.kids = append(into.kids, label)
-			into = label
+			into = into.label(text(key.Token), key)
 		}
 		last := item.Keys[len(item.Keys)-1]
 		if err := into.set(text(last.Token), last.Pos(), item.Val, depth); err != nil {
@@ -74,6 +74,19 @@ func (n *node) add(list *ast.ObjectList, depth int) error {
 		}
 	}
 	return nil
+}
+
+// label returns the child that is a label. The old parser makes of JSON's {"a": {"b": {}, "c": {}}} two objects "a",
+// which are one again here: there may be but one, as in a federation. Its JSON keys have no position, which tells.
+func (n *node) label(name string, key *ast.ObjectKey) *node {
+	at := key.Pos()
+	part := !at.IsValid()
+	if i := slices.IndexFunc(n.kids, func(kid *node) bool { return part && kid.part && kid.key == name }); i >= 0 {
+		return n.kids[i]
+	}
+	kid := &node{key: name, at: at, part: part}
+	n.kids = append(n.kids, kid)
+	return kid
 }
 
 // set adds a key with its value; a list of objects is the same key several times.
@@ -99,7 +112,7 @@ func (n *node) set(key string, at token.Pos, value ast.Node, depth int) error {
 			return nil
 		}
 	}
-	leaf, err := literal(value)
+	leaf, err := literal(value, depth)
 	if err != nil {
 		return fmt.Errorf("%s: %s: %w", at, key, err)
 	}
@@ -107,15 +120,24 @@ func (n *node) set(key string, at token.Pos, value ast.Node, depth int) error {
 	return nil
 }
 
-func literal(value ast.Node) (cty.Value, error) {
+func literal(value ast.Node, depth int) (cty.Value, error) {
+	if depth > maxDepth {
+		return cty.NilVal, fmt.Errorf("more than %d lists and objects in each other", maxDepth)
+	}
 	switch v := value.(type) {
+	case *ast.ObjectType: // in a list with other things, as plugins may have it
+		n := new(node)
+		if err := n.add(v.List, depth+1); err != nil {
+			return cty.NilVal, err
+		}
+		return object(n.kids), nil
 	case *ast.ListType:
 		if len(v.List) == 0 {
 			return cty.EmptyTupleVal, nil
 		}
 		var all []cty.Value
 		for _, one := range v.List {
-			each, err := literal(one)
+			each, err := literal(one, depth+1)
 			if err != nil {
 				return cty.NilVal, err
 			}
