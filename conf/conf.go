@@ -51,6 +51,9 @@ type Options struct {
 	// TryCredentials says why the file that registry_credentials_path names is of no use, if Try is set. Nil:
 	// nobody knows.
 	TryCredentials func(path string) error
+	// TrySecret says why the file that seal_credential_path names is of no use, if Try is set. That it is missing does
+	// not count: it may be where only the running server has it. Nil: nobody knows.
+	TrySecret func(path string) error
 	// TryUpstream says why an authority above is of no use, if Try is set and nobody else has to be asked. Nil: nobody knows.
 	TryUpstream func(Chosen) error
 	// CheckNamed compares the decoded blocks with each other, once all of them are right by themselves.

@@ -2,6 +2,8 @@ package conf
 
 import (
 	"crypto/x509/pkix"
+	"errors"
+	"io/fs"
 	"slices"
 	"time"
 
@@ -180,7 +182,11 @@ func LoadServer(path string, judges []attestor.JudgeKind, options Options) (*Ser
 	s.KeyManager = s.Keys.Kind
 	if disk, ok := s.Keys.Config.(*diskKeys); ok {
 		s.KeysPath = l.inFile("key_manager.disk.keys_path", disk.KeysPath)
-		s.KeysSeal = absolute(disk.SealPath)
+		if s.KeysSeal = absolute(disk.SealPath); s.KeysSeal != "" && l.options.Try && l.options.TrySecret != nil {
+			if err := l.options.TrySecret(s.KeysSeal); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				l.say("key_manager.disk.seal_credential_path", "Unusable secret", "%s", sentence(err))
+			}
+		}
 	}
 	s.Upstream = l.upstream(f.Upstreams)
 	s.Evidence = l.evidence(f.Evidence)

@@ -13,6 +13,7 @@ import (
 	"github.com/assay-id/assay/server"
 	"github.com/assay-id/assay/server/api/roles"
 	"github.com/assay-id/assay/server/ca"
+	"github.com/assay-id/assay/server/ca/keys"
 	"github.com/assay-id/assay/server/verdict/image"
 	"github.com/assay-id/assay/server/verdict/rules"
 )
@@ -45,6 +46,10 @@ func load(s *cli.Settings) (*conf.Server, error) {
 	options := s.Options()
 	options.TryCredentials = func(path string) error {
 		_, err := image.OpenAuths(path)
+		return err
+	}
+	options.TrySecret = func(path string) error {
+		_, err := keys.ReadSecret(path)
 		return err
 	}
 	options.TryUpstream = tryUpstream
