@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -214,7 +215,11 @@ func (f *setupFlags) write(result *found, a *asker) (*conf.Agent, error) {
 	if result.replaced && !f.force {
 		replace := false
 		if a != nil {
-			if replace, err = a.confirm(f.config + " is there already. Replace it, and keep it as " + f.config + ".old?"); err != nil {
+			kept, _, err := aside(f.config)
+			if err != nil {
+				return nil, err
+			}
+			if replace, err = a.confirm(f.config + " is there already. Replace it, and keep it as " + kept + "?"); err != nil {
 				return nil, err
 			}
 		}
@@ -236,10 +241,38 @@ func (f *setupFlags) write(result *found, a *asker) (*conf.Agent, error) {
 		_ = os.Remove(written)
 		return nil, fmt.Errorf("no configuration can be made of it: %w", f.told(err, written, result.Node.Type))
 	}
-	if err := os.Rename(f.config, f.config+".old"); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
+	if result.replaced {
+		kept, there, err := aside(f.config)
+		if err == nil && !there {
+			err = os.Rename(f.config, kept)
+		}
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
 	}
 	return agent, os.Rename(written, f.config)
+}
+
+// maxAside is how many files are kept aside at most.
+const maxAside = 1000
+
+// aside returns under which name a file is to be kept that is replaced: one that nothing else has, for what was kept
+// first is what somebody may want back, or the one under which the same is kept there already.
+func aside(path string) (name string, there bool, err error) {
+	now, unread := os.ReadFile(path)
+	for n := 1; n <= maxAside; n++ {
+		name = path + ".old"
+		if n > 1 {
+			name += "." + strconv.Itoa(n)
+		}
+		if _, err := os.Lstat(name); errors.Is(err, os.ErrNotExist) {
+			return name, false, nil
+		}
+		if kept, err := os.ReadFile(name); err == nil && unread == nil && bytes.Equal(kept, now) {
+			return name, true, nil
+		}
+	}
+	return "", false, fmt.Errorf("%s cannot be kept aside: there are %d files already from %s.old on; remove those that nobody needs", path, maxAside, path)
 }
 
 // gather does what the agent will do next: it gathers what proves this machine, and shows it to nobody.

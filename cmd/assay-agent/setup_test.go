@@ -117,6 +117,38 @@ func TestSetup(t *testing.T) {
 			}
 		})
 	}
+	t.Run("what was replaced before stays, and nothing is kept twice", func(t *testing.T) {
+		dir := t.TempDir()
+		f := &setupFlags{config: filepath.Join(dir, "agent.hcl"), root: furnish(t, map[string]string{"dev/tpmrm0": ""}), trustDomain: "example.org", address: "localhost", port: 8081, bundle: filepath.Join(dir, "bundle.pem"), dataDir: dir, offline: true, force: true}
+		for name, text := range map[string]string{f.bundle: "", f.config: "mine"} {
+			if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 4 {
+			if _, err := f.run(command(t), nil); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.WriteFile(f.config, []byte("mine too"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.run(command(t), nil); err != nil {
+			t.Fatal(err)
+		}
+		written, err := os.ReadFile(f.config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, want := range map[string]string{".old": "mine", ".old.2": string(written), ".old.3": "mine too"} {
+			if text, err := os.ReadFile(f.config + name); err != nil || string(text) != want {
+				t.Errorf("%s: %s, %v", name, text, err)
+			}
+		}
+		if kept, err := filepath.Glob(f.config + ".*"); err != nil || len(kept) != 3 {
+			t.Errorf("there are %q, %v", kept, err)
+		}
+	})
 	t.Run("a server that is away is said, and the file is written", func(t *testing.T) {
 		dir := t.TempDir()
 		f := &setupFlags{config: filepath.Join(dir, "agent.hcl"), root: furnish(t, map[string]string{"dev/tpmrm0": ""}), trustDomain: "example.org", address: "127.0.0.1", port: 1, bundle: filepath.Join(dir, "bundle.pem"), dataDir: dir}
