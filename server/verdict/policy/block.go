@@ -212,6 +212,12 @@ func (c *compiler) fail(p *ScanPolicy, f Fails) {
 
 func (c *compiler) graces(p *ScanPolicy, blocks []Graces) {
 	var seen [report.Critical + 1]bool
+	before := len(c.problems)
+	defer func() {
+		if len(c.problems) == before {
+			c.fairGraces(p, blocks)
+		}
+	}()
 	for i, g := range blocks {
 		c.in("grace", i+1, func() {
 			s := c.severity("severity", g.Severity, report.Unknown)
@@ -228,6 +234,24 @@ func (c *compiler) graces(p *ScanPolicy, blocks []Graces) {
 		})
 	}
 	p.Grace[report.Unknown] = 0 // Unknown counts as unknown_as says, for grace too
+}
+
+// fairGraces refuses a worse finding a longer grace than a lesser one: what is found out to be worse than it was
+// thought to be would be let be for longer. A severity without a block has none, which is what those have that no
+// rule is about.
+func (c *compiler) fairGraces(p *ScanPolicy, blocks []Graces) {
+	for i, worse := range blocks {
+		s := c.severity("severity", worse.Severity, report.Unknown)
+		for _, lesser := range blocks {
+			if t := c.severity("severity", lesser.Severity, report.Unknown); t < s && p.Grace[t] < p.Grace[s] {
+				c.in("grace", i+1, func() {
+					c.say("for", "%q findings have %s, and %q ones, which are lesser, only %s; give the worse no longer than the lesser.",
+						worse.Severity, length(p.Grace[s]), lesser.Severity, length(p.Grace[t]))
+				})
+				break
+			}
+		}
+	}
 }
 
 func (c *compiler) vex(p *ScanPolicy, b *Vexes) {

@@ -172,6 +172,33 @@ func TestProblems(t *testing.T) {
 			t.Errorf("problems are %v", problems)
 		}
 	})
+	t.Run("worse findings may not have longer than lesser ones", func(t *testing.T) {
+		for name, c := range map[string]struct {
+			graces []Graces
+			field  string // empty: it is taken
+			nth    int
+		}{
+			"the worse shorter, as in the sample":   {[]Graces{{"critical", "0s"}, {"high", "72h"}}, "", 0},
+			"both the same":                         {[]Graces{{"high", "3d"}, {"critical", "72h"}}, "", 0},
+			"one alone":                             {[]Graces{{"critical", "72h"}}, "", 0},
+			"the worse longer":                      {[]Graces{{"high", "24h"}, {"critical", "72h"}}, "grace.for", 2},
+			"the lesser none":                       {[]Graces{{"high", "1h"}, {"low", "0s"}}, "grace.for", 1},
+			"what is wrong by itself is said alone": {[]Graces{{"high", "x"}, {"critical", "72h"}}, "grace.for", 1},
+		} {
+			_, problems := New(Block{Name: "prod", Sources: []string{"ci"}, Grace: c.graces})
+			switch {
+			case c.field == "" && len(problems) > 0:
+				t.Errorf("%s: %v", name, problems)
+			case c.field != "" && (len(problems) != 1 || problems[0].Field != c.field || problems[0].Nth != c.nth):
+				t.Errorf("%s: problems are %v", name, problems)
+			}
+		}
+		_, problems := New(Block{Name: "prod", Sources: []string{"ci"}, Grace: []Graces{{"high", "24h"}, {"critical", "72h"}}})
+		want := `"critical" findings have 3d, and "high" ones, which are lesser, only 24h; give the worse no longer than the lesser.`
+		if len(problems) != 1 || problems[0].Text != want {
+			t.Errorf("got %v, want %s", problems, want)
+		}
+	})
 	t.Run("more sources are needed than there are", func(t *testing.T) {
 		n := 2
 		if _, problems := New(Block{Name: "prod", Sources: []string{"ci"}, MinSources: &n}); len(problems) != 1 || problems[0].Field != "min_sources" {

@@ -68,9 +68,11 @@ func (d *dice) policy() *ScanPolicy {
 		}
 		b.Fail = append(b.Fail, f)
 	}
+	graces := []string{"0s", "1h", "48h"}
 	for _, severity := range []string{"critical", "high", "medium"} {
 		if d.chance(2) {
-			b.Grace = append(b.Grace, Graces{Severity: severity, For: pick(d, "0s", "1h", "48h")})
+			graces = graces[d.roll(len(graces)):] // the lesser have no less
+			b.Grace = append(b.Grace, Graces{Severity: severity, For: graces[0]})
 		}
 	}
 	if d.chance(2) {

@@ -65,7 +65,8 @@ scan_policy "prod" {
   #on_error  = "deny"
 
   # How long a finding of a severity may break a rule, from when it was first seen in the image. New
-  # reports do not start the time anew. A severity without a block has no grace.
+  # reports do not start the time anew. A severity without a block has no grace, and a worse one may not
+  # have a longer grace than a lesser one.
   grace {
     severity = "high"
     for      = "72h"
