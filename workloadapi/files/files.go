@@ -302,6 +302,11 @@ func (k *Keeper) wrote(group string, err error) {
 	k.states[group] = s
 }
 
+// complete says whether every group was written. mu is held.
+func (k *Keeper) complete() bool {
+	return !slices.ContainsFunc(k.groups(), func(group string) bool { return !k.states[group].had })
+}
+
 // Once writes all files once and returns; the first error ends it.
 func (k *Keeper) Once(ctx context.Context) error {
 	if err := makeDir(k.cfg.Dir); err != nil {

@@ -36,8 +36,8 @@ func (k *Keeper) jwtBundles(resp *workload.JWTBundlesResponse) error {
 	}
 	if changed {
 		k.log.Info("keys that verify JWT-SVIDs written")
-		k.tell.renewed(true)
 	}
+	k.tell.renewed(changed, k.complete())
 	return nil
 }
 
@@ -159,6 +159,7 @@ func (k *Keeper) jwt(ctx context.Context, n int) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
+	k.tell.renewed(false, k.complete()) // its readers read it for each use
 	return issued.Add(expires.Sub(issued) / 2).Sub(k.now()), nil
 }
 

@@ -23,7 +23,7 @@ type teller struct {
 	log logrus.FieldLogger
 
 	mu      sync.Mutex // guards the next four
-	started bool       // there were files: Process may start
+	started bool       // all files were there: Process may start
 	event   string     // to tell; empty: nothing
 	failed  error      // of the last try
 	wake    chan struct{}
@@ -42,11 +42,12 @@ func newTeller(cfg *Config, log logrus.FieldLogger) *teller {
 	return &teller{cfg: cfg, log: log, wake: make(chan struct{}, 1)}
 }
 
-// renewed says that the files are there, and whether they have changed.
-func (t *teller) renewed(changed bool) {
+// renewed says that files are there, whether they have changed, and whether they are all there. A process is started
+// when they are: it would miss the others, and be told of them before it can hear, which ends it.
+func (t *teller) renewed(changed, all bool) {
 	t.mu.Lock()
-	first := !t.started
-	t.started = true
+	first := all && !t.started
+	t.started = t.started || all
 	if changed {
 		t.event = eventRenewed
 	}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 )
@@ -96,10 +97,10 @@ func TestTelling(t *testing.T) {
 		w := newWorld(t)
 		dir := t.TempDir()
 		out := filepath.Join(dir, "out")
-		k := New(w, Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", Signal: syscall.SIGUSR1, Process: []string{
+		k := New(w, Config{Dir: dir, Cert: "svid.pem", Key: "key.pem", JWKS: "jwks.json", JWTs: []JWT{{Audience: []string{"one"}, File: "token"}}, Signal: syscall.SIGUSR1, Process: []string{
 			// SIGHUP would be ignored by a shell below nohup.
-			"sh", "-c", `trap 'echo USR1 >> "$0"' USR1; trap 'echo TERM >> "$0"; exit' TERM; test -e "$1" && echo started >> "$0"; while :; do sleep 0.05; done`,
-			out, filepath.Join(dir, "svid.pem"),
+			"sh", "-c", `trap 'echo USR1 >> "$0"' USR1; trap 'echo TERM >> "$0"; exit' TERM; cd "$1" && test -e svid.pem && test -e jwks.json && test -e token && echo started >> "$0" || echo early >> "$0"; while :; do sleep 0.05; done`,
+			out, dir,
 		}})
 		ctx, cancel := context.WithCancel(context.Background())
 		defer cancel()
@@ -113,7 +114,18 @@ func TestTelling(t *testing.T) {
 				return nil
 			})
 		}
-		w.say(w.everything)
+		there := func(name string) {
+			until(t, name, func() error { _, err := os.Stat(filepath.Join(dir, name)); return err })
+		}
+		w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}} })
+		there("svid.pem")
+		w.say(func() {
+			w.bundles = &workload.JWTBundlesResponse{Bundles: map[string][]byte{"spiffe://example.org": []byte(`{"keys":[]}`)}}
+		})
+		there("jwks.json")
+		w.say(func() {
+			w.tokens = []*workload.JWTSVID{{SpiffeId: "spiffe://example.org/web", Svid: token("spiffe://example.org/web", time.Hour)}}
+		})
 		said("started\n")
 		w.say(func() { w.x509 = &workload.X509SVIDResponse{Svids: []*workload.X509SVID{w.svid("/web")}} })
 		said("started\nUSR1\n")

@@ -61,7 +61,7 @@ func (k *Keeper) x509(resp *workload.X509SVIDResponse) error {
 		// Tokens were refused while there was no identity.
 		k.poke()
 	}
-	k.tell.renewed(changed)
+	k.tell.renewed(changed, k.complete())
 	return nil
 }
 
