@@ -424,6 +424,29 @@ func TestAgentSaysWhatIsWrong(t *testing.T) {
 	}
 }
 
+func TestAWrongPasswordIsTriedOnce(t *testing.T) {
+	p := newPlant(t)
+	socket := p.tpm("one")
+	d := p.devID(socket, "first", tpm2.TPMAlgECC, "secret", nil)
+	n := attestortest.OpenNode(t, node.Kind(), nodeConfig(socket, d, "another"), attestor.Needs{})
+	for range 10 { // this TPM locks its passwords up after three
+		if _, _, err := n.Evidence(t.Context()); err == nil || !strings.Contains(err.Error(), "the TPM refuses devid_password") {
+			t.Fatal(err)
+		}
+	}
+	open(t, nodeConfig(socket, d, "secret"))
+	// The files are read at each attestation: what is in them now may have this password.
+	next := p.devID(socket, "next", tpm2.TPMAlgECC, "another", nil)
+	for from, to := range map[string]string{next.Cert: d.Cert, next.Priv: d.Priv, next.Pub: d.Pub} {
+		if err := os.Rename(from, to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, _, err := n.Evidence(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestMessagesAreSPIREs(t *testing.T) {
 	for want, message := range map[string]any{
 		`{"DevIDCert":["AQ=="],"DevIDPub":"Ag==","EKCert":"Aw==","EKPub":"BA==","AKPub":"BQ==","CertifiedDevID":"Bg==","CertificationSignature":"Bw=="}`: tpmdevid.Evidence{

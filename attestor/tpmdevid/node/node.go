@@ -6,6 +6,7 @@
 package node
 
 import (
+	"bytes"
 	"context"
 	"crypto/x509"
 	"encoding/asn1"
@@ -15,6 +16,7 @@ import (
 	"fmt"
 	"math/big"
 	"slices"
+	"sync/atomic"
 
 	"github.com/google/go-tpm/tpm2"
 
@@ -31,7 +33,12 @@ func Kind() attestor.NodeKind {
 	return attestor.NodeKind{Type: tpmdevid.Type, Config: func() any { return new(tpmdevid.AgentConfig) }, Open: open}
 }
 
-type node struct{ config tpmdevid.AgentConfig }
+type node struct {
+	config tpmdevid.AgentConfig
+	// refused is the DevID's key whose password the TPM did not take. A TPM counts such tries and then, for hours, lets
+	// nobody have what a password is for, the disk's key perhaps; and the agent tries for as long as it runs.
+	refused atomic.Pointer[devID]
+}
 
 // open reads the files once, so that what is wrong with them is said at start. The TPM is another matter: it
 // may be busy.
@@ -40,7 +47,7 @@ func open(config any, _ attestor.Needs) (attestor.Node, error) {
 	if !ok {
 		return nil, fmt.Errorf("tpm_devid configuration is a %T", config)
 	}
-	n := &node{*c}
+	n := &node{config: *c}
 	if n.config.DevicePath == "" {
 		path, err := tpmchip.Find("/dev")
 		if err != nil {
@@ -278,6 +285,10 @@ func (n *node) devIDHandle(k *keys) tpm2.AuthHandle {
 	return tpm2.AuthHandle{Handle: k.devID.Handle, Name: k.devID.Name, Auth: tpm2.PasswordAuth([]byte(n.config.Password))}
 }
 
+// errRefused says what to do about a password that is wrong.
+var errRefused = errors.New("the TPM refuses devid_password; it is not tried again before the agent is started anew, " +
+	"for with some more such tries the TPM locks its passwords up")
+
 // Evidence shows the DevID and what the TPM says of its key.
 func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
 	if err := ctx.Err(); err != nil {
@@ -286,6 +297,9 @@ func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
 	d, err := n.read()
 	if err != nil {
 		return nil, nil, err
+	}
+	if was := n.refused.Load(); was != nil && bytes.Equal(was.private, d.private) {
+		return nil, nil, fmt.Errorf("use the DevID's key: %w", errRefused)
 	}
 	k, err := n.load(ctx, d)
 	if err != nil {
@@ -297,6 +311,10 @@ func (n *node) Evidence(ctx context.Context) ([]byte, attestor.Ask, error) {
 		SignHandle:   tpm2.AuthHandle{Handle: k.ak.Handle, Name: k.ak.Name, Auth: tpm2.PasswordAuth(nil)},
 		InScheme:     tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
 	}.Execute(k.dev)
+	if errors.Is(err, tpm2.TPMRCAuthFail) {
+		n.refused.Store(d)
+		return nil, nil, fmt.Errorf("certify the DevID's key: %w: %w", errRefused, err)
+	}
 	if err != nil {
 		return nil, nil, fmt.Errorf("certify the DevID's key: %w", err)
 	}
