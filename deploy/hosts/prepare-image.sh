@@ -7,6 +7,8 @@ systemctl disable --now assay-agent.service assay-agent.socket 2>/dev/null || tr
 # The agent's identity and keys, its configuration, and a token that may be left.
 rm -rf /var/lib/assay/agent
 rm -f /etc/assay/agent.hcl /etc/assay/agent.hcl.old /etc/assay/join-token
+# The machine's own certificate and device identity, where "assay-agent setup" looks for them.
+rm -f /etc/assay/node.key /etc/assay/node.pem /etc/assay/devid.pem /etc/assay/devid.priv /etc/assay/devid.pub
 # Each copy makes its own, and with it is told apart from the others.
 : >/etc/machine-id
 rm -f /var/lib/dbus/machine-id

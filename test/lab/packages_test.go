@@ -203,6 +203,7 @@ done; wait`)
 			lab.Missing(t, "rpm", err)
 		}
 		p.sh("rpm --install --nodeps /opt/lab/server.rpm /opt/lab/agent.rpm")
+		p.sh("rpm --query --file /usr/lib/assay /usr/share/doc/assay-agent /usr/share/doc/assay-server") // or they stay when it goes
 		p.sh("systemctl start assay-server.service && assay-server healthcheck")
 		p.sh("rpm --upgrade --force --nodeps /opt/lab/server.rpm && assay-server healthcheck")
 		p.sh("rpm --erase assay-server assay-agent && ! systemctl is-active assay-server.service && test -s /var/lib/assay/server/keys.json")

@@ -229,8 +229,8 @@ func (i instance) prepared() {
 	script, err := os.ReadFile(filepath.Join(repository, "deploy/hosts/prepare-image.sh"))
 	i.must(err)
 	i.must(i.Write("/opt/lab/prepare-image.sh", string(script)))
-	i.sh("sh /opt/lab/prepare-image.sh")
-	i.sh("! test -e /var/lib/assay/agent && ! test -e /etc/assay/agent.hcl && ! test -s /etc/machine-id && test -z \"$(ls /etc/ssh/ssh_host_* 2>/dev/null)\" && ! systemctl is-enabled assay-agent.service && ! systemctl is-active assay-agent.service")
+	i.sh("touch /etc/assay/node.key /etc/assay/node.pem /etc/assay/devid.pem /etc/assay/devid.priv /etc/assay/devid.pub; sh /opt/lab/prepare-image.sh")
+	i.sh("test -z \"$(ls /etc/assay/node.* /etc/assay/devid.* 2>/dev/null)\" && ! test -e /var/lib/assay/agent && ! test -e /etc/assay/agent.hcl && ! test -s /etc/machine-id && test -z \"$(ls /etc/ssh/ssh_host_* 2>/dev/null)\" && ! systemctl is-enabled assay-agent.service && ! systemctl is-active assay-agent.service")
 }
 
 func TestEC2(t *testing.T) {
