@@ -539,7 +539,8 @@ key_manager "disk" {
   #endpoint                  = "https://acm-pca.eu-central-1.amazonaws.com"
 #}
 
-# An issuer of cert-manager. Without kube_config_file the server is a pod of the cluster.
+# An issuer of cert-manager. Without kube_config_file the server is a pod of the cluster. Its service account needs
+# create, get, list and delete on certificaterequests of cert-manager.io in the issuer's namespace.
 #upstream_authority "cert-manager" {
   #namespace        = "trust"
   #issuer_name      = "roots"

@@ -235,6 +235,8 @@ func TestValuesOfTheChart(t *testing.T) {
 		{`registrar.pathFence="ns/"`, "at '/registrar/pathFence'"},
 		{`agent.runtime.dir="run"`, "at '/agent/runtime/dir'"},
 		{`agent.hostPaths.data="/a b"`, "at '/agent/hostPaths/data'"},
+		{`agent.hostPaths.sockets="/run/assay/../x"`, "at '/agent/hostPaths/sockets'"},
+		{`networkPolicies.metricsFrom=[{"namespace":"x"}]`, "additional properties 'namespace' not allowed"},
 		{`agent.maxSurge=0`, "at '/agent/maxSurge'"},
 		{`csi.enabled="yes"`, "got string, want boolean"},
 		{`nonsense=1`, "additional properties 'nonsense' not allowed"},
