@@ -158,16 +158,19 @@ func (f *setupFlags) choose(ways []way, missed string) (way, error) {
 		}
 		f.node = ways[0].Type
 	}
-	for _, w := range ways {
-		if w.Type != f.node {
-			continue
-		}
-		if w.Type == "k8s_psat" && f.cluster == "" {
-			return way{}, errors.New("-cluster is required: which name the server has for this cluster cannot be found out here")
-		}
-		return w, nil
+	if f.node == "k8s_psat" && f.cluster == "" {
+		return way{}, errors.New("-cluster is required: which name the server has for this cluster cannot be found out here")
 	}
-	return nodeWay(f.node, "it was asked for by -nodeAttestor"), nil
+	for _, w := range ways {
+		if w.Type == f.node {
+			return w, nil
+		}
+	}
+	const why = "it was asked for by -nodeAttestor"
+	if f.node == "k8s_psat" { // for a pod elsewhere
+		return nodeWay(f.node, why, "cluster = "+quote(f.cluster)), nil
+	}
+	return nodeWay(f.node, why), nil
 }
 
 // text is the configuration.
