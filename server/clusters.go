@@ -52,10 +52,14 @@ func serveInside(part string, options []grpc.ServerOption, register func(grpc.Se
 }
 
 // open makes the registrars, before tell or run is called.
-func (c *clusters) open(cfg *Config, options []grpc.ServerOption, register func(grpc.ServiceRegistrar), pictures *view.View, log logrus.FieldLogger) error {
+func (c *clusters) open(cfg *Config, options []grpc.ServerOption, register func(grpc.ServiceRegistrar), pictures *view.View, judge *verdict.Service, log logrus.FieldLogger) error {
 	for _, one := range cfg.Clusters {
 		of := *one
 		of.TrustDomain, of.Log, of.Metrics = cfg.TrustDomain.Name(), log, cfg.Metrics
+		of.Policies = func() (scan, trust []string) { return nil, nil } // without an evidence block there are none
+		if judge != nil {
+			of.Policies = judge.PolicyNames
+		}
 		inside, conn, err := serveInside("kubernetes/"+of.Name, options, register)
 		if err != nil {
 			return err
@@ -89,6 +93,13 @@ func following(pictures *view.View) func(context.Context) error {
 func (c *clusters) tell(t verdict.Turn) {
 	for _, r := range c.registrars {
 		r.Tell(kube.Turn{Allowed: t.Allowed, Policy: t.Policy, Digests: t.Digests, Reason: t.Reason})
+	}
+}
+
+// policiesChanged has rules that name policies looked at again.
+func (c *clusters) policiesChanged() {
+	for _, r := range c.registrars {
+		r.PoliciesChanged()
 	}
 }
 

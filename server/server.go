@@ -42,6 +42,7 @@ import (
 	"github.com/assay-id/assay/server/store/boltkv"
 	"github.com/assay-id/assay/server/store/kv"
 	"github.com/assay-id/assay/server/turn"
+	"github.com/assay-id/assay/server/verdict"
 	"github.com/assay-id/assay/server/verdict/rules"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/strict"
@@ -181,7 +182,7 @@ func Run(ctx context.Context, config Config) (err error) {
 	err = registrars.open(&cfg, intercept, func(r grpc.ServiceRegistrar) {
 		services.Register(r)
 		services.RegisterLocal(r)
-	}, pictures, component("kubernetes"))
+	}, pictures, judge, component("kubernetes"))
 	if err != nil {
 		return err
 	}
@@ -249,7 +250,10 @@ func Run(ctx context.Context, config Config) (err error) {
 			r := running(&cfg, listeners, store, rec, services, log)
 			r.BundleEndpoint, r.OIDC = abroad.address(), oidc.address()
 			if judge != nil {
-				r.SetRules = judge.Replace
+				r.SetRules = func(ctx context.Context, rules verdict.Rules) error {
+					defer registrars.policiesChanged()
+					return judge.Replace(ctx, rules)
+				}
 			}
 			if crl != nil {
 				r.CRL = crl.Addr()

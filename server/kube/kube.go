@@ -94,6 +94,9 @@ type Config struct {
 	// ReportSource is the evidence source that reports of Trivy Operator are taken in for; empty: they are
 	// not looked at.
 	ReportSource string
+	// Policies returns the names of the scan_policy and trust_policy blocks in force, which rules may name. Nil: nobody
+	// knows them.
+	Policies func() (scan, trust []string)
 
 	Log     logrus.FieldLogger
 	Metrics prometheus.Registerer
@@ -166,6 +169,8 @@ type Registrar struct {
 	log     logrus.FieldLogger
 	m       *metrics
 	turns   chan Turn // what Tell was told
+	// ruled holds a token when Policies may return others than before.
+	ruled chan struct{}
 	// term is held while this registrar leads: the next term waits for the end of the last.
 	term sync.Mutex
 }
@@ -191,7 +196,15 @@ func New(api API, cluster Cluster, cfg Config) (*Registrar, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Registrar{cfg: cfg, api: api, cluster: cluster, log: cfg.Log.WithField("cluster", cfg.Name), m: m, turns: make(chan Turn, maxTurns)}, nil
+	return &Registrar{cfg: cfg, api: api, cluster: cluster, log: cfg.Log.WithField("cluster", cfg.Name), m: m, turns: make(chan Turn, maxTurns), ruled: make(chan struct{}, 1)}, nil
+}
+
+// PoliciesChanged has the rules that name policies looked at again. It waits for nobody.
+func (r *Registrar) PoliciesChanged() {
+	select {
+	case r.ruled <- struct{}{}:
+	default:
+	}
 }
 
 // clusterName is part of entries' IDs and agents' SPIFFE IDs.

@@ -88,6 +88,8 @@ func (d *desk) writeStatuses(ctx context.Context) {
 	for {
 		select {
 		case <-d.told:
+		case <-d.ruled:
+			d.dueRules()
 		case <-ctx.Done():
 			return
 		}
@@ -197,11 +199,14 @@ func (d *desk) writeRuleStatus(ctx context.Context, name string, t *tally) error
 			}
 		}
 	}
+	unknown := d.cfg.unknownPolicy(&r.spec)
 	now := ruleStatus{Stats: t.stats}
 	ready := metav1.Condition{Type: "Ready", Status: metav1.ConditionTrue, Reason: "EntriesSet", Message: fmt.Sprintf("%d entries", t.stats.EntriesToSet)}
 	switch {
 	case r.broken != nil:
 		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, "InvalidSpec", r.broken.Error()
+	case unknown != "":
+		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, "UnknownPolicy", unknown
 	case t.stats.PodEntryRenderFailures > 0:
 		ready.Status, ready.Reason, ready.Message = metav1.ConditionFalse, "RenderFailures", fmt.Sprintf("%d pods have no entry, for example %s", t.stats.PodEntryRenderFailures, t.first)
 	case t.stats.EntryFailures > 0:
@@ -211,6 +216,30 @@ func (d *desk) writeRuleStatus(ctx context.Context, name string, t *tally) error
 	readStatus(u, &before)
 	now.Conditions = conditions(before.Conditions, ready, u.GetGeneration())
 	return d.patchStatus(ctx, spiffeIDs, u, before, now)
+}
+
+// unknownPolicy says which policy a rule names that the server does not have, empty if none: its pods have entries, and
+// no image ever shows what those demand.
+func (c *Config) unknownPolicy(spec *spiffeIDSpec) string {
+	if c.Policies == nil || spec.ScanPolicy == "" && spec.TrustPolicy == "" {
+		return ""
+	}
+	scan, trust := c.Policies()
+	var all []string
+	for _, one := range []struct {
+		field, block, name string
+		has                []string
+	}{{"scanPolicy", "scan_policy", spec.ScanPolicy, scan}, {"trustPolicy", "trust_policy", spec.TrustPolicy, trust}} {
+		if one.name == "" || slices.Contains(one.has, one.name) {
+			continue
+		}
+		text := fmt.Sprintf("spec.%s: the server has no %s %q, so no pod gets this identity", one.field, one.block, one.name)
+		if len(one.has) > 0 {
+			text += "; it has " + strings.Join(one.has, ", ")
+		}
+		all = append(all, text)
+	}
+	return strings.Join(all, "\n")
 }
 
 func (d *desk) writeStaticStatus(ctx context.Context, it item) error {

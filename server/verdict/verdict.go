@@ -417,6 +417,21 @@ func (s *Service) Replace(ctx context.Context, rules Rules) error {
 	return nil
 }
 
+// PolicyNames returns the names of the scan policies and the trust policies in force, sorted.
+func (s *Service) PolicyNames() (scan, trust []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.rules.Policies {
+		scan = append(scan, p.Name)
+	}
+	for _, p := range s.rules.Trust {
+		trust = append(trust, p.Name())
+	}
+	slices.Sort(scan)
+	slices.Sort(trust)
+	return scan, trust
+}
+
 func revokes(p *policy.ScanPolicy) bool { return p.OnFail == policy.Revoke }
 
 // Callers knows who may push evidence.

@@ -103,6 +103,7 @@ func TestRegistrar(t *testing.T) {
 			t.Fatal(err)
 		}
 		r.has("/spire/agent/k8s_psat/lab/" + string(node.UID) + " /ns/shop/sa/default k8s:pod-uid:" + string(pod.UID) + " scan:policy:prod")
+		r.ready("service-accounts", "False") // this server has no such policy
 		r.patch("service-accounts", `{"spec":{"spiffeIDTemplate":"spiffe://example.org/{{"}}`)
 		r.ready("service-accounts", "False")
 		r.has()

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -273,6 +274,37 @@ func TestBadRulesOfACluster(t *testing.T) {
 			c.drop("clusterspiffeids", name)
 		})
 	}
+}
+
+func TestARuleThatNamesAPolicyWhichIsNotThereIsNotReady(t *testing.T) {
+	var added atomic.Bool
+	c := newCluster(t, func(cfg *kube.Config) {
+		cfg.Policies = func() (scan, trust []string) {
+			if added.Load() {
+				scan = []string{"prod", "stage"}
+			} else {
+				scan = []string{"prod"}
+			}
+			return scan, []string{"ci"}
+		}
+	})
+	c.create(pod("shop", "a", nil))
+	spec := func(scan, trust string) map[string]any {
+		return map[string]any{"spiffeIDTemplate": bySA, "scanPolicy": scan, "trustPolicy": trust, "podSelector": map[string]any{"matchLabels": map[string]any{"app": "none"}}}
+	}
+	c.rule("right", spec("prod", "ci"))
+	c.rule("early", spec("stage", "ci"))
+	c.rule("wrong", spec("prod", "c1"))
+	c.condition("clusterspiffeids", "right", "EntriesSet")
+	if got, want := c.condition("clusterspiffeids", "early", "UnknownPolicy"), `spec.scanPolicy: the server has no scan_policy "stage", so no pod gets this identity; it has prod`; got != want {
+		t.Errorf("the message is %q, want %q", got, want)
+	}
+	if got, want := c.condition("clusterspiffeids", "wrong", "UnknownPolicy"), `spec.trustPolicy: the server has no trust_policy "c1", so no pod gets this identity; it has ci`; got != want {
+		t.Errorf("the message is %q, want %q", got, want)
+	}
+	added.Store(true)
+	c.r.PoliciesChanged()
+	c.condition("clusterspiffeids", "early", "EntriesSet")
 }
 
 func TestStaticEntriesOfACluster(t *testing.T) {
