@@ -72,7 +72,7 @@ func TestFederationMistakes(t *testing.T) {
 		{"a web profile without a certificate", endpoint("port = 1\n profile \"https_web\" {}"), "needs a certificate"},
 		{"a certificate for https_spiffe", endpoint("port = 1\n profile \"https_spiffe\" {\n acme {}\n }"), "shows the server's own SVID"},
 		{"two certificates", endpoint("port = 1\n profile \"https_web\" {\n acme {}\n serving_cert_file {}\n }"), "keep one of them"},
-		{"files that are not there", endpoint("port = 1\n profile \"https_web\" {\n serving_cert_file {\n cert_file_path = \"/nowhere\"\n key_file_path = \"/nowhere\"\n }\n }"), "/nowhere: no such file"},
+		{"files that are not there", endpoint("port = 1\n profile \"https_web\" {\n serving_cert_file {\n cert_file_path = \"/nowhere/a\"\n key_file_path = \"/nowhere/b\"\n }\n }"), "/nowhere/a: no such file"},
 		{"terms that nobody accepted", endpoint("port = 1\n profile \"https_web\" {\n acme {\n domain_name = \"a.test\"\n }\n }"), "set tos_accepted = true"},
 		{"an ACME directory by http", endpoint("port = 1\n profile \"https_web\" {\n acme {\n domain_name = \"a.test\"\n tos_accepted = true\n directory_url = \"http://a.test\"\n }\n }"), "write https://"},
 		{"an ACME domain with a scheme", acme("https://a.test"), "is no name that an authority of the web"},
