@@ -134,7 +134,8 @@ func (m *Machine) mountRoot() error {
 	return m.mount("assay-root", m.Root(), "overlay", "lowerdir=/,upperdir="+upper+",workdir="+work)
 }
 
-// furnish gives the machine a name and a target of its own, and takes away what is enabled outside.
+// furnish gives the machine a name and a target of its own, and takes away what is enabled outside, and what an
+// Assay keeps that is used there.
 func (m *Machine) furnish() error {
 	id := make([]byte, 16)
 	_, _ = rand.Read(id)
@@ -148,6 +149,11 @@ func (m *Machine) furnish() error {
 	}
 	for _, dir := range wants {
 		if err := os.RemoveAll(dir); err != nil {
+			return err
+		}
+	}
+	for _, dir := range []string{"etc/assay", "var/lib/assay"} {
+		if err := os.RemoveAll(filepath.Join(m.Root(), dir)); err != nil {
 			return err
 		}
 	}
