@@ -14,10 +14,42 @@ import (
 	"github.com/assay-id/assay/conf"
 )
 
+// externalKind is a node attestor that is a plugin, as the server's configuration knows it.
+var externalKind = attestor.JudgeKind{Type: external.Type, Config: func() any { return new(external.Config) }}
+
+// migrated writes a configuration of SPIRE's server to path and migrates it.
+func migrated(t *testing.T, path, text string) *Result {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	result, err := Server(path, Shape{File: conf.ServerShape(), Plugins: map[string]map[string]func() any{
+		"key_manager": conf.KeyManagerKinds(), "node_attestor": {external.Type: externalKind.Config},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return result
+}
+
+// asLoaded is what the server reads of a configuration, which it writes into dir.
+func asLoaded(t *testing.T, dir, config string) *conf.Server {
+	t.Helper()
+	path := filepath.Join(dir, "made.hcl")
+	if err := os.WriteFile(path, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	loaded, err := conf.LoadServer(path, []attestor.JudgeKind{externalKind}, conf.Options{})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, config)
+	}
+	return loaded
+}
+
 // TestObjectsOfJSON holds that an object of JSON in which there are but objects stays one: the old parser takes it apart.
 func TestObjectsOfJSON(t *testing.T) {
 	dir := t.TempDir()
-	path, made := filepath.Join(dir, "spire.json"), filepath.Join(dir, "made.hcl")
+	path := filepath.Join(dir, "spire.json")
 	program := filepath.Join(dir, "plugin")
 	if err := os.WriteFile(program, []byte("\x7fELF and more"), 0o755); err != nil {
 		t.Fatal(err)
@@ -28,23 +60,8 @@ func TestObjectsOfJSON(t *testing.T) {
                      "b.test": {"bundle_endpoint_url": "https://b.test", "bundle_endpoint_profile": {"https_web": {}}}}}},
  "plugins": {"KeyManager": {"memory": {"plugin_data": {}}},
              "NodeAttestor": {"ours": {"plugin_cmd": "` + program + `", "plugin_data": {"a": {"x": 1}, "b": {"y": [2, {"z": 3}]}}}}}}`
-	if err := os.WriteFile(path, []byte(file), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	kind := attestor.JudgeKind{Type: external.Type, Config: func() any { return new(external.Config) }}
-	result, err := Server(path, Shape{File: conf.ServerShape(), Plugins: map[string]map[string]func() any{
-		"key_manager": conf.KeyManagerKinds(), "node_attestor": {external.Type: kind.Config},
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(made, result.Config, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	loaded, err := conf.LoadServer(made, []attestor.JudgeKind{kind}, conf.Options{})
-	if err != nil {
-		t.Fatalf("%v\n%s", err, result.Config)
-	}
+	result := migrated(t, path, file)
+	loaded := asLoaded(t, dir, string(result.Config))
 	if f := loaded.Federation; f.Endpoint == nil || len(f.With) != 2 {
 		t.Errorf("the federation is %+v", f)
 	}
@@ -89,16 +106,7 @@ plugins {
   }
   KeyManager "scripted" { plugin_cmd = "/bin/none" plugin_data {} }
 }`
-	if err := os.WriteFile(path, []byte(file), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	kind := attestor.JudgeKind{Type: external.Type, Config: func() any { return new(external.Config) }}
-	result, err := Server(path, Shape{File: conf.ServerShape(), Plugins: map[string]map[string]func() any{
-		"key_manager": conf.KeyManagerKinds(), "node_attestor": {external.Type: kind.Config},
-	}})
-	if err != nil {
-		t.Fatal(err)
-	}
+	result := migrated(t, path, file)
 	remarks := ""
 	for _, r := range result.Remarks {
 		remarks += r.line(path) + "\n"
@@ -108,15 +116,8 @@ plugins {
 			t.Errorf("%q is not said:\n%s", want, remarks)
 		}
 	}
-	made := filepath.Join(dir, "made.hcl")
 	config := strings.ReplaceAll(string(result.Config), "key_manager \"external\" {", "key_manager \"external\" {\nplugin_checksum = \""+strings.Repeat("00", 32)+"\"")
-	if err := os.WriteFile(made, []byte(config), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	loaded, err := conf.LoadServer(made, []attestor.JudgeKind{kind}, conf.Options{})
-	if err != nil {
-		t.Fatalf("%v\n%s", err, config)
-	}
+	loaded := asLoaded(t, dir, config)
 	got, ok := loaded.Judges[0].Config.(*external.Config)
 	if !ok || got.Name != "ours" || got.Cmd != program || len(got.Args) != 2 || len(got.Checksum) != 64 {
 		t.Fatalf("got %+v", loaded.Judges[0].Config)
