@@ -194,6 +194,9 @@ func TestWhatCouldNotBeRevokedIsTriedAgain(t *testing.T) {
 		entries := w.view.entries
 		w.view.entries, w.view.loading = nil, make(chan struct{})
 		w.restart()
+		if err := w.renewLists(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 		sign.want(t)
 		w.view.entries = entries
 		close(w.view.loading)
