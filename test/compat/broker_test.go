@@ -205,9 +205,15 @@ workload_attestor "k8s" {
 		if _, err := brokerapi.NewAPIClient(conn).FetchJWTSVID(ctx, &brokerapi.FetchJWTSVIDRequest{}); status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v", err)
 		}
-		text, err := os.ReadFile(auditLog)
-		if want := fmt.Sprintf(`"event":"broker_connect","pid":%d,`, os.Getpid()); err != nil || !strings.Contains(string(text), want) || !strings.Contains(string(text), "client didn't provide a certificate") {
-			t.Errorf("%v, no %s in %s", err, want, text)
+		want := fmt.Sprintf(`"event":"broker_connect","pid":%d,`, os.Getpid())
+		if err := agent.WaitFor(ctx, "the audit log tells of it", func() error { // the caller knows before it is written down
+			text, err := os.ReadFile(auditLog)
+			if err == nil && (!strings.Contains(string(text), want) || !strings.Contains(string(text), "client didn't provide a certificate")) {
+				err = fmt.Errorf("no %s in %s", want, text)
+			}
+			return err
+		}); err != nil {
+			t.Error(err)
 		}
 	})
 	t.Run("a process that is not there is refused", func(t *testing.T) {
