@@ -17,6 +17,7 @@ import (
 	"github.com/assay-id/assay/server/api/caller"
 	"github.com/assay-id/assay/server/turn"
 	"github.com/assay-id/assay/server/wire/later"
+	"github.com/assay-id/assay/server/wire/unread"
 )
 
 const (
@@ -47,7 +48,7 @@ var large = map[string]bool{
 // budget bounds the memory and the time that calls over TCP may take before anything is known about
 // what they want: how many are open, in all and of one caller, how long each may be, and how many
 // requests are received at a time. It is asked when a call's headers have come, before there is a
-// goroutine for it.
+// goroutine for it. A call is open until nothing of its answer is left in memory either.
 //
 // The memory of all calls that are under way is then at most MaxCalls flow-control windows of 64 KiB
 // and receivers requests of MaxMessage, whatever the number of connections; the package comment does
@@ -100,10 +101,9 @@ func (b *budget) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	if b.single[method] {
 		limit = 2 * callTime
 	}
-	// gRPC cancels the context it gave us when the call is over.
-	context.AfterFunc(ctx, func() { b.leave(name, big) })
+	place := unread.Take(ctx, func() { b.leave(name, big) })
 	ctx, end := context.WithTimeout(ctx, limit) //nolint:gosec // whoever counted the call ends it
-	return context.WithValue(ctx, countedKey{}, &counted{name, known, end}), nil
+	return context.WithValue(place.In(ctx), countedKey{}, &counted{name, known, end}), nil
 }
 
 func (b *budget) enter(name string, big bool) bool {

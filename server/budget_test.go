@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/assay-id/assay/server/wire/later"
+	"github.com/assay-id/assay/server/wire/strict"
+	"github.com/assay-id/assay/server/wire/unread"
 )
 
 // patient answers when it is told to.
@@ -37,13 +39,22 @@ const check = "/grpc.health.v1.Health/Check"
 // budgeted serves over a connection in memory.
 func budgeted(t *testing.T, limits Limits) (*budget, *patient, *grpc.ClientConn) {
 	t.Helper()
-	b, p := newBudget(limits), &patient{answer: make(chan struct{})}
+	p := &patient{answer: make(chan struct{})}
+	b, conn := budgetedFor(t, limits, func(r grpc.ServiceRegistrar) { grpc_health_v1.RegisterHealthServer(r, p) })
+	return b, p, conn
+}
+
+// budgetedFor is the same with others who answer.
+func budgetedFor(t *testing.T, limits Limits, register func(grpc.ServiceRegistrar)) (*budget, *grpc.ClientConn) {
+	t.Helper()
+	b := newBudget(limits)
 	listener := bufconn.Listen(1 << 16)
-	srv := grpc.NewServer(grpc.InTapHandle(b.tap))
-	grpc_health_v1.RegisterHealthServer(b.registrar(srv), p)
+	srv := grpc.NewServer(grpc.InTapHandle(b.tap), grpc.ForceServerCodecV2(unread.Codec(strict.Codec())), grpc.UnaryInterceptor(unread.Unary), grpc.StreamInterceptor(unread.Stream))
+	register(b.registrar(srv))
 	done := make(chan error, 1)
 	go func() { done <- srv.Serve(listener) }()
 	conn, err := grpc.NewClient("passthrough:///x", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithStaticStreamWindowSize(1<<16), // it would grow with what comes
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }))
 	if err != nil {
 		t.Fatal(err)
@@ -55,7 +66,7 @@ func budgeted(t *testing.T, limits Limits) (*budget, *patient, *grpc.ClientConn)
 			t.Error(err)
 		}
 	})
-	return b, p, conn
+	return b, conn
 }
 
 func TestTheBudgetOfCalls(t *testing.T) {

@@ -46,6 +46,7 @@ import (
 	"github.com/assay-id/assay/server/verdict/rules"
 	"github.com/assay-id/assay/server/view"
 	"github.com/assay-id/assay/server/wire/strict"
+	"github.com/assay-id/assay/server/wire/unread"
 	"github.com/assay-id/assay/workloadapi/unixsocket"
 )
 
@@ -163,9 +164,9 @@ func Run(ctx context.Context, config Config) (err error) {
 		return err
 	}
 	intercept := []grpc.ServerOption{
-		grpc.ChainUnaryInterceptor(around.Unary, authorizer.Unary, services.Ledgers().Unary, strict.Unary, around.RescueUnary),
-		grpc.ChainStreamInterceptor(around.Stream, authorizer.Stream, services.Ledgers().Stream, strict.Stream, around.RescueStream),
-		grpc.ForceServerCodecV2(strict.Codec()),
+		grpc.ChainUnaryInterceptor(unread.Unary, around.Unary, authorizer.Unary, services.Ledgers().Unary, strict.Unary, around.RescueUnary),
+		grpc.ChainStreamInterceptor(unread.Stream, around.Stream, authorizer.Stream, services.Ledgers().Stream, strict.Stream, around.RescueStream),
+		grpc.ForceServerCodecV2(unread.Codec(strict.Codec())),
 		grpc.MaxRecvMsgSize(cfg.Limits.MaxMessage),
 		grpc.MaxHeaderListSize(maxHeaders),
 	}

@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/tap"
 
+	"github.com/assay-id/assay/server/wire/unread"
 	"github.com/assay-id/assay/workloadapi/peer"
 )
 
@@ -123,8 +124,8 @@ func (s *Server) arrive(ctx context.Context, call *tap.Info) (context.Context, e
 		return ctx, s.toStatus(ctx, call.FullMethodName, errTooMany)
 	}
 	// gRPC cancels the context it gave us when the call is over.
-	context.AfterFunc(ctx, func() { a.done(); leave() })
-	return context.WithValue(inner, arrivalKey{}, a), nil
+	context.AfterFunc(ctx, a.done)
+	return context.WithValue(unread.Take(ctx, leave).In(inner), arrivalKey{}, a), nil
 }
 
 // arriving is a stream that says when its first message has come.

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/workloadapi"
@@ -70,6 +71,12 @@ func TestLimits(t *testing.T) {
 		const calls = 5000
 		if refused := cancelAtOnce(t, w.socket, calls); refused > 0 {
 			t.Errorf("%d of %d calls were told that there are too many, where there was one at a time", refused, calls)
+		}
+	})
+	t.Run("a call whose answer nobody reads keeps its place", func(t *testing.T) {
+		w := serve(t, workloadapi.Config{Limits: workloadapi.Limits{Streams: 16}}, newFake(say("a:b")))
+		if answers := readNothing(t, w.socket, 50); answers != 8 {
+			t.Errorf("%d answers are in memory, want 8", answers)
 		}
 	})
 	t.Run("a user over its share of connections is cut off", func(t *testing.T) {
@@ -131,6 +138,54 @@ func TestLimits(t *testing.T) {
 	})
 }
 
+// writeHeaders encodes those of a call.
+func writeHeaders(enc *hpack.Encoder, method string) {
+	for _, f := range [][2]string{
+		{":method", "POST"}, {":scheme", "http"}, {":path", method},
+		{":authority", "x"}, {"content-type", "application/grpc"}, {"te", "trailers"},
+	} {
+		_ = enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}) // to memory
+	}
+}
+
+// readNothing makes so many calls, one after another, and lets nothing of their answers through but that there is one.
+// It returns how many there are.
+func readNothing(t *testing.T, socket string, calls uint32) (answers int) {
+	t.Helper()
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	var head bytes.Buffer
+	frames, enc := http2.NewFramer(conn, conn), hpack.NewEncoder(&head)
+	_, err = io.WriteString(conn, http2.ClientPreface)
+	err = errors.Join(err, frames.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}))
+	for i := range calls {
+		head.Reset()
+		writeHeaders(enc, grpc_health_v1.Health_Check_FullMethodName)
+		err = errors.Join(err, frames.WriteHeaders(http2.HeadersFrameParam{StreamID: 2*i + 1, BlockFragment: head.Bytes(), EndHeaders: true}),
+			frames.WriteData(2*i+1, true, make([]byte, 5))) // an empty message
+		for {
+			if err != nil {
+				t.Fatal(err)
+			}
+			var f http2.Frame
+			if f, err = frames.ReadFrame(); err != nil {
+				continue
+			}
+			headers, ok := f.(*http2.HeadersFrame)
+			if ok && !headers.StreamEnded() { // as that of a refusal is
+				answers++
+			}
+			if _, reset := f.(*http2.RSTStreamFrame); ok || reset {
+				break
+			}
+		}
+	}
+	return answers
+}
+
 // cancelAtOnce opens so many calls on one connection, each canceled before the next, as fast as they can
 // be read. It returns how many were told that there are too many.
 func cancelAtOnce(t *testing.T, socket string, calls uint32) (refused int) {
@@ -146,12 +201,7 @@ func cancelAtOnce(t *testing.T, socket string, calls uint32) (refused int) {
 	_ = out.WriteSettings() // to memory, like all that follows
 	for i := range calls {
 		head.Reset()
-		for _, f := range [][2]string{
-			{":method", "POST"}, {":scheme", "http"}, {":path", workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName},
-			{":authority", "x"}, {"content-type", "application/grpc"}, {"te", "trailers"},
-		} {
-			_ = enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]})
-		}
+		writeHeaders(enc, workload.SpiffeWorkloadAPI_FetchX509SVID_FullMethodName)
 		_ = out.WriteHeaders(http2.HeadersFrameParam{StreamID: 2*i + 1, BlockFragment: head.Bytes(), EndHeaders: true})
 		_ = out.WriteRSTStream(2*i+1, http2.ErrCodeCancel)
 	}

@@ -45,6 +45,7 @@ import (
 
 	"github.com/assay-id/assay/attestor"
 	"github.com/assay-id/assay/server/wire/strict"
+	"github.com/assay-id/assay/server/wire/unread"
 	"github.com/assay-id/assay/workloadapi/identity"
 	"github.com/assay-id/assay/workloadapi/peer"
 	"github.com/assay-id/assay/workloadapi/unixsocket"
@@ -365,7 +366,7 @@ func stopServer(srv *grpc.Server) {
 func (s *Server) grpcServer() (*grpc.Server, *health.Server) {
 	srv := grpc.NewServer(
 		grpc.Creds(peer.Credentials()),
-		grpc.ForceServerCodecV2(codec{strict.Codec()}),
+		grpc.ForceServerCodecV2(unread.Codec(codec{strict.Codec()})),
 		grpc.ReadBufferSize(0),
 		grpc.WriteBufferSize(4<<10),
 		grpc.MaxRecvMsgSize(maxRequest),
@@ -373,8 +374,8 @@ func (s *Server) grpcServer() (*grpc.Server, *health.Server) {
 		grpc.MaxConcurrentStreams(uint32(min(s.cfg.Limits.Streams, 1<<16))), //nolint:gosec // bounded
 		grpc.ConnectionTimeout(10*time.Second),
 		grpc.InTapHandle(s.arrive),
-		grpc.ChainUnaryInterceptor(s.guardUnary, strict.Unary),
-		grpc.ChainStreamInterceptor(s.guardStream, strict.Stream),
+		grpc.ChainUnaryInterceptor(unread.Unary, s.guardUnary, strict.Unary),
+		grpc.ChainStreamInterceptor(unread.Stream, s.guardStream, strict.Stream),
 	)
 	if !s.cfg.Disabled {
 		workload.RegisterSpiffeWorkloadAPIServer(srv, s)

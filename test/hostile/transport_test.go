@@ -418,24 +418,41 @@ func TestAnswersThatNobodyReads(t *testing.T) {
 	v.suffer(t, bounds{Peak: 256 * mib}, func(t *testing.T) {
 		var clients []*client
 		for range 5 {
-			c := overTLS(t, v.is.Address, cert, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0})
-			clients = append(clients, c)
-			for i := range 200 {
-				id := uint32(2*i + 1)
-				if c.open(id, getAuthorized) != nil || c.WriteData(id, true, framed(0, 0, nil)) != nil {
-					t.Fatal("a connection was closed")
-				}
+			clients = append(clients, overTLS(t, v.is.Address, cert, http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}))
+		}
+		call := func(c *client, n int) {
+			if id := uint32(2*n + 1); c.open(id, getAuthorized) != nil || c.WriteData(id, true, framed(0, 0, nil)) != nil {
+				t.Fatal("a connection was closed")
 			}
 		}
-		sentAway := 0
-		eventually(t, "an end of the calls over the limit", func() bool {
-			sentAway = 0
+		answers := func() (begun, sentAway int) {
 			for _, c := range clients {
-				c.got(func() { sentAway += c.status["8"] })
+				c.got(func() { begun += c.begun; sentAway += c.status["8"] })
 			}
-			return sentAway >= 900
+			return begun, sentAway
+		}
+		for n := range 20 { // each when that of the last has been made
+			for i, c := range clients {
+				call(c, n)
+				eventually(t, "an answer", func() bool {
+					begun, sentAway := answers()
+					return begun+sentAway > len(clients)*n+i
+				})
+			}
+		}
+		for _, c := range clients {
+			for n := range 180 { // and the rest at once
+				call(c, 20+n)
+			}
+		}
+		eventually(t, "an end of the calls over the limit", func() bool {
+			begun, sentAway := answers()
+			return begun+sentAway == 1000
 		})
-		t.Logf("%d of 1000 calls were sent away; the victim: %s", sentAway, v.size())
+		if begun, _ := answers(); begun != 8 {
+			t.Errorf("%d answers were made", begun)
+		}
+		t.Logf("the victim: %s", v.size())
 		for _, c := range clients {
 			_ = c.conn.Close()
 		}

@@ -30,6 +30,7 @@ type client struct {
 	code    http2.ErrCode
 	resets  int
 	refused int            // streams of those that were one too many
+	begun   int            // streams whose answer has begun
 	answers int            // streams that ended with trailers
 	status  map[string]int // of those, by grpc-status
 }
@@ -106,6 +107,8 @@ func (c *client) read() {
 			fields, _ := dec.DecodeFull(f.HeaderBlockFragment())
 			if f.StreamEnded() {
 				c.answers++
+			} else {
+				c.begun++
 			}
 			for _, field := range fields {
 				if field.Name == "grpc-status" {
