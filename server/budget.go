@@ -95,6 +95,7 @@ func (b *budget) tap(ctx context.Context, call *tap.Info) (context.Context, erro
 	name, known := callerName(ctx)
 	big := large[method]
 	if !b.enter(name, big) {
+		unread.Collect()
 		return ctx, soon("too many calls are open")
 	}
 	limit := streamTime

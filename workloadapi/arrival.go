@@ -112,6 +112,7 @@ func (s *Server) arrive(ctx context.Context, call *tap.Info) (context.Context, e
 	}
 	leave, ok := s.streams.take(p.UID)
 	if !ok {
+		unread.Collect()
 		s.metrics.refused.Inc()
 		return ctx, s.toStatus(ctx, call.FullMethodName, errTooMany)
 	}

@@ -73,10 +73,22 @@ func TestLimits(t *testing.T) {
 			t.Errorf("%d of %d calls were told that there are too many, where there was one at a time", refused, calls)
 		}
 	})
-	t.Run("a call whose answer nobody reads keeps its place", func(t *testing.T) {
+	t.Run("a call whose answer nobody reads keeps its place, until its connection ends", func(t *testing.T) {
 		w := serve(t, workloadapi.Config{Limits: workloadapi.Limits{Streams: 16}}, newFake(say("a:b")))
+		w.put("/one", "a:b")
 		if answers := readNothing(t, w.socket, 50); answers != 8 {
 			t.Errorf("%d answers are in memory, want 8", answers)
+		}
+		api, _ := workloadapitest.Dial(t, w.socket)
+		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+			_, err := api.FetchJWTSVID(workloadapitest.Header(t.Context()), &workload.JWTSVIDRequest{Audience: []string{"a"}})
+			if err == nil {
+				break
+			}
+			workloadapitest.WantCode(t, err, codes.ResourceExhausted)
+			if time.Now().After(deadline) {
+				t.Fatal(err)
+			}
 		}
 	})
 	t.Run("a user over its share of connections is cut off", func(t *testing.T) {
@@ -149,14 +161,14 @@ func writeHeaders(enc *hpack.Encoder, method string) {
 }
 
 // readNothing makes so many calls, one after another, and lets nothing of their answers through but that there is one.
-// It returns how many there are.
+// It returns how many there are, and hangs up.
 func readNothing(t *testing.T, socket string, calls uint32) (answers int) {
 	t.Helper()
 	conn, err := net.Dial("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = conn.Close() })
+	defer conn.Close()
 	var head bytes.Buffer
 	frames, enc := http2.NewFramer(conn, conn), hpack.NewEncoder(&head)
 	_, err = io.WriteString(conn, http2.ClientPreface)
